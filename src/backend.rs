@@ -1,0 +1,119 @@
+//! Where tensors live: `auto | cpu | cuda[:N] | metal` resolved to a device, or a clear refusal.
+
+use crate::error::{Error, Result};
+use candle_core::Device;
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::str::FromStr;
+
+/// The device a user asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum Backend {
+    /// The best device present: CUDA, Metal, else CPU.
+    #[default]
+    Auto,
+    /// The processor.
+    Cpu,
+    /// One NVIDIA GPU, by ordinal.
+    Cuda(usize),
+    /// Apple's GPU.
+    Metal,
+}
+
+impl FromStr for Backend {
+    type Err = String;
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "cpu" => Ok(Self::Cpu),
+            "cuda" => Ok(Self::Cuda(0)),
+            "metal" => Ok(Self::Metal),
+            other => other
+                .strip_prefix("cuda:")
+                .and_then(|ordinal| ordinal.parse().ok())
+                .map(Self::Cuda)
+                .ok_or_else(|| format!("unknown device `{other}`: use auto, cpu, cuda, cuda:N or metal")),
+        }
+    }
+}
+
+impl TryFrom<String> for Backend {
+    type Error = String;
+    fn try_from(text: String) -> std::result::Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl From<Backend> for String {
+    fn from(backend: Backend) -> Self {
+        backend.to_string()
+    }
+}
+
+impl fmt::Display for Backend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Auto => write!(f, "auto"),
+            Self::Cpu => write!(f, "cpu"),
+            Self::Cuda(ordinal) => write!(f, "cuda:{ordinal}"),
+            Self::Metal => write!(f, "metal"),
+        }
+    }
+}
+
+impl Backend {
+    /// The device itself.
+    ///
+    /// # Errors
+    /// A usage error when this build or this machine does not have the device asked for.
+    pub fn device(self) -> Result<Device> {
+        match self {
+            Self::Cpu => Ok(Device::Cpu),
+            Self::Auto => {
+                if candle_core::utils::cuda_is_available() {
+                    Self::Cuda(0).device()
+                } else if candle_core::utils::metal_is_available() {
+                    Self::Metal.device()
+                } else {
+                    Ok(Device::Cpu)
+                }
+            }
+            Self::Cuda(ordinal) => {
+                if !candle_core::utils::cuda_is_available() {
+                    return Err(Error::usage(
+                        "device `cuda` was asked for, but this build has no CUDA support\n   = help: build with `--features cuda`, or use `--device cpu`",
+                    ));
+                }
+                Device::new_cuda(ordinal).map_err(|error| {
+                    Error::usage(format!(
+                        "device `cuda:{ordinal}` cannot be opened: {error}\n   = help: check `nvidia-smi`, or use `--device cpu`"
+                    ))
+                })
+            }
+            Self::Metal => {
+                if !candle_core::utils::metal_is_available() {
+                    return Err(Error::usage(
+                        "device `metal` was asked for, but this build has no Metal support\n   = help: build with `--features metal` on macOS, or use `--device cpu`",
+                    ));
+                }
+                Device::new_metal(0)
+                    .map_err(|error| Error::usage(format!("device `metal` cannot be opened: {error}")))
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_device_word_round_trips_and_nonsense_is_refused() {
+        for word in ["auto", "cpu", "cuda:0", "cuda:3", "metal"] {
+            assert_eq!(word.parse::<Backend>().unwrap().to_string(), word);
+        }
+        assert_eq!("cuda".parse(), Ok(Backend::Cuda(0)));
+        assert!("gpu".parse::<Backend>().is_err());
+    }
+}

@@ -1,0 +1,3 @@
+//! The `safemed` program: parse, call, turn an error into an exit status.
+
+fn main() {}

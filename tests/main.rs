@@ -1,0 +1,1 @@
+//! Behaviour tests: one line per module says what belongs there.
