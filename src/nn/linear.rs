@@ -1,13 +1,44 @@
 //! The linear layer: frozen (input gradient only) or trainable, with or without bias.
+//!
+//! On the CPU a frozen weight is rearranged once into the panels that the matrix product reads, which serves one row
+//! of decoding as well as a thousand of prefill; its backward never computes a weight gradient.
 
+use super::kernel::gemm::{Packed, Right, View, gemm, product};
+use super::kernel::{buffer, is_fused, slice, with_slice};
 use super::plain;
-use candle_core::{Result, Tensor, Var};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor, Var};
+use std::sync::{Arc, OnceLock};
 
 /// A matrix that multiplies from the right, transposed: `y = x · weightᵀ + bias`.
 #[derive(Debug, Clone)]
 pub struct Linear {
-    weight: Tensor,
+    weight: Weight,
     bias: Option<Tensor>,
+}
+
+#[derive(Debug, Clone)]
+enum Weight {
+    Panels(Arc<FrozenWeight>),
+    Tensor(Tensor),
+}
+
+/// A frozen weight in the layout of the CPU's matrix product.
+#[derive(Debug)]
+pub(crate) struct FrozenWeight {
+    forward: Packed,
+    backward: OnceLock<Packed>,
+}
+
+impl FrozenWeight {
+    /// Panels of the transposed weight, `[in, out]`.
+    pub(crate) fn forward(&self) -> &Packed {
+        &self.forward
+    }
+
+    /// Panels of the weight itself, `[out, in]`, made when a gradient is first asked for.
+    pub(crate) fn backward(&self) -> &Packed {
+        self.backward.get_or_init(|| self.forward.transposed())
+    }
 }
 
 impl Linear {
@@ -16,7 +47,16 @@ impl Linear {
     /// # Shapes
     /// - `weight`: `[out, in]`, `bias`: `[out]`
     pub fn frozen(weight: &Tensor, bias: Option<&Tensor>) -> Result<Self> {
-        Ok(Self { weight: weight.detach(), bias: bias.map(Tensor::detach) })
+        let (out, input) = weight.dims2()?;
+        let bias = bias.map(Tensor::detach);
+        if !is_fused(weight) {
+            return Ok(Self { weight: Weight::Tensor(weight.detach()), bias });
+        }
+        let forward = with_slice(weight, |w| Packed::new(View::new(w, out, input).transposed()))?;
+        Ok(Self {
+            weight: Weight::Panels(Arc::new(FrozenWeight { forward, backward: OnceLock::new() })),
+            bias,
+        })
     }
 
     /// A layer whose weight and bias are trained.
@@ -24,7 +64,12 @@ impl Linear {
     /// # Shapes
     /// - `weight`: `[out, in]`, `bias`: `[out]`
     pub fn trainable(weight: &Var, bias: Option<&Var>) -> Self {
-        Self { weight: weight.as_tensor().clone(), bias: bias.map(|bias| bias.as_tensor().clone()) }
+        Self::of_tensor(weight.as_tensor(), bias.map(Var::as_tensor))
+    }
+
+    /// A layer over tensors as they are: they get gradients if they are tracked.
+    pub(crate) fn of_tensor(weight: &Tensor, bias: Option<&Tensor>) -> Self {
+        Self { weight: Weight::Tensor(weight.clone()), bias: bias.cloned() }
     }
 
     /// `x · weightᵀ + bias`.
@@ -33,11 +78,220 @@ impl Linear {
     /// - `x`: `[rows, in]`
     /// - returns: `[rows, out]`
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        plain::linear(x, &self.weight, self.bias.as_ref())
+        match (&self.weight, &self.bias) {
+            (Weight::Panels(weight), bias) => {
+                x.contiguous()?.apply_op1(FrozenLinear { weight: weight.clone(), bias: bias.clone() })
+            }
+            (Weight::Tensor(weight), bias) if !is_fused(x) => plain::linear(x, weight, bias.as_ref()),
+            (Weight::Tensor(weight), None) => x.contiguous()?.apply_op2(&weight.contiguous()?, TrainedLinear),
+            (Weight::Tensor(weight), Some(bias)) => {
+                x.contiguous()?.apply_op3(&weight.contiguous()?, bias, TrainedLinear)
+            }
+        }
     }
 
     /// The weight as a tensor `[out, in]`, for export.
     pub fn weight(&self) -> Result<Tensor> {
-        Ok(self.weight.clone())
+        match &self.weight {
+            Weight::Panels(weight) => {
+                let packed = weight.forward();
+                let shape = (packed.n, packed.k);
+                Tensor::from_vec(packed.unpack_transposed(), shape, &candle_core::Device::Cpu)
+            }
+            Weight::Tensor(weight) => Ok(weight.clone()),
+        }
+    }
+
+    /// The frozen panels, or the tensor that may be trained.
+    pub(crate) fn parts(&self) -> (Option<&Arc<FrozenWeight>>, Option<&Tensor>, Option<&Tensor>) {
+        match &self.weight {
+            Weight::Panels(weight) => (Some(weight), None, self.bias.as_ref()),
+            Weight::Tensor(weight) => (None, Some(weight), self.bias.as_ref()),
+        }
+    }
+}
+
+/// `rows x width` filled with copies of `bias`, where the chains of the product start.
+fn started_with(bias: &[f32], rows: usize) -> Vec<f32> {
+    let mut y = Vec::with_capacity(rows * bias.len());
+    for _ in 0..rows {
+        y.extend_from_slice(bias);
+    }
+    y
+}
+
+struct FrozenLinear {
+    weight: Arc<FrozenWeight>,
+    bias: Option<Tensor>,
+}
+
+impl CustomOp1 for FrozenLinear {
+    fn name(&self) -> &'static str {
+        "frozen-linear"
+    }
+
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (rows, _) = layout.shape().dims2()?;
+        let packed = self.weight.forward();
+        let x = View::new(slice(storage, layout)?, rows, packed.k);
+        let mut y = match &self.bias {
+            Some(bias) => with_slice(bias, |bias| started_with(bias, rows))?,
+            None => buffer(rows * packed.n),
+        };
+        product(x, Right::Packed(packed), &mut y, packed.n, self.bias.is_some(), true);
+        Ok((CpuStorage::F32(y), Shape::from((rows, packed.n))))
+    }
+
+    fn bwd(&self, x: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let (rows, width) = x.dims2()?;
+        let packed = self.weight.backward();
+        let mut dx = buffer(rows * width);
+        with_slice(grad, |grad| {
+            product(View::new(grad, rows, packed.k), Right::Packed(packed), &mut dx, width, false, true);
+        })?;
+        Ok(Some(Tensor::from_vec(dx, (rows, width), x.device())?))
+    }
+}
+
+struct TrainedLinear;
+
+fn trained_forward(x: &[f32], weight: &[f32], rows: usize, out: usize, bias: Option<&[f32]>) -> Vec<f32> {
+    let input = weight.len() / out;
+    let mut y = bias.map_or_else(|| buffer(rows * out), |bias| started_with(bias, rows));
+    let weight = View::new(weight, out, input).transposed();
+    gemm(View::new(x, rows, input), weight, &mut y, out, bias.is_some());
+    y
+}
+
+/// Gradients of the input and the weight, each only where something below wants it.
+fn trained_backward(x: &Tensor, weight: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+    let (rows, input) = x.dims2()?;
+    let out = weight.dims2()?.0;
+    with_slice(grad, |grad| -> Result<_> {
+        let grad = View::new(grad, rows, out);
+        let dx = if x.track_op() {
+            let mut dx = buffer(rows * input);
+            with_slice(weight, |w| gemm(grad, View::new(w, out, input), &mut dx, input, false))?;
+            Some(Tensor::from_vec(dx, (rows, input), x.device())?)
+        } else {
+            None
+        };
+        let dw = if weight.track_op() {
+            let mut dw = buffer(out * input);
+            with_slice(x, |x| gemm(grad.transposed(), View::new(x, rows, input), &mut dw, input, false))?;
+            Some(Tensor::from_vec(dw, (out, input), x.device())?)
+        } else {
+            None
+        };
+        Ok((dx, dw))
+    })?
+}
+
+/// Sum of the rows, each column one chain from the first row to the last.
+pub(crate) fn sum_rows(grad: &Tensor) -> Result<Tensor> {
+    let (_, width) = grad.dims2()?;
+    let mut total = buffer(width);
+    with_slice(grad, |grad| {
+        for row in grad.chunks_exact(width) {
+            for (sum, value) in total.iter_mut().zip(row) {
+                *sum += value;
+            }
+        }
+    })?;
+    Tensor::from_vec(total, width, grad.device())
+}
+
+impl CustomOp2 for TrainedLinear {
+    fn name(&self) -> &'static str {
+        "linear"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        weight: &CpuStorage,
+        weight_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (rows, _) = x_layout.shape().dims2()?;
+        let (out, _) = weight_layout.shape().dims2()?;
+        let y = trained_forward(slice(x, x_layout)?, slice(weight, weight_layout)?, rows, out, None);
+        Ok((CpuStorage::F32(y), Shape::from((rows, out))))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        _y: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        trained_backward(x, weight, grad)
+    }
+}
+
+impl CustomOp3 for TrainedLinear {
+    fn name(&self) -> &'static str {
+        "linear-with-bias"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        weight: &CpuStorage,
+        weight_layout: &Layout,
+        bias: &CpuStorage,
+        bias_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (rows, _) = x_layout.shape().dims2()?;
+        let (out, _) = weight_layout.shape().dims2()?;
+        let bias = slice(bias, bias_layout)?;
+        let y = trained_forward(slice(x, x_layout)?, slice(weight, weight_layout)?, rows, out, Some(bias));
+        Ok((CpuStorage::F32(y), Shape::from((rows, out))))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        bias: &Tensor,
+        _y: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let (dx, dw) = trained_backward(x, weight, grad)?;
+        let db = if bias.track_op() { Some(sum_rows(grad)?) } else { None };
+        Ok((dx, dw, db))
+    }
+}
+
+/// `dx = grad · weight` for whichever form `head` has; for the chunked cross-entropy.
+pub(crate) fn input_gradient(head: &Linear, grad: &[f32], rows: usize, dx: &mut [f32]) -> Result<()> {
+    match head.parts() {
+        (Some(frozen), _, _) => {
+            let packed = frozen.backward();
+            product(View::new(grad, rows, packed.k), Right::Packed(packed), dx, packed.n, false, true);
+            Ok(())
+        }
+        (None, Some(weight), _) => {
+            let (out, input) = weight.dims2()?;
+            with_slice(weight, |w| {
+                gemm(View::new(grad, rows, out), View::new(w, out, input), dx, input, false);
+            })
+        }
+        (None, None, _) => candle_core::bail!("a linear layer without a weight"),
+    }
+}
+
+/// Right-hand side for `x · weightᵀ`, packed now if it is not already.
+pub(crate) fn with_forward_panels<R>(head: &Linear, f: impl FnOnce(&Packed) -> R) -> Result<R> {
+    match head.parts() {
+        (Some(frozen), _, _) => Ok(f(frozen.forward())),
+        (None, Some(weight), _) => {
+            let (out, input) = weight.dims2()?;
+            let packed = with_slice(weight, |w| Packed::new(View::new(w, out, input).transposed()))?;
+            Ok(f(&packed))
+        }
+        (None, None, _) => candle_core::bail!("a linear layer without a weight"),
     }
 }

@@ -11,8 +11,12 @@
 pub mod activation;
 pub mod attention;
 pub mod cross_entropy;
+mod kernel;
 pub mod linear;
 pub mod norm;
 pub mod plain;
 pub mod rotary;
 pub mod rows;
+
+#[cfg(test)]
+mod tests;

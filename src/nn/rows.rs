@@ -1,9 +1,18 @@
 //! Row selection and placement: token embedding, image features into the text, rows out for the head.
 
-use candle_core::{Result, Tensor};
+use super::kernel::{buffer, is_fused, slice, with_slice};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, InplaceOp2, Layout, Result, Shape, Tensor};
+use std::sync::Arc;
 
 fn index(rows: &[u32], like: &Tensor) -> Result<Tensor> {
     Tensor::new(rows, like.device())
+}
+
+fn check(rows: &[u32], n: usize) -> Result<()> {
+    match rows.iter().find(|&&row| row as usize >= n) {
+        Some(row) => candle_core::bail!("row {row} of a matrix of {n} rows"),
+        None => Ok(()),
+    }
 }
 
 /// Rows `rows` of `x`, in that order; a row may be taken more than once.
@@ -11,8 +20,15 @@ fn index(rows: &[u32], like: &Tensor) -> Result<Tensor> {
 /// # Shapes
 /// - `x`: `[n, width]`
 /// - returns: `[rows.len(), width]`
+///
+/// # Errors
+/// When a row does not exist.
 pub fn select(x: &Tensor, rows: &[u32]) -> Result<Tensor> {
-    x.index_select(&index(rows, x)?, 0)
+    check(rows, x.dims2()?.0)?;
+    if !is_fused(x) {
+        return x.index_select(&index(rows, x)?, 0);
+    }
+    x.contiguous()?.apply_op1(Select(rows.into()))
 }
 
 /// `x` with `values[i]` added to row `rows[i]`; `rows` are distinct.
@@ -20,8 +36,11 @@ pub fn select(x: &Tensor, rows: &[u32]) -> Result<Tensor> {
 /// # Shapes
 /// - `x`: `[n, width]`, `values`: `[rows.len(), width]`
 /// - returns: as `x`
+///
+/// # Errors
+/// When a row does not exist or shapes differ.
 pub fn add(x: &Tensor, rows: &[u32], values: &Tensor) -> Result<Tensor> {
-    x.index_add(&index(rows, x)?, values, 0)
+    place(x, rows, values, true)
 }
 
 /// `x` with row `rows[i]` replaced by `values[i]`; `rows` are distinct.
@@ -29,11 +48,172 @@ pub fn add(x: &Tensor, rows: &[u32], values: &Tensor) -> Result<Tensor> {
 /// # Shapes
 /// - `x`: `[n, width]`, `values`: `[rows.len(), width]`
 /// - returns: as `x`
+///
+/// # Errors
+/// When a row does not exist or shapes differ.
 pub fn replace(x: &Tensor, rows: &[u32], values: &Tensor) -> Result<Tensor> {
-    let mut keep = vec![1f32; x.dims2()?.0];
+    place(x, rows, values, false)
+}
+
+fn place(x: &Tensor, rows: &[u32], values: &Tensor, is_sum: bool) -> Result<Tensor> {
+    let (n, width) = x.dims2()?;
+    if values.dims2()? != (rows.len(), width) {
+        candle_core::bail!("{} rows of {:?} cannot take {:?}", rows.len(), x.shape(), values.shape());
+    }
+    check(rows, n)?;
+    if is_fused(x) {
+        return x.contiguous()?.apply_op2(&values.contiguous()?, Place { rows: rows.into(), is_sum });
+    }
+    if is_sum {
+        return x.index_add(&index(rows, x)?, values, 0);
+    }
+    let mut keep = vec![1f32; n];
     for &row in rows {
         keep[row as usize] = 0.0;
     }
-    let keep = Tensor::from_vec(keep, (x.dims2()?.0, 1), x.device())?.to_dtype(x.dtype())?;
-    add(&x.broadcast_mul(&keep)?, rows, values)
+    let keep = Tensor::from_vec(keep, (n, 1), x.device())?.to_dtype(x.dtype())?;
+    x.broadcast_mul(&keep)?.index_add(&index(rows, x)?, values, 0)
+}
+
+/// Writes `values[i]` into row `rows[i]` of `x` in place. Not differentiable: for key-value caches.
+///
+/// # Errors
+/// When a row does not exist or shapes differ.
+pub fn write(x: &Tensor, rows: &[u32], values: &Tensor) -> Result<()> {
+    let (n, width) = x.dims2()?;
+    if values.dims2()? != (rows.len(), width) {
+        candle_core::bail!("{} rows of {:?} cannot take {:?}", rows.len(), x.shape(), values.shape());
+    }
+    check(rows, n)?;
+    if is_fused(x) {
+        return x.inplace_op2(&values.contiguous()?, &Write(rows.into()));
+    }
+    for (i, &row) in rows.iter().enumerate() {
+        x.slice_set(&values.narrow(0, i, 1)?.contiguous()?, 0, row as usize)?;
+    }
+    Ok(())
+}
+
+fn gather(x: &[f32], rows: &[u32], width: usize) -> Vec<f32> {
+    let mut y = Vec::with_capacity(rows.len() * width);
+    for &row in rows {
+        y.extend_from_slice(&x[row as usize * width..][..width]);
+    }
+    y
+}
+
+struct Select(Arc<[u32]>);
+
+impl CustomOp1 for Select {
+    fn name(&self) -> &'static str {
+        "select-rows"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (_, width) = layout.shape().dims2()?;
+        let y = gather(slice(x, layout)?, &self.0, width);
+        Ok((CpuStorage::F32(y), Shape::from((self.0.len(), width))))
+    }
+
+    fn bwd(&self, x: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let (n, width) = x.dims2()?;
+        let mut dx = buffer(n * width);
+        with_slice(grad, |grad| {
+            for (row, grad) in self.0.iter().zip(grad.chunks_exact(width)) {
+                for (sum, value) in dx[*row as usize * width..][..width].iter_mut().zip(grad) {
+                    *sum += value;
+                }
+            }
+        })?;
+        Ok(Some(Tensor::from_vec(dx, (n, width), x.device())?))
+    }
+}
+
+struct Place {
+    rows: Arc<[u32]>,
+    is_sum: bool,
+}
+
+impl CustomOp2 for Place {
+    fn name(&self) -> &'static str {
+        "place-rows"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        layout: &Layout,
+        values: &CpuStorage,
+        values_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (_, width) = layout.shape().dims2()?;
+        let mut y = slice(x, layout)?.to_vec();
+        for (row, values) in self.rows.iter().zip(slice(values, values_layout)?.chunks_exact(width)) {
+            let y = &mut y[*row as usize * width..][..width];
+            if self.is_sum {
+                for (y, value) in y.iter_mut().zip(values) {
+                    *y += value;
+                }
+            } else {
+                y.copy_from_slice(values);
+            }
+        }
+        Ok((CpuStorage::F32(y), layout.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        values: &Tensor,
+        _y: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let (_, width) = x.dims2()?;
+        let d_values = if values.track_op() {
+            let rows = with_slice(grad, |grad| gather(grad, &self.rows, width))?;
+            Some(Tensor::from_vec(rows, values.shape(), x.device())?)
+        } else {
+            None
+        };
+        if !x.track_op() {
+            return Ok((None, d_values));
+        }
+        let dx = if self.is_sum {
+            grad.clone()
+        } else {
+            let mut dx = with_slice(grad, <[f32]>::to_vec)?;
+            for row in self.rows.iter() {
+                dx[*row as usize * width..][..width].fill(0.0);
+            }
+            Tensor::from_vec(dx, x.shape(), x.device())?
+        };
+        Ok((Some(dx), d_values))
+    }
+}
+
+struct Write(Arc<[u32]>);
+
+impl InplaceOp2 for Write {
+    fn name(&self) -> &'static str {
+        "write-rows"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &mut CpuStorage,
+        layout: &Layout,
+        values: &CpuStorage,
+        values_layout: &Layout,
+    ) -> Result<()> {
+        let (_, width) = layout.shape().dims2()?;
+        let Some((start, end)) = layout.contiguous_offsets() else {
+            candle_core::bail!("a cache must be contiguous");
+        };
+        let CpuStorage::F32(x) = x else { candle_core::bail!("a cache on the CPU holds float32") };
+        let x = &mut x[start..end];
+        for (row, values) in self.0.iter().zip(slice(values, values_layout)?.chunks_exact(width)) {
+            x[*row as usize * width..][..width].copy_from_slice(values);
+        }
+        Ok(())
+    }
 }

@@ -1,0 +1,353 @@
+//! Softmax attention and its backward, block by block, probabilities recomputed instead of stored.
+//!
+//! Scores of a query row are chains over the head's width, the softmax sums over fixed lanes of the key's place in
+//! the sequence, and the result is a chain over keys in that order: how many rows are computed together, and
+//! whether a prefix is shared, changes no byte.
+#![expect(unsafe_code, reason = "threads write disjoint columns of one matrix through raw pointers")]
+
+use super::gemm::{Output, Packed, Right, View, product};
+use super::math::{self, for_each_isa};
+use crate::nn::attention::{Block, Heads, Layout};
+use rayon::prelude::*;
+
+/// Query rows worked on at a time: scores of this many rows stay in the cache.
+const QUERY_ROWS: usize = 64;
+
+/// Operands of one attention, rows packed as in [`crate::nn::attention::attention`].
+#[derive(Clone, Copy)]
+pub(crate) struct Operands<'a> {
+    pub(crate) q: &'a [f32],
+    pub(crate) k: &'a [f32],
+    pub(crate) v: &'a [f32],
+    pub(crate) heads: Heads,
+}
+
+impl<'a> Operands<'a> {
+    fn query_width(&self) -> usize {
+        self.heads.num_heads * self.heads.head_dim
+    }
+
+    fn key_width(&self) -> usize {
+        self.heads.num_kv_heads * self.heads.head_dim
+    }
+
+    /// One head's columns of rows `start..start + rows` of a query-shaped matrix.
+    fn query_view(&self, data: &'a [f32], start: usize, rows: usize, head: usize) -> View<'a> {
+        let width = self.query_width();
+        View::strided(&data[start * width + head * self.heads.head_dim..], rows, self.heads.head_dim, width)
+    }
+
+    /// One head's columns of the key rows `range` of a key-shaped matrix.
+    fn key_view(&self, data: &'a [f32], range: &std::ops::Range<usize>, kv_head: usize) -> View<'a> {
+        let width = self.key_width();
+        let start = range.start * width + kv_head * self.heads.head_dim;
+        View::strided(&data[start..], range.len(), self.heads.head_dim, width)
+    }
+}
+
+/// Reused memory of one thread.
+#[derive(Default)]
+struct Scratch {
+    keys: Vec<Packed>,
+    values: Vec<Packed>,
+    scores: Vec<f32>,
+    gradients: Vec<f32>,
+    packed: Packed,
+}
+
+fn key_count(block: &Block) -> usize {
+    block.keys.iter().map(ExactSizeIterator::len).sum()
+}
+
+/// Keys that query `row` of `block` sees.
+fn visible(block: &Block, row: usize, total: usize) -> usize {
+    if block.is_causal { total - (block.queries.len() - 1 - row) } else { total }
+}
+
+/// `scores[rows, total] = a · bᵀ` for the key ranges one after another, up to key `limit`.
+fn against_keys(
+    a: View<'_>,
+    packed: &[Packed],
+    block: &Block,
+    limit: usize,
+    scores: &mut [f32],
+    total: usize,
+) {
+    let mut offset = 0;
+    for (range, packed) in block.keys.iter().zip(packed) {
+        if offset >= limit {
+            break;
+        }
+        product(a, Right::Packed(packed), &mut scores[offset..], total, false, false);
+        offset += range.len();
+    }
+}
+
+for_each_isa! {
+    /// Turns `lens[i]` leading scores of each row into probabilities, clears the rest; writes log-sum-exp.
+    fn softmax_rows(scores: &mut [f32], total: usize, lens: &[usize], scale: f32, log_sum: &mut [f32]) {
+        for ((row, &len), log_sum) in scores.chunks_mut(total).zip(lens).zip(log_sum) {
+            let (row, rest) = row.split_at_mut(len);
+            let largest = math::max(row);
+            for value in row.iter_mut() {
+                *value = math::exp((*value - largest) * scale);
+            }
+            let sum = math::sum(row);
+            let inverse = 1.0 / sum;
+            for value in row.iter_mut() {
+                *value *= inverse;
+            }
+            rest.fill(0.0);
+            *log_sum = largest * scale + sum.ln();
+        }
+    }
+}
+
+for_each_isa! {
+    /// From raw scores and `grad · valueᵀ` to probabilities (in `scores`) and score gradients (in `gradients`).
+    fn softmax_rows_backward(scores: &mut [f32], gradients: &mut [f32], total: usize, lens: &[usize], scale: f32, log_sum: &[f32], inner: &[f32]) {
+        let rows = scores.chunks_mut(total).zip(gradients.chunks_mut(total)).zip(lens).zip(log_sum.iter().zip(inner));
+        for (((row, grad), &len), (&log_sum, &inner)) in rows {
+            let (row, row_rest) = row.split_at_mut(len);
+            let (grad, grad_rest) = grad.split_at_mut(len);
+            for (p, g) in row.iter_mut().zip(grad.iter_mut()) {
+                let probability = math::exp(*p * scale - log_sum);
+                *p = probability;
+                *g = probability * (*g - inner) * scale;
+            }
+            row_rest.fill(0.0);
+            grad_rest.fill(0.0);
+        }
+    }
+}
+
+/// Attention; `log_sum` gets each query row's log-sum-exp, `[num_heads, queries]`.
+pub(crate) fn forward(x: Operands<'_>, layout: &Layout, out: &mut [f32], log_sum: &mut [f32]) {
+    let queries = x.q.len() / x.query_width();
+    let tasks = layout.blocks.len() * x.heads.num_kv_heads;
+    let (out, log_sum) = (Output::new(out), Output::new(log_sum));
+    let work: usize =
+        layout.blocks.iter().map(|b| b.queries.len() * key_count(b)).sum::<usize>() * x.query_width();
+    let run = |scratch: &mut Scratch, task: usize| {
+        let (block, kv_head) = (&layout.blocks[task / x.heads.num_kv_heads], task % x.heads.num_kv_heads);
+        forward_block(x, block, kv_head, queries, out, log_sum, scratch);
+    };
+    if work < 16 * 1024 || rayon::current_num_threads() == 1 {
+        let mut scratch = Scratch::default();
+        (0..tasks).for_each(|task| run(&mut scratch, task));
+    } else {
+        (0..tasks).into_par_iter().with_min_len(tasks.div_ceil(16)).for_each_init(Scratch::default, run);
+    }
+}
+
+fn forward_block(
+    x: Operands<'_>,
+    block: &Block,
+    kv_head: usize,
+    queries: usize,
+    out: Output,
+    log_sum: Output,
+    scratch: &mut Scratch,
+) {
+    let (dim, width) = (x.heads.head_dim, x.query_width());
+    let total = key_count(block);
+    scratch.keys.resize_with(block.keys.len().max(scratch.keys.len()), Packed::default);
+    for (packed, range) in scratch.keys.iter_mut().zip(&block.keys) {
+        packed.pack(x.key_view(x.k, range, kv_head).transposed(), false);
+    }
+    let repeat = x.heads.num_heads / x.heads.num_kv_heads;
+    for head in kv_head * repeat..(kv_head + 1) * repeat {
+        for q0 in (0..block.queries.len()).step_by(QUERY_ROWS) {
+            let rows = QUERY_ROWS.min(block.queries.len() - q0);
+            let lens: [usize; QUERY_ROWS] =
+                std::array::from_fn(|i| if i < rows { visible(block, q0 + i, total) } else { 0 });
+            let lens = &lens[..rows];
+            scratch.scores.resize(rows * total, 0.0);
+            let start = block.queries.start + q0;
+            let limit = lens[rows - 1];
+            let q = x.query_view(x.q, start, rows, head);
+            against_keys(q, &scratch.keys, block, limit, &mut scratch.scores, total);
+            let mut sums = [0.0; QUERY_ROWS];
+            softmax_rows(&mut scratch.scores, total, lens, x.heads.scale, &mut sums[..rows]);
+            // SAFETY: (head, query row) pairs of different tasks are disjoint.
+            unsafe { log_sum.from(head * queries + start).write(&sums[..rows]) };
+            let out = out.from(start * width + head * dim);
+            let mut offset = 0;
+            for range in &block.keys {
+                let count = range.len().min(limit.saturating_sub(offset));
+                if count == 0 && offset > 0 {
+                    break;
+                }
+                let p = View::strided(&scratch.scores[offset..], rows, count, total);
+                let v = x.key_view(x.v, &(range.start..range.start + count), kv_head);
+                // SAFETY: these rows and this head's columns belong to this task alone.
+                unsafe { out.gemm_serial(p, v, width, offset > 0, &mut scratch.packed) };
+                offset += count;
+            }
+        }
+    }
+}
+
+/// Where the backward writes, and what it reads of the forward.
+pub(crate) struct Backward<'a> {
+    pub(crate) out: &'a [f32],
+    pub(crate) log_sum: &'a [f32],
+    pub(crate) grad: &'a [f32],
+    pub(crate) dq: &'a mut [f32],
+    pub(crate) dk: &'a mut [f32],
+    pub(crate) dv: &'a mut [f32],
+}
+
+/// Gradients of attention; `dk` and `dv` must be zero on entry, `dq` is overwritten.
+pub(crate) fn backward(x: Operands<'_>, layout: &Layout, state: Backward<'_>) {
+    let Backward { out, log_sum, grad, dq, dk, dv } = state;
+    let (dq, dk, dv) = (Output::new(dq), Output::new(dk), Output::new(dv));
+    let groups = independent_groups(layout);
+    let tasks = groups.len() * x.heads.num_kv_heads;
+    let run = |scratch: &mut Scratch, task: usize| {
+        let (group, kv_head) = (&groups[task / x.heads.num_kv_heads], task % x.heads.num_kv_heads);
+        for block in &layout.blocks[group.clone()] {
+            backward_block(x, block, kv_head, (out, log_sum, grad), (dq, dk, dv), scratch);
+        }
+    };
+    if tasks == 1 || rayon::current_num_threads() == 1 {
+        let mut scratch = Scratch::default();
+        (0..tasks).for_each(|task| run(&mut scratch, task));
+    } else {
+        (0..tasks).into_par_iter().with_min_len(tasks.div_ceil(16)).for_each_init(Scratch::default, run);
+    }
+}
+
+/// Runs of blocks whose keys overlap with no other run's: gradients of shared keys are summed by one thread, in the
+/// order of the blocks.
+fn independent_groups(layout: &Layout) -> Vec<std::ops::Range<usize>> {
+    let extent = |block: &Block| {
+        let start = block.keys.iter().map(|range| range.start).min().unwrap_or(0);
+        let end = block.keys.iter().map(|range| range.end).max().unwrap_or(0);
+        start..end
+    };
+    let mut groups: Vec<(std::ops::Range<usize>, std::ops::Range<usize>)> = Vec::new();
+    for (idx, block) in layout.blocks.iter().enumerate() {
+        let mut keys = extent(block);
+        let mut blocks = idx..idx + 1;
+        while let Some((last_blocks, last_keys)) = groups.last() {
+            if last_keys.start < keys.end && keys.start < last_keys.end {
+                keys = keys.start.min(last_keys.start)..keys.end.max(last_keys.end);
+                blocks.start = last_blocks.start;
+                groups.pop();
+            } else if keys.start < last_keys.start {
+                // Keys out of order: only sequences in order are known to be independent.
+                keys = keys.start..keys.end.max(last_keys.end);
+                blocks.start = last_blocks.start;
+                groups.pop();
+            } else {
+                break;
+            }
+        }
+        groups.push((blocks, keys));
+    }
+    groups.into_iter().map(|(blocks, _)| blocks).collect()
+}
+
+fn backward_block(
+    x: Operands<'_>,
+    block: &Block,
+    kv_head: usize,
+    (out, log_sum, grad): (&[f32], &[f32], &[f32]),
+    (dq, dk, dv): (Output, Output, Output),
+    scratch: &mut Scratch,
+) {
+    let (dim, width, key_width) = (x.heads.head_dim, x.query_width(), x.key_width());
+    let queries = x.q.len() / width;
+    let total = key_count(block);
+    let slots = block.keys.len();
+    scratch.keys.resize_with(slots.max(scratch.keys.len()), Packed::default);
+    scratch.values.resize_with(slots.max(scratch.values.len()), Packed::default);
+    for (idx, range) in block.keys.iter().enumerate() {
+        scratch.keys[idx].pack(x.key_view(x.k, range, kv_head).transposed(), false);
+        scratch.values[idx].pack(x.key_view(x.v, range, kv_head).transposed(), false);
+    }
+    let repeat = x.heads.num_heads / x.heads.num_kv_heads;
+    for head in kv_head * repeat..(kv_head + 1) * repeat {
+        for q0 in (0..block.queries.len()).step_by(QUERY_ROWS) {
+            let rows = QUERY_ROWS.min(block.queries.len() - q0);
+            let start = block.queries.start + q0;
+            let lens: [usize; QUERY_ROWS] =
+                std::array::from_fn(|i| if i < rows { visible(block, q0 + i, total) } else { 0 });
+            let lens = &lens[..rows];
+            let limit = lens[rows - 1];
+            scratch.scores.resize(rows * total, 0.0);
+            scratch.gradients.resize(rows * total, 0.0);
+            let (q, g) = (x.query_view(x.q, start, rows, head), x.query_view(grad, start, rows, head));
+            against_keys(q, &scratch.keys, block, limit, &mut scratch.scores, total);
+            against_keys(g, &scratch.values, block, limit, &mut scratch.gradients, total);
+            let inner: [f32; QUERY_ROWS] = std::array::from_fn(|i| {
+                if i >= rows {
+                    return 0.0;
+                }
+                let at = (start + i) * width + head * dim;
+                math::dot(&grad[at..at + dim], &out[at..at + dim])
+            });
+            softmax_rows_backward(
+                &mut scratch.scores,
+                &mut scratch.gradients,
+                total,
+                lens,
+                x.heads.scale,
+                &log_sum[head * queries + start..][..rows],
+                &inner[..rows],
+            );
+            let dq = dq.from(start * width + head * dim);
+            let mut offset = 0;
+            for range in &block.keys {
+                let count = range.len().min(limit.saturating_sub(offset));
+                if count == 0 && offset > 0 {
+                    break;
+                }
+                let keys = range.start..range.start + count;
+                let p = View::strided(&scratch.scores[offset..], rows, count, total);
+                let ds = View::strided(&scratch.gradients[offset..], rows, count, total);
+                let at = range.start * key_width + kv_head * dim;
+                // SAFETY: query rows and this head's columns belong to this task alone; blocks that share these keys
+                // are in this task's group, and no other task has this key head.
+                unsafe {
+                    dq.gemm_serial(
+                        ds,
+                        x.key_view(x.k, &keys, kv_head),
+                        width,
+                        offset > 0,
+                        &mut scratch.packed,
+                    );
+                    dv.from(at).gemm_serial(p.transposed(), g, key_width, true, &mut scratch.packed);
+                    dk.from(at).gemm_serial(ds.transposed(), q, key_width, true, &mut scratch.packed);
+                }
+                offset += count;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn groups_share_no_keys() {
+        let block = |queries: std::ops::Range<usize>, keys: Vec<std::ops::Range<usize>>| Block {
+            queries,
+            keys,
+            is_causal: true,
+        };
+        let layout = Layout {
+            blocks: vec![
+                block(0..3, vec![0..3]),
+                block(3..5, vec![0..3, 3..5]),
+                block(5..7, vec![0..3, 5..7]),
+                block(7..9, vec![7..9]),
+                block(9..10, vec![7..9, 9..10]),
+            ],
+        };
+        assert_eq!(independent_groups(&layout), vec![0..3, 3..5]);
+        assert_eq!(independent_groups(&Layout::windows(&[4, 4, 2])), vec![0..1, 1..2, 2..3]);
+    }
+}

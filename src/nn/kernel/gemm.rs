@@ -1,0 +1,711 @@
+//! Matrix product with a fixed order of summation.
+//!
+//! `c[i][j]` is one chain of fused multiply-adds over `p = 0, 1, …, k-1`, started from zero or from the old value.
+//! Blocking, threads, packing and the number of rows change which elements are computed together, never the chain,
+//! so a row's result is the same bytes in any batch. Blocks along `k` continue the chain from memory.
+#![expect(unsafe_code, reason = "vector kernels on raw pointers; bounds are checked once at the entrance")]
+
+use super::{Isa, isa};
+use rayon::prelude::*;
+
+/// Columns of a packed panel.
+const PANEL: usize = 32;
+/// Lanes of the vector that kernels are written in.
+const LANES: usize = 16;
+/// Rows of a register tile.
+const TILE_ROWS: usize = 8;
+/// Depth of a block along `k`: a panel of this depth stays in the second-level cache.
+const DEPTH: usize = 1024;
+/// Rows of a block: with its panel it stays in the second-level cache.
+const BLOCK_ROWS: usize = 128;
+/// Multiply-adds below which starting threads costs more than it gains.
+const PARALLEL_WORK: usize = 128 * 1024;
+
+/// A strided view of a matrix inside a slice.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct View<'a> {
+    pub(crate) data: &'a [f32],
+    pub(crate) rows: usize,
+    pub(crate) columns: usize,
+    pub(crate) row_stride: usize,
+    pub(crate) column_stride: usize,
+}
+
+impl<'a> View<'a> {
+    /// A row-major matrix.
+    pub(crate) fn new(data: &'a [f32], rows: usize, columns: usize) -> Self {
+        Self::strided(data, rows, columns, columns)
+    }
+
+    /// Rows `row_stride` apart, columns adjacent.
+    pub(crate) fn strided(data: &'a [f32], rows: usize, columns: usize, row_stride: usize) -> Self {
+        Self { data, rows, columns, row_stride, column_stride: 1 }
+    }
+
+    /// The transpose, by exchanging strides.
+    pub(crate) fn transposed(self) -> Self {
+        Self {
+            rows: self.columns,
+            columns: self.rows,
+            row_stride: self.column_stride,
+            column_stride: self.row_stride,
+            ..self
+        }
+    }
+
+    fn check(&self) {
+        if self.rows > 0 && self.columns > 0 {
+            let last = (self.rows - 1) * self.row_stride + (self.columns - 1) * self.column_stride;
+            assert!(last < self.data.len(), "matrix view reaches beyond its data");
+        }
+    }
+}
+
+/// A right-hand matrix rearranged into panels of [`PANEL`] columns, each contiguous along `k`.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Packed {
+    pub(crate) k: usize,
+    pub(crate) n: usize,
+    data: Vec<f32>,
+}
+
+impl Packed {
+    /// Packs `b` (`[k, n]`).
+    pub(crate) fn new(b: View<'_>) -> Self {
+        let mut packed = Self::default();
+        packed.pack(b, true);
+        packed
+    }
+
+    /// Packs into the memory already held.
+    pub(crate) fn pack(&mut self, b: View<'_>, parallel: bool) {
+        b.check();
+        (self.k, self.n) = (b.rows, b.columns);
+        let panel_len = self.k * PANEL;
+        self.data.resize(self.n.div_ceil(PANEL) * panel_len, 0.0);
+        if panel_len == 0 {
+            return;
+        }
+        if parallel && self.k * self.n > 64 * 1024 {
+            self.data
+                .par_chunks_mut(panel_len)
+                .enumerate()
+                .for_each(|(panel, out)| pack_panel(b, panel * PANEL, out));
+        } else {
+            for (panel, out) in self.data.chunks_mut(panel_len).enumerate() {
+                pack_panel(b, panel * PANEL, out);
+            }
+        }
+    }
+
+    /// Undoes the packing: `[n, k]` row-major, the layout of a checkpoint's weight.
+    pub(crate) fn unpack_transposed(&self) -> Vec<f32> {
+        let mut out = vec![0.0; self.n * self.k];
+        for (j, row) in out.chunks_mut(self.k.max(1)).enumerate() {
+            let panel = &self.data[(j / PANEL) * self.k * PANEL..];
+            for (p, value) in row.iter_mut().enumerate() {
+                *value = panel[p * PANEL + j % PANEL];
+            }
+        }
+        out
+    }
+
+    /// The packing of the transposed matrix (`[n, k]`).
+    pub(crate) fn transposed(&self) -> Self {
+        let panel_len = self.n * PANEL;
+        let mut data = vec![0.0; self.k.div_ceil(PANEL) * panel_len];
+        if panel_len > 0 {
+            data.par_chunks_mut(panel_len).enumerate().for_each(|(panel, out)| {
+                let first = panel * PANEL;
+                let width = PANEL.min(self.k - first);
+                for (j, row) in out.chunks_exact_mut(PANEL).enumerate() {
+                    let source = &self.data[(j / PANEL) * self.k * PANEL + first * PANEL + j % PANEL..];
+                    for (p, value) in row[..width].iter_mut().enumerate() {
+                        *value = source[p * PANEL];
+                    }
+                }
+            });
+        }
+        Self { k: self.n, n: self.k, data }
+    }
+
+    fn panel(&self, panel: usize) -> &[f32] {
+        &self.data[panel * self.k * PANEL..(panel + 1) * self.k * PANEL]
+    }
+}
+
+fn pack_panel(b: View<'_>, column: usize, out: &mut [f32]) {
+    let width = PANEL.min(b.columns - column);
+    if b.column_stride == 1 {
+        for (p, row) in out.chunks_exact_mut(PANEL).enumerate() {
+            let start = p * b.row_stride + column;
+            row[..width].copy_from_slice(&b.data[start..start + width]);
+            row[width..].fill(0.0);
+        }
+        return;
+    }
+    if width < PANEL {
+        out.fill(0.0);
+    }
+    if b.row_stride == 1 {
+        // A transposed source: tiles keep both sides within the cache's lines.
+        for p0 in (0..b.rows).step_by(16) {
+            let p1 = (p0 + 16).min(b.rows);
+            for j in 0..width {
+                let source = &b.data[(column + j) * b.column_stride..];
+                for p in p0..p1 {
+                    out[p * PANEL + j] = source[p];
+                }
+            }
+        }
+        return;
+    }
+    for (p, row) in out.chunks_exact_mut(PANEL).enumerate() {
+        for (j, value) in row[..width].iter_mut().enumerate() {
+            *value = b.data[p * b.row_stride + (column + j) * b.column_stride];
+        }
+    }
+}
+
+/// A right-hand side, `[k, n]`.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Right<'a> {
+    /// In panels.
+    Packed(&'a Packed),
+    /// Rows read in place: columns adjacent, their number a multiple of 16.
+    Direct(View<'a>),
+}
+
+impl Right<'_> {
+    fn dims(&self) -> (usize, usize) {
+        match self {
+            Self::Packed(packed) => (packed.k, packed.n),
+            Self::Direct(view) => (view.rows, view.columns),
+        }
+    }
+}
+
+/// Whether a view can be read in place.
+pub(crate) fn is_direct(b: &View<'_>) -> bool {
+    b.column_stride == 1 && b.columns.is_multiple_of(LANES)
+}
+
+/// `c = a · b`, or `c += a · b`, in parallel where the work is worth it.
+///
+/// `c` is row-major with rows `row_stride` apart.
+pub(crate) fn gemm(a: View<'_>, b: View<'_>, c: &mut [f32], row_stride: usize, accumulate: bool) {
+    if is_direct(&b) {
+        product(a, Right::Direct(b), c, row_stride, accumulate, true);
+    } else {
+        product(a, Right::Packed(&Packed::new(b)), c, row_stride, accumulate, true);
+    }
+}
+
+/// As [`gemm`], on the calling thread only; `scratch` is reused between calls.
+pub(crate) fn gemm_serial(
+    a: View<'_>,
+    b: View<'_>,
+    c: &mut [f32],
+    row_stride: usize,
+    accumulate: bool,
+    scratch: &mut Packed,
+) {
+    // SAFETY: `c` is borrowed for the whole call.
+    unsafe { Output::new(c).gemm_serial(a, b, row_stride, accumulate, scratch) }
+}
+
+/// A matrix that several threads write, each its own elements.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Output {
+    data: *mut f32,
+    len: usize,
+}
+// SAFETY: whoever writes through an `Output` promises to touch elements that no other thread touches.
+unsafe impl Send for Output {}
+// SAFETY: as above.
+unsafe impl Sync for Output {}
+
+impl Output {
+    /// Shares `data` among the tasks of one operation.
+    pub(crate) fn new(data: &mut [f32]) -> Self {
+        Self { data: data.as_mut_ptr(), len: data.len() }
+    }
+
+    /// The matrix from element `start` on.
+    pub(crate) fn from(self, start: usize) -> Self {
+        assert!(start <= self.len);
+        Self { data: self.data.wrapping_add(start), len: self.len - start }
+    }
+
+    /// Copies `values` to the front.
+    ///
+    /// # Safety
+    /// No other thread touches these elements meanwhile.
+    pub(crate) unsafe fn write(self, values: &[f32]) {
+        assert!(values.len() <= self.len);
+        // SAFETY: in bounds; undisturbed by the caller's promise.
+        unsafe { std::ptr::copy_nonoverlapping(values.as_ptr(), self.data, values.len()) };
+    }
+
+    /// As [`gemm_serial`] into this matrix.
+    ///
+    /// # Safety
+    /// No other thread touches the elements of the result meanwhile.
+    pub(crate) unsafe fn gemm_serial(
+        self,
+        a: View<'_>,
+        b: View<'_>,
+        row_stride: usize,
+        accumulate: bool,
+        scratch: &mut Packed,
+    ) {
+        let b = if is_direct(&b) {
+            Right::Direct(b)
+        } else {
+            scratch.pack(b, false);
+            Right::Packed(scratch)
+        };
+        // SAFETY: the caller's promise.
+        unsafe { product_into(a, b, self, row_stride, accumulate, false) };
+    }
+}
+
+/// The product proper. See [`gemm`].
+pub(crate) fn product(
+    a: View<'_>,
+    b: Right<'_>,
+    c: &mut [f32],
+    row_stride: usize,
+    accumulate: bool,
+    parallel: bool,
+) {
+    // SAFETY: `c` is borrowed for the whole call.
+    unsafe { product_into(a, b, Output::new(c), row_stride, accumulate, parallel) }
+}
+
+/// # Safety
+/// No other thread touches the result's elements meanwhile.
+unsafe fn product_into(
+    a: View<'_>,
+    b: Right<'_>,
+    out: Output,
+    row_stride: usize,
+    accumulate: bool,
+    parallel: bool,
+) {
+    let (k, n) = b.dims();
+    let m = a.rows;
+    assert_eq!(a.columns, k, "inner dimensions of a matrix product differ");
+    if m == 0 || n == 0 {
+        return;
+    }
+    a.check();
+    assert!((m - 1) * row_stride + n <= out.len, "result of a matrix product does not fit");
+    if let Right::Direct(view) = b {
+        view.check();
+        assert!(is_direct(&view), "a right-hand side must be packed first");
+    }
+    if k == 0 {
+        if !accumulate {
+            let zeros = vec![0.0; n];
+            for row in 0..m {
+                // SAFETY: in bounds as just checked; undisturbed by the caller's promise.
+                unsafe { out.from(row * row_stride).write(&zeros) };
+            }
+        }
+        return;
+    }
+    let panels = n.div_ceil(PANEL);
+    let threads = rayon::current_num_threads();
+    if !parallel || threads == 1 || m * n * k < PARALLEL_WORK {
+        block(a, b, out, row_stride, accumulate, 0..m, 0..panels);
+        return;
+    }
+    // A few tasks for each thread; rows are split first, for then every thread reads each panel once.
+    let row_tasks = m.div_ceil(BLOCK_ROWS).min(4 * threads);
+    let panel_tasks = (4 * threads).div_ceil(row_tasks).min(panels);
+    let rows_per = m.div_ceil(row_tasks).next_multiple_of(TILE_ROWS);
+    let panels_per = panels.div_ceil(panel_tasks);
+    let row_tasks = m.div_ceil(rows_per);
+    let panel_tasks = panels.div_ceil(panels_per);
+    (0..row_tasks * panel_tasks).into_par_iter().for_each(|task| {
+        let (r, p) = (task / panel_tasks * rows_per, task % panel_tasks * panels_per);
+        block(a, b, out, row_stride, accumulate, r..(r + rows_per).min(m), p..(p + panels_per).min(panels));
+    });
+}
+
+/// One thread's share: `rows` x `panels`, blocked for the caches.
+fn block(
+    a: View<'_>,
+    b: Right<'_>,
+    out: Output,
+    row_stride: usize,
+    accumulate: bool,
+    rows: std::ops::Range<usize>,
+    panels: std::ops::Range<usize>,
+) {
+    let (k, n) = b.dims();
+    for p0 in (0..k).step_by(DEPTH) {
+        let depth = DEPTH.min(k - p0);
+        for r0 in rows.clone().step_by(BLOCK_ROWS) {
+            let r1 = (r0 + BLOCK_ROWS).min(rows.end);
+            for panel in panels.clone() {
+                let column = panel * PANEL;
+                let (b_start, b_stride) = match b {
+                    Right::Packed(packed) => (packed.panel(panel)[p0 * PANEL..].as_ptr(), PANEL),
+                    Right::Direct(view) => {
+                        (view.data[p0 * view.row_stride + column..].as_ptr(), view.row_stride)
+                    }
+                };
+                let mut r = r0;
+                while r < r1 {
+                    let count = TILE_ROWS.min(r1 - r);
+                    let tile = Tile {
+                        k: depth,
+                        a: a.data[r * a.row_stride + p0 * a.column_stride..].as_ptr(),
+                        a_row: a.row_stride,
+                        a_column: a.column_stride,
+                        b: b_start,
+                        b_row: b_stride,
+                        c: out.data.wrapping_add(r * row_stride + column),
+                        c_row: row_stride,
+                        columns: PANEL.min(n - column),
+                        accumulate: accumulate || p0 > 0,
+                    };
+                    // SAFETY: `product` checked that `a`, `b` and `c` hold every element of this tile, tasks have
+                    // disjoint tiles, and `isa` found the instructions on this processor.
+                    unsafe { tile.run(count) };
+                    r += count;
+                }
+            }
+        }
+    }
+}
+
+/// Up to [`TILE_ROWS`] rows by up to [`PANEL`] columns of the result.
+struct Tile {
+    k: usize,
+    a: *const f32,
+    a_row: usize,
+    a_column: usize,
+    b: *const f32,
+    b_row: usize,
+    c: *mut f32,
+    c_row: usize,
+    columns: usize,
+    accumulate: bool,
+}
+
+macro_rules! by_rows {
+    ($tile:expr, $count:expr, $kernel:ident, $($vectors:tt)*) => {
+        // SAFETY: the caller of `Tile::run` vouches for pointers and instructions.
+        unsafe {
+            match $count {
+                1 => $kernel::<1, $($vectors)*>($tile),
+                2 => $kernel::<2, $($vectors)*>($tile),
+                3 => $kernel::<3, $($vectors)*>($tile),
+                4 => $kernel::<4, $($vectors)*>($tile),
+                5 => $kernel::<5, $($vectors)*>($tile),
+                6 => $kernel::<6, $($vectors)*>($tile),
+                7 => $kernel::<7, $($vectors)*>($tile),
+                _ => $kernel::<8, $($vectors)*>($tile),
+            }
+        }
+    };
+}
+
+impl Tile {
+    /// # Safety
+    /// All elements the tile names exist, and nobody else writes those of `c`.
+    unsafe fn run(&self, count: usize) {
+        match isa() {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => {
+                if self.columns > LANES {
+                    by_rows!(self, count, tile_avx512, 2);
+                } else {
+                    by_rows!(self, count, tile_avx512, 1);
+                }
+            }
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => {
+                for (half, rest) in self.halves() {
+                    by_rows!(&half, rest.min(count), tile_avx2_rows, 0);
+                    if count > rest {
+                        let lower = half.below(rest);
+                        by_rows!(&lower, count - rest, tile_avx2_rows, 0);
+                    }
+                }
+            }
+            _ => {
+                for (half, rest) in self.halves() {
+                    by_rows!(&half, rest.min(count), tile_portable, 0);
+                    if count > rest {
+                        let lower = half.below(rest);
+                        by_rows!(&lower, count - rest, tile_portable, 0);
+                    }
+                }
+            }
+        }
+    }
+
+    /// The tile as one or two tiles of at most [`LANES`] columns, with the rows that fit sixteen 256-bit registers.
+    fn halves(&self) -> impl Iterator<Item = (Tile, usize)> + '_ {
+        (0..self.columns).step_by(LANES).map(|column| {
+            let tile = Tile {
+                b: self.b.wrapping_add(column),
+                c: self.c.wrapping_add(column),
+                columns: LANES.min(self.columns - column),
+                ..*self
+            };
+            (tile, 6)
+        })
+    }
+
+    /// The same tile from `rows` rows further down.
+    fn below(&self, rows: usize) -> Tile {
+        Tile { a: self.a.wrapping_add(rows * self.a_row), c: self.c.wrapping_add(rows * self.c_row), ..*self }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+unsafe fn tile_avx512<const ROWS: usize, const VECTORS: usize>(t: &Tile) {
+    use std::arch::x86_64::{
+        __m512, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps,
+        _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps,
+    };
+    // SAFETY: see `Tile::run`; partial vectors are masked.
+    unsafe {
+        let full = VECTORS * LANES == t.columns;
+        let last = t.columns - (VECTORS - 1) * LANES;
+        let mask: u16 = if last == LANES { u16::MAX } else { (1u16 << last) - 1 };
+        let mut acc = [[_mm512_setzero_ps(); VECTORS]; ROWS];
+        if t.accumulate {
+            for (i, row) in acc.iter_mut().enumerate() {
+                let c = t.c.add(i * t.c_row);
+                for (v, value) in row.iter_mut().enumerate() {
+                    *value = if v + 1 == VECTORS && !full {
+                        _mm512_maskz_loadu_ps(mask, c.add(v * LANES))
+                    } else {
+                        _mm512_loadu_ps(c.add(v * LANES))
+                    };
+                }
+            }
+        }
+        let mut b_row = t.b;
+        if t.a_column == 1 {
+            let mut a_rows = [t.a; ROWS];
+            for (i, row) in a_rows.iter_mut().enumerate() {
+                *row = t.a.add(i * t.a_row);
+            }
+            for p in 0..t.k {
+                let mut b = [_mm512_setzero_ps(); VECTORS];
+                for (v, value) in b.iter_mut().enumerate() {
+                    *value = _mm512_loadu_ps(b_row.add(v * LANES));
+                }
+                for i in 0..ROWS {
+                    let x: __m512 = _mm512_set1_ps(*a_rows[i].add(p));
+                    for v in 0..VECTORS {
+                        acc[i][v] = _mm512_fmadd_ps(x, b[v], acc[i][v]);
+                    }
+                }
+                b_row = b_row.wrapping_add(t.b_row);
+            }
+        } else {
+            let mut a_column = t.a;
+            for _ in 0..t.k {
+                let mut b = [_mm512_setzero_ps(); VECTORS];
+                for (v, value) in b.iter_mut().enumerate() {
+                    *value = _mm512_loadu_ps(b_row.add(v * LANES));
+                }
+                for i in 0..ROWS {
+                    let x: __m512 = _mm512_set1_ps(*a_column.add(i * t.a_row));
+                    for v in 0..VECTORS {
+                        acc[i][v] = _mm512_fmadd_ps(x, b[v], acc[i][v]);
+                    }
+                }
+                a_column = a_column.wrapping_add(t.a_column);
+                b_row = b_row.wrapping_add(t.b_row);
+            }
+        }
+        for (i, row) in acc.iter().enumerate() {
+            let c = t.c.add(i * t.c_row);
+            for (v, value) in row.iter().enumerate() {
+                if v + 1 == VECTORS && !full {
+                    _mm512_mask_storeu_ps(c.add(v * LANES), mask, *value);
+                } else {
+                    _mm512_storeu_ps(c.add(v * LANES), *value);
+                }
+            }
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn tile_avx2_rows<const ROWS: usize, const UNUSED: usize>(t: &Tile) {
+    // SAFETY: see `Tile::run`.
+    unsafe { tile_lanes::<ROWS, true>(t) }
+}
+
+unsafe fn tile_portable<const ROWS: usize, const UNUSED: usize>(t: &Tile) {
+    // SAFETY: see `Tile::run`.
+    unsafe { tile_lanes::<ROWS, { cfg!(any(target_feature = "fma", target_arch = "aarch64")) }>(t) }
+}
+
+/// The kernel in plain Rust, left to the compiler's vectoriser; `FUSED` needs hardware fused multiply-add.
+#[inline(always)]
+unsafe fn tile_lanes<const ROWS: usize, const FUSED: bool>(t: &Tile) {
+    // SAFETY: see `Tile::run`. A right-hand side is readable to its full vector: panels are padded, and rows read in
+    // place have a multiple of `LANES` columns.
+    unsafe {
+        let mut acc = [[0f32; LANES]; ROWS];
+        if t.accumulate {
+            for (i, row) in acc.iter_mut().enumerate() {
+                for (j, value) in row[..t.columns].iter_mut().enumerate() {
+                    *value = *t.c.add(i * t.c_row + j);
+                }
+            }
+        }
+        for p in 0..t.k {
+            let b: [f32; LANES] = *t.b.add(p * t.b_row).cast();
+            for i in 0..ROWS {
+                let x = *t.a.add(i * t.a_row + p * t.a_column);
+                for j in 0..LANES {
+                    acc[i][j] = if FUSED { x.mul_add(b[j], acc[i][j]) } else { x * b[j] + acc[i][j] };
+                }
+            }
+        }
+        for (i, row) in acc.iter().enumerate() {
+            for (j, value) in row[..t.columns].iter().enumerate() {
+                *t.c.add(i * t.c_row + j) = *value;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rng;
+
+    fn random(len: usize, index: u64) -> Vec<f32> {
+        let mut values = vec![0.0; len];
+        rng::fill_standard_normal(&mut rng::stream(3, "gemm", &[index]), &mut values);
+        values
+    }
+
+    fn reference(a: View<'_>, b: View<'_>) -> Vec<f64> {
+        let at = |v: &View<'_>, i: usize, j: usize| f64::from(v.data[i * v.row_stride + j * v.column_stride]);
+        let mut c = vec![0.0; a.rows * b.columns];
+        for i in 0..a.rows {
+            for j in 0..b.columns {
+                c[i * b.columns + j] = (0..a.columns).map(|p| at(&a, i, p) * at(&b, p, j)).sum();
+            }
+        }
+        c
+    }
+
+    fn check_close(ours: &[f32], theirs: &[f64], k: usize) {
+        // Rounding of a chain of k unit-variance products: partial sums of size sqrt(k), sqrt(k) roundings.
+        let tolerance = 4.0 * 6e-8 * (k as f64) + 1e-6;
+        for (x, y) in ours.iter().zip(theirs) {
+            assert!((f64::from(*x) - y).abs() <= tolerance * (1.0 + y.abs()), "{x} {y}");
+        }
+    }
+
+    const SHAPES: [(usize, usize, usize); 9] = [
+        (1, 1, 1),
+        (3, 17, 5),
+        (8, 32, 64),
+        (9, 33, 7),
+        (64, 64, 64),
+        (130, 100, 31),
+        (257, 48, 1500),
+        (5, 2112, 40),
+        (300, 96, 200),
+    ];
+
+    #[test]
+    fn every_layout_and_edge_equals_double_precision() {
+        for (index, &(m, n, k)) in SHAPES.iter().enumerate() {
+            let (a, b) = (random(m * k, index as u64), random(k * n, 100 + index as u64));
+            let layouts = [
+                (View::new(&a, m, k), View::new(&b, k, n)),
+                (View::new(&a, k, m).transposed(), View::new(&b, k, n)),
+                (View::new(&a, m, k), View::new(&b, n, k).transposed()),
+            ];
+            for (a, b) in layouts {
+                let expected = reference(a, b);
+                let mut c = vec![f32::NAN; m * n];
+                gemm(a, b, &mut c, n, false);
+                check_close(&c, &expected, k);
+                gemm(a, b, &mut c, n, true);
+                check_close(&c, &expected.iter().map(|v| 2.0 * v).collect::<Vec<_>>(), k);
+                let mut serial = vec![f32::NAN; m * n];
+                gemm_serial(a, b, &mut serial, n, false, &mut Packed::default());
+                let mut parallel = vec![f32::NAN; m * n];
+                gemm(a, b, &mut parallel, n, false);
+                assert_eq!(serial, parallel);
+            }
+        }
+    }
+
+    #[test]
+    fn a_row_is_the_same_bytes_in_any_batch() {
+        let (m, n, k) = (203, 129, 1100);
+        let (a, b) = (random(m * k, 1), random(k * n, 2));
+        let packed = Packed::new(View::new(&b, k, n));
+        let mut whole = vec![0.0; m * n];
+        product(View::new(&a, m, k), Right::Packed(&packed), &mut whole, n, false, true);
+        for rows in [1, 2, 7, 64] {
+            for start in (0..m).step_by(rows) {
+                let count = rows.min(m - start);
+                let mut part = vec![0.0; count * n];
+                let view = View::new(&a[start * k..(start + count) * k], count, k);
+                product(view, Right::Packed(&packed), &mut part, n, false, true);
+                assert_eq!(part, whole[start * n..(start + count) * n]);
+            }
+        }
+    }
+
+    #[test]
+    fn packing_is_undone_exactly() {
+        let (n, k) = (70, 45);
+        let weight = random(n * k, 5);
+        let packed = Packed::new(View::new(&weight, n, k).transposed());
+        assert_eq!(packed.unpack_transposed(), weight);
+        let direct = Packed::new(View::new(&weight, n, k));
+        assert_eq!(packed.transposed().data, direct.data);
+    }
+
+    #[test]
+    fn the_portable_kernels_agree_with_the_vector_kernel() {
+        let (m, n, k) = (8, 29, 200);
+        let (a, b) = (random(m * k, 8), random(k * n, 9));
+        let packed = Packed::new(View::new(&b, k, n));
+        let mut expected = vec![0.0; m * n];
+        product(View::new(&a, m, k), Right::Packed(&packed), &mut expected, n, false, false);
+        let mut plain = vec![0.0; m * n];
+        let tile = Tile {
+            k,
+            a: a.as_ptr(),
+            a_row: k,
+            a_column: 1,
+            b: packed.data.as_ptr(),
+            b_row: PANEL,
+            c: plain.as_mut_ptr(),
+            c_row: n,
+            columns: n,
+            accumulate: false,
+        };
+        for (half, _) in tile.halves() {
+            // SAFETY: `plain` holds the 8 x 29 result and `packed` its padded panel.
+            unsafe { tile_portable::<8, 0>(&half) };
+        }
+        for (x, y) in plain.iter().zip(&expected) {
+            assert!((x - y).abs() < 1e-4 * (1.0 + y.abs()), "{x} {y}");
+        }
+    }
+}
