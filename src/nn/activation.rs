@@ -1,10 +1,9 @@
 //! Pointwise non-linearities, alone and gated.
 
 use super::kernel::math::{self, for_each_isa};
-use super::kernel::{buffer, is_fused, slice, with_slice};
+use super::kernel::{computed, computed_together, is_fused, slice, with_slice};
 use super::plain;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor};
-use rayon::prelude::*;
 
 /// Elements that one task handles at a time.
 const CHUNK: usize = 16 * 1024;
@@ -145,6 +144,11 @@ for_each_isa! {
     }
 }
 
+/// The `i`-th chunk of `data`.
+fn part(data: &[f32], i: usize) -> &[f32] {
+    &data[i * CHUNK..data.len().min((i + 1) * CHUNK)]
+}
+
 struct Activate(Activation);
 
 impl CustomOp1 for Activate {
@@ -154,19 +158,14 @@ impl CustomOp1 for Activate {
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let x = slice(x, layout)?;
-        let mut y = buffer(x.len());
-        y.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(y, x)| values(self.0, x, y));
+        let y = computed(x.len(), CHUNK, |i, y| values(self.0, part(x, i), y));
         Ok((CpuStorage::F32(y), layout.shape().clone()))
     }
 
     fn bwd(&self, x: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        let mut dx = buffer(x.elem_count());
-        with_slice(x, |x| {
+        let dx = with_slice(x, |x| {
             with_slice(grad, |grad| {
-                dx.par_chunks_mut(CHUNK)
-                    .zip(x.par_chunks(CHUNK))
-                    .zip(grad.par_chunks(CHUNK))
-                    .for_each(|((dx, x), grad)| slopes(self.0, x, grad, dx));
+                computed(x.len(), CHUNK, |i, dx| slopes(self.0, part(x, i), part(grad, i), dx))
             })
         })??;
         Ok(Some(Tensor::from_vec(dx, x.shape(), x.device())?))
@@ -188,11 +187,7 @@ impl CustomOp2 for Gated {
         up_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let (gate, up) = (slice(gate, gate_layout)?, slice(up, up_layout)?);
-        let mut y = buffer(gate.len());
-        y.par_chunks_mut(CHUNK)
-            .zip(gate.par_chunks(CHUNK))
-            .zip(up.par_chunks(CHUNK))
-            .for_each(|((y, gate), up)| gated_values(self.0, gate, up, y));
+        let y = computed(gate.len(), CHUNK, |i, y| gated_values(self.0, part(gate, i), part(up, i), y));
         Ok((CpuStorage::F32(y), gate_layout.shape().clone()))
     }
 
@@ -204,17 +199,12 @@ impl CustomOp2 for Gated {
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let n = gate.elem_count();
-        let (mut d_gate, mut d_up) = (buffer(n), buffer(n));
-        with_slice(gate, |gate| {
+        let [d_gate, d_up] = with_slice(gate, |gate| {
             with_slice(up, |up| {
                 with_slice(grad, |grad| {
-                    d_gate
-                        .par_chunks_mut(CHUNK)
-                        .zip(d_up.par_chunks_mut(CHUNK))
-                        .zip(gate.par_chunks(CHUNK).zip(up.par_chunks(CHUNK)).zip(grad.par_chunks(CHUNK)))
-                        .for_each(|((d_gate, d_up), ((gate, up), grad))| {
-                            gated_slopes(self.0, gate, up, grad, d_gate, d_up);
-                        });
+                    computed_together([n, n], [CHUNK, CHUNK], |i, [d_gate, d_up]| {
+                        gated_slopes(self.0, part(gate, i), part(up, i), part(grad, i), d_gate, d_up);
+                    })
                 })
             })
         })???;

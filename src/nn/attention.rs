@@ -1,7 +1,7 @@
 //! Grouped-query attention over packed sequences: causal, windowed, bidirectional, and with a shared prefix.
 
 use super::kernel::attention::{Backward, Operands, backward, forward};
-use super::kernel::{buffer, is_fused, slice, with_slice};
+use super::kernel::{is_fused, slice, with_slice, zeros};
 use super::plain;
 use candle_core::{CpuStorage, CustomOp3, Result, Shape, Tensor};
 use std::ops::Range;
@@ -154,8 +154,8 @@ impl CustomOp3 for Attention {
             v: slice(v, v_layout)?,
             heads: self.heads,
         };
-        let mut out = buffer(operands.q.len());
-        let mut log_sum = buffer(operands.q.len() / self.heads.head_dim);
+        let mut out = zeros(operands.q.len());
+        let mut log_sum = zeros(operands.q.len() / self.heads.head_dim);
         forward(operands, &self.layout, &mut out, &mut log_sum);
         *self.log_sum.lock().unwrap_or_else(PoisonError::into_inner) = log_sum;
         Ok((CpuStorage::F32(out), q_layout.shape().clone()))
@@ -170,8 +170,8 @@ impl CustomOp3 for Attention {
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let log_sum = self.log_sum.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut dq = buffer(q.elem_count());
-        let (mut dk, mut dv) = (buffer(k.elem_count()), buffer(k.elem_count()));
+        let mut dq = zeros(q.elem_count());
+        let (mut dk, mut dv) = (zeros(k.elem_count()), zeros(k.elem_count()));
         let mut run = |q: &[f32], k: &[f32], v: &[f32], out: &[f32], grad: &[f32]| {
             let state = Backward { out, log_sum: &log_sum, grad, dq: &mut dq, dk: &mut dk, dv: &mut dv };
             backward(Operands { q, k, v, heads: self.heads }, &self.layout, state);

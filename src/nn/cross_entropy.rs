@@ -2,7 +2,7 @@
 
 use super::kernel::gemm::{Right, View, gemm, product};
 use super::kernel::math::{self, for_each_isa};
-use super::kernel::{buffer, is_fused, slice, with_slice};
+use super::kernel::{is_fused, slice, with_slice, zeros};
 use super::linear::{Linear, input_gradient, with_forward_panels};
 use super::plain;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor};
@@ -84,11 +84,11 @@ impl LogProbs {
 
     fn forward(&self, hidden: &[f32]) -> Result<Vec<f32>> {
         let rows = self.targets.len();
-        let mut out = buffer(rows);
+        let mut out = zeros(rows);
         with_forward_panels(&self.head, |panels| {
             let (width, vocab) = (panels.k, panels.n);
             let step = Self::chunk_rows(vocab);
-            let mut logits = buffer(step.min(rows) * vocab);
+            let mut logits = zeros(step.min(rows) * vocab);
             for start in (0..rows).step_by(step) {
                 let count = step.min(rows - start);
                 let x = View::new(&hidden[start * width..(start + count) * width], count, width);
@@ -114,15 +114,15 @@ impl LogProbs {
         grad: &Tensor,
     ) -> Result<(Tensor, Option<Tensor>)> {
         let (rows, width) = hidden.dims2()?;
-        let mut d_hidden = buffer(rows * width);
+        let mut d_hidden = zeros(rows * width);
         let d_weight = with_slice(hidden, |hidden| {
             with_slice(grad, |grad| {
                 with_forward_panels(&self.head, |panels| -> Result<Vec<f32>> {
                     let vocab = panels.n;
                     let step = Self::chunk_rows(vocab);
-                    let mut logits = buffer(step.min(rows) * vocab);
-                    let mut discarded = buffer(step.min(rows));
-                    let mut d_weight = buffer(if weight.is_some() { vocab * width } else { 0 });
+                    let mut logits = zeros(step.min(rows) * vocab);
+                    let mut discarded = zeros(step.min(rows));
+                    let mut d_weight = zeros(if weight.is_some() { vocab * width } else { 0 });
                     for start in (0..rows).step_by(step) {
                         let count = step.min(rows - start);
                         let range = start * width..(start + count) * width;

@@ -3,8 +3,8 @@
 //! On the CPU a frozen weight is rearranged once into the panels that the matrix product reads, which serves one row
 //! of decoding as well as a thousand of prefill; its backward never computes a weight gradient.
 
-use super::kernel::gemm::{Packed, Right, View, gemm, product};
-use super::kernel::{buffer, is_fused, slice, with_slice};
+use super::kernel::gemm::{Packed, Right, View, gemm, gemm_new, product, product_new};
+use super::kernel::{is_fused, slice, with_slice, zeros};
 use super::plain;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor, Var};
 use std::sync::{Arc, OnceLock};
@@ -111,15 +111,6 @@ impl Linear {
     }
 }
 
-/// `rows x width` filled with copies of `bias`, where the chains of the product start.
-fn started_with(bias: &[f32], rows: usize) -> Vec<f32> {
-    let mut y = Vec::with_capacity(rows * bias.len());
-    for _ in 0..rows {
-        y.extend_from_slice(bias);
-    }
-    y
-}
-
 struct FrozenLinear {
     weight: Arc<FrozenWeight>,
     bias: Option<Tensor>,
@@ -134,20 +125,18 @@ impl CustomOp1 for FrozenLinear {
         let (rows, _) = layout.shape().dims2()?;
         let packed = self.weight.forward();
         let x = View::new(slice(storage, layout)?, rows, packed.k);
-        let mut y = match &self.bias {
-            Some(bias) => with_slice(bias, |bias| started_with(bias, rows))?,
-            None => buffer(rows * packed.n),
+        let y = match &self.bias {
+            Some(bias) => with_slice(bias, |bias| product_new(x, Right::Packed(packed), Some(bias)))?,
+            None => product_new(x, Right::Packed(packed), None),
         };
-        product(x, Right::Packed(packed), &mut y, packed.n, self.bias.is_some(), true);
         Ok((CpuStorage::F32(y), Shape::from((rows, packed.n))))
     }
 
     fn bwd(&self, x: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let (rows, width) = x.dims2()?;
         let packed = self.weight.backward();
-        let mut dx = buffer(rows * width);
-        with_slice(grad, |grad| {
-            product(View::new(grad, rows, packed.k), Right::Packed(packed), &mut dx, width, false, true);
+        let dx = with_slice(grad, |grad| {
+            product_new(View::new(grad, rows, packed.k), Right::Packed(packed), None)
         })?;
         Ok(Some(Tensor::from_vec(dx, (rows, width), x.device())?))
     }
@@ -157,10 +146,7 @@ struct TrainedLinear;
 
 fn trained_forward(x: &[f32], weight: &[f32], rows: usize, out: usize, bias: Option<&[f32]>) -> Vec<f32> {
     let input = weight.len() / out;
-    let mut y = bias.map_or_else(|| buffer(rows * out), |bias| started_with(bias, rows));
-    let weight = View::new(weight, out, input).transposed();
-    gemm(View::new(x, rows, input), weight, &mut y, out, bias.is_some());
-    y
+    gemm_new(View::new(x, rows, input), View::new(weight, out, input).transposed(), bias)
 }
 
 /// Gradients of the input and the weight, each only where something below wants it.
@@ -170,15 +156,13 @@ fn trained_backward(x: &Tensor, weight: &Tensor, grad: &Tensor) -> Result<(Optio
     with_slice(grad, |grad| -> Result<_> {
         let grad = View::new(grad, rows, out);
         let dx = if x.track_op() {
-            let mut dx = buffer(rows * input);
-            with_slice(weight, |w| gemm(grad, View::new(w, out, input), &mut dx, input, false))?;
+            let dx = with_slice(weight, |w| gemm_new(grad, View::new(w, out, input), None))?;
             Some(Tensor::from_vec(dx, (rows, input), x.device())?)
         } else {
             None
         };
         let dw = if weight.track_op() {
-            let mut dw = buffer(out * input);
-            with_slice(x, |x| gemm(grad.transposed(), View::new(x, rows, input), &mut dw, input, false))?;
+            let dw = with_slice(x, |x| gemm_new(grad.transposed(), View::new(x, rows, input), None))?;
             Some(Tensor::from_vec(dw, (out, input), x.device())?)
         } else {
             None
@@ -188,17 +172,14 @@ fn trained_backward(x: &Tensor, weight: &Tensor, grad: &Tensor) -> Result<(Optio
 }
 
 /// Sum of the rows, each column one chain from the first row to the last.
-pub(crate) fn sum_rows(grad: &Tensor) -> Result<Tensor> {
-    let (_, width) = grad.dims2()?;
-    let mut total = buffer(width);
-    with_slice(grad, |grad| {
-        for row in grad.chunks_exact(width) {
-            for (sum, value) in total.iter_mut().zip(row) {
-                *sum += value;
-            }
+pub(crate) fn sum_rows(rows: &[f32], width: usize) -> Vec<f32> {
+    let mut total = zeros(width);
+    for row in rows.chunks_exact(width) {
+        for (sum, value) in total.iter_mut().zip(row) {
+            *sum += value;
         }
-    })?;
-    Tensor::from_vec(total, width, grad.device())
+    }
+    total
 }
 
 impl CustomOp2 for TrainedLinear {
@@ -260,7 +241,12 @@ impl CustomOp3 for TrainedLinear {
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let (dx, dw) = trained_backward(x, weight, grad)?;
-        let db = if bias.track_op() { Some(sum_rows(grad)?) } else { None };
+        let db = if bias.track_op() {
+            let width = bias.dims1()?;
+            Some(Tensor::from_vec(with_slice(grad, |grad| sum_rows(grad, width))?, width, bias.device())?)
+        } else {
+            None
+        };
         Ok((dx, dw, db))
     }
 }

@@ -1,11 +1,10 @@
 //! Root-mean-square and layer normalisation over the last axis.
 
 use super::kernel::math::{self, for_each_isa};
-use super::kernel::{buffer, is_fused, slice, with_slice};
+use super::kernel::{computed, computed_together, is_fused, slice, with_slice};
 use super::linear::sum_rows;
 use super::plain;
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor};
-use rayon::prelude::*;
 
 /// Elements that one task normalises at a time.
 const CHUNK: usize = 16 * 1024;
@@ -127,6 +126,15 @@ fn chunk_of(width: usize) -> usize {
     width * (CHUNK / width).max(1)
 }
 
+/// The `i`-th chunk of `data`.
+fn part(data: &[f32], i: usize, chunk: usize) -> &[f32] {
+    &data[i * chunk..data.len().min((i + 1) * chunk)]
+}
+
+fn tensor(values: Option<Vec<f32>>, like: &Tensor) -> Result<Option<Tensor>> {
+    values.map(|values| Tensor::from_vec(values, like.shape(), like.device())).transpose()
+}
+
 struct RmsNorm {
     eps: f32,
 }
@@ -144,9 +152,8 @@ impl CustomOp2 for RmsNorm {
         weight_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let (x, weight) = (slice(x, x_layout)?, slice(weight, weight_layout)?);
-        let mut y = buffer(x.len());
         let chunk = chunk_of(weight.len());
-        y.par_chunks_mut(chunk).zip(x.par_chunks(chunk)).for_each(|(y, x)| rms_rows(x, weight, self.eps, y));
+        let y = computed(x.len(), chunk, |i, y| rms_rows(part(x, i, chunk), weight, self.eps, y));
         Ok((CpuStorage::F32(y), x_layout.shape().clone()))
     }
 
@@ -159,27 +166,31 @@ impl CustomOp2 for RmsNorm {
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let width = weight.dims1()?;
         let chunk = chunk_of(width);
-        let mut out = buffer(x.elem_count());
-        let dw = if weight.track_op() {
-            with_slice(x, |x| with_slice(grad, |grad| rms_rows_weight(x, grad, width, self.eps, &mut out)))??;
-            Some(sum_rows(&Tensor::from_slice(&out, (out.len() / width, width), x.device())?)?)
-        } else {
-            None
-        };
-        if !x.track_op() {
-            return Ok((None, dw));
-        }
-        with_slice(x, |x| {
+        let len = x.elem_count();
+        with_slice(x, |xs| {
             with_slice(grad, |grad| {
-                with_slice(weight, |weight| {
-                    out.par_chunks_mut(chunk)
-                        .zip(x.par_chunks(chunk))
-                        .zip(grad.par_chunks(chunk))
-                        .for_each(|((dx, x), grad)| rms_rows_backward(x, weight, grad, self.eps, dx));
+                with_slice(weight, |weights| {
+                    let dw = weight.track_op().then(|| {
+                        let scaled = computed(len, chunk, |i, out| {
+                            rms_rows_weight(part(xs, i, chunk), part(grad, i, chunk), width, self.eps, out);
+                        });
+                        sum_rows(&scaled, width)
+                    });
+                    let dx = x.track_op().then(|| {
+                        computed(len, chunk, |i, dx| {
+                            rms_rows_backward(
+                                part(xs, i, chunk),
+                                weights,
+                                part(grad, i, chunk),
+                                self.eps,
+                                dx,
+                            );
+                        })
+                    });
+                    Ok((tensor(dx, x)?, tensor(dw, weight)?))
                 })
             })
-        })???;
-        Ok((Some(Tensor::from_vec(out, x.shape(), x.device())?), dw))
+        })???
     }
 }
 
@@ -203,11 +214,8 @@ impl CustomOp3 for LayerNorm {
     ) -> Result<(CpuStorage, Shape)> {
         let x = slice(x, x_layout)?;
         let (weight, bias) = (slice(weight, weight_layout)?, slice(bias, bias_layout)?);
-        let mut y = buffer(x.len());
         let chunk = chunk_of(weight.len());
-        y.par_chunks_mut(chunk)
-            .zip(x.par_chunks(chunk))
-            .for_each(|(y, x)| layer_rows(x, weight, bias, self.eps, y));
+        let y = computed(x.len(), chunk, |i, y| layer_rows(part(x, i, chunk), weight, bias, self.eps, y));
         Ok((CpuStorage::F32(y), x_layout.shape().clone()))
     }
 
@@ -221,27 +229,19 @@ impl CustomOp3 for LayerNorm {
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let width = weight.dims1()?;
         let chunk = chunk_of(width);
-        let (mut dx, mut scaled) = (buffer(x.elem_count()), buffer(x.elem_count()));
-        with_slice(x, |x| {
+        let len = x.elem_count();
+        with_slice(x, |xs| {
             with_slice(grad, |grad| {
-                with_slice(weight, |weight| {
-                    dx.par_chunks_mut(chunk)
-                        .zip(scaled.par_chunks_mut(chunk))
-                        .zip(x.par_chunks(chunk))
-                        .zip(grad.par_chunks(chunk))
-                        .for_each(|(((dx, scaled), x), grad)| {
-                            layer_rows_backward(x, weight, grad, self.eps, dx, scaled);
-                        });
+                with_slice(weight, |weights| {
+                    let [dx, scaled] = computed_together([len, len], [chunk, chunk], |i, [dx, scaled]| {
+                        let (x, grad) = (part(xs, i, chunk), part(grad, i, chunk));
+                        layer_rows_backward(x, weights, grad, self.eps, dx, scaled);
+                    });
+                    let dw = weight.track_op().then(|| sum_rows(&scaled, width));
+                    let db = bias.track_op().then(|| sum_rows(grad, width));
+                    Ok((tensor(Some(dx), x)?, tensor(dw, weight)?, tensor(db, bias)?))
                 })
             })
-        })???;
-        let dw = if weight.track_op() {
-            Some(sum_rows(&Tensor::from_vec(scaled, x.shape(), x.device())?)?)
-        } else {
-            None
-        };
-        let db = if bias.track_op() { Some(sum_rows(grad)?) } else { None };
-        let dx = if x.track_op() { Some(Tensor::from_vec(dx, x.shape(), x.device())?) } else { None };
-        Ok((dx, dw, db))
+        })???
     }
 }

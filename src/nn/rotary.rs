@@ -1,10 +1,9 @@
 //! Rotary position embedding, half-rotation form, angles given per row.
 
 use super::kernel::math::for_each_isa;
-use super::kernel::{buffer, is_fused, slice, with_slice};
+use super::kernel::{computed, is_fused, slice, with_slice};
 use super::plain;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
-use rayon::prelude::*;
 
 /// Rotates each head's pairs `(x[i], x[i + head_dim/2])` by the row's angles.
 ///
@@ -48,17 +47,17 @@ struct Rotary {
 impl Rotary {
     fn run(&self, x: &[f32], width: usize, sign: f32) -> Result<Vec<f32>> {
         let half = self.cos.dims2()?.1;
-        let mut y = buffer(x.len());
         let rows = (16 * 1024 / width).max(1);
+        let part = |data: &[f32], i: usize, chunk: usize| i * chunk..data.len().min((i + 1) * chunk);
         with_slice(&self.cos, |cos| {
             with_slice(&self.sin, |sin| {
-                y.par_chunks_mut(rows * width)
-                    .zip(x.par_chunks(rows * width))
-                    .zip(cos.par_chunks(rows * half).zip(sin.par_chunks(rows * half)))
-                    .for_each(|((y, x), (cos, sin))| rotate(x, cos, sin, width, half, sign, y));
+                computed(x.len(), rows * width, |i, y| {
+                    let angles = part(cos, i, rows * half);
+                    let x = &x[part(x, i, rows * width)];
+                    rotate(x, &cos[angles.clone()], &sin[angles], width, half, sign, y);
+                })
             })
-        })??;
-        Ok(y)
+        })?
     }
 }
 

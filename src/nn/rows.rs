@@ -1,6 +1,6 @@
 //! Row selection and placement: token embedding, image features into the text, rows out for the head.
 
-use super::kernel::{buffer, is_fused, slice, with_slice};
+use super::kernel::{is_fused, slice, with_slice, zeros};
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, InplaceOp2, Layout, Result, Shape, Tensor};
 use std::sync::Arc;
 
@@ -117,7 +117,7 @@ impl CustomOp1 for Select {
 
     fn bwd(&self, x: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let (n, width) = x.dims2()?;
-        let mut dx = buffer(n * width);
+        let mut dx = zeros(n * width);
         with_slice(grad, |grad| {
             for (row, grad) in self.0.iter().zip(grad.chunks_exact(width)) {
                 for (sum, value) in dx[*row as usize * width..][..width].iter_mut().zip(grad) {

@@ -201,6 +201,37 @@ pub(crate) fn gemm(a: View<'_>, b: View<'_>, c: &mut [f32], row_stride: usize, a
     }
 }
 
+/// `a · b` in new memory, `rows x columns`, each row started from `bias` where given.
+///
+/// The memory is first touched by the threads that compute it: clearing it beforehand would cost as much as a small
+/// product.
+pub(crate) fn product_new(a: View<'_>, b: Right<'_>, bias: Option<&[f32]>) -> Vec<f32> {
+    let (rows, (_, columns)) = (a.rows, b.dims());
+    let len = rows * columns;
+    let mut c = Vec::with_capacity(len);
+    if let Some(bias) = bias {
+        assert_eq!(bias.len(), columns, "a bias of another width");
+        for _ in 0..rows {
+            c.extend_from_slice(bias);
+        }
+    }
+    let out = Output::of_spare(&mut c, len);
+    // SAFETY: nothing else knows the new memory; it has room for `len` elements.
+    unsafe { product_into(a, b, out, columns, bias.is_some(), true) };
+    // SAFETY: the product wrote every element.
+    unsafe { c.set_len(len) };
+    c
+}
+
+/// As [`product_new`] for a right-hand side in any layout.
+pub(crate) fn gemm_new(a: View<'_>, b: View<'_>, bias: Option<&[f32]>) -> Vec<f32> {
+    if is_direct(&b) {
+        product_new(a, Right::Direct(b), bias)
+    } else {
+        product_new(a, Right::Packed(&Packed::new(b)), bias)
+    }
+}
+
 /// As [`gemm`], on the calling thread only; `scratch` is reused between calls.
 pub(crate) fn gemm_serial(
     a: View<'_>,
@@ -229,6 +260,22 @@ impl Output {
     /// Shares `data` among the tasks of one operation.
     pub(crate) fn new(data: &mut [f32]) -> Self {
         Self { data: data.as_mut_ptr(), len: data.len() }
+    }
+
+    /// The memory that `vector` holds but has not filled; it has room for `len` elements.
+    pub(crate) fn of_spare(vector: &mut Vec<f32>, len: usize) -> Self {
+        assert!(vector.capacity() >= len);
+        Self { data: vector.as_mut_ptr(), len }
+    }
+
+    /// The first `len` elements.
+    ///
+    /// # Safety
+    /// No other thread touches them while the slice lives; they are written before they are read.
+    pub(crate) unsafe fn as_slice<'a>(self, len: usize) -> &'a mut [f32] {
+        assert!(len <= self.len);
+        // SAFETY: in bounds; undisturbed by the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.data, len) }
     }
 
     /// The matrix from element `start` on.

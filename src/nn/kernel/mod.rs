@@ -9,6 +9,7 @@ pub(crate) mod gemm;
 pub(crate) mod math;
 
 use candle_core::{CpuStorage, Layout, Result, Storage, Tensor, bail};
+use rayon::prelude::*;
 use std::sync::OnceLock;
 
 /// Vector instructions of this processor.
@@ -70,11 +71,49 @@ pub(crate) fn with_slice<R>(tensor: &Tensor, f: impl FnOnce(&[f32]) -> R) -> Res
     }
 }
 
-/// A buffer whose every element the caller writes before anything reads it.
-///
-/// Filled with zeros: freed memory is kept by the allocator, so this costs one pass at cache speed.
-pub(crate) fn buffer(len: usize) -> Vec<f32> {
+/// Memory full of zeros, for sums.
+pub(crate) fn zeros(len: usize) -> Vec<f32> {
     vec![0.0; len]
+}
+
+/// New memory computed chunk by chunk in parallel: `f(i, chunk)` writes every element of the `i`-th chunk.
+///
+/// The memory is first touched by the thread that computes it; clearing it beforehand would cost as much as the
+/// operation itself and bring it into the wrong core's cache.
+pub(crate) fn computed(len: usize, chunk: usize, f: impl Fn(usize, &mut [f32]) + Sync) -> Vec<f32> {
+    let [values] = computed_together([len], [chunk], |i, [values]| f(i, values));
+    values
+}
+
+/// As [`computed`] for several results at once, each with its own length and chunk.
+#[expect(unsafe_code, reason = "new memory is written before it is read")]
+pub(crate) fn computed_together<const N: usize>(
+    lens: [usize; N],
+    chunks: [usize; N],
+    f: impl Fn(usize, [&mut [f32]; N]) + Sync,
+) -> [Vec<f32>; N] {
+    let mut results = lens.map(Vec::<f32>::with_capacity);
+    let outputs: [gemm::Output; N] =
+        std::array::from_fn(|i| gemm::Output::of_spare(&mut results[i], lens[i]));
+    let count = lens[0].div_ceil(chunks[0].max(1));
+    let run = |i: usize| {
+        // SAFETY: chunks are disjoint and within the memory just allocated; `f` writes before anything reads.
+        let parts = std::array::from_fn(|r| unsafe {
+            let start = i * chunks[r];
+            outputs[r].from(start).as_slice(chunks[r].min(lens[r] - start))
+        });
+        f(i, parts);
+    };
+    if count <= 1 {
+        (0..count).for_each(run);
+    } else {
+        (0..count).into_par_iter().for_each(run);
+    }
+    for (result, len) in results.iter_mut().zip(lens) {
+        // SAFETY: every element was written above.
+        unsafe { result.set_len(len) };
+    }
+    results
 }
 
 /// Whether the fused CPU path applies: float32 on the CPU.
