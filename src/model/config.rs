@@ -871,3 +871,167 @@ fn new_vision(sizes: &ModelSizes) -> VisionConfig {
         names: SEQUENTIAL_NAMES,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::test_support::{fixture_json, fixtures};
+
+    fn sizes() -> ModelSizes {
+        ModelSizes {
+            vocab_size: 300,
+            hidden_size: 64,
+            intermediate_size: 96,
+            num_layers: 3,
+            num_heads: 4,
+            num_kv_heads: 2,
+            head_dim: 16,
+            vision_depth: 4,
+            vision_hidden_size: 32,
+            vision_intermediate_size: 48,
+            vision_num_heads: 2,
+            patch_size: 14,
+            spatial_merge_size: 2,
+            position_side: 6,
+            deepstack_layers: vec![0, 2],
+            window_size: 56,
+            full_attention_blocks: vec![1, 3],
+            max_position_embeddings: 1024,
+            tie_word_embeddings: true,
+        }
+    }
+
+    const IDS: SpecialIds = SpecialIds {
+        image: 270,
+        video: 271,
+        vision_start: 268,
+        vision_end: 269,
+        turn_end: 262,
+        document_end: 260,
+    };
+
+    fn without_raw(mut config: VlmConfig) -> VlmConfig {
+        config.raw = Value::Null;
+        config
+    }
+
+    #[test]
+    fn a_new_model_reads_back_from_its_own_json() {
+        for config in [VlmConfig::new_qwen3_vl(&sizes(), IDS), VlmConfig::new_qwen2_5_vl(&sizes(), IDS)] {
+            let config = config.unwrap();
+            let again = VlmConfig::from_json(config.to_json()).unwrap();
+            assert_eq!(without_raw(again), without_raw(config.clone()));
+            assert_eq!(config.text.mrope_section.iter().sum::<usize>(), 8);
+        }
+    }
+
+    #[test]
+    fn other_models_are_refused_by_name() {
+        for (file, part) in [
+            (json!({"model_type": "llava"}), "`llava`"),
+            (json!({"model_type": "qwen3_vl_moe"}), "`qwen3_vl_moe`"),
+            (json!({}), "supported are qwen2_vl"),
+            (json!([]), "JSON object"),
+            (json!({"model_type": "qwen3_vl"}), "`hidden_size` is missing"),
+        ] {
+            let error = VlmConfig::from_json(file).unwrap_err();
+            assert!(matches!(error, Error::Data(_)) && error.to_string().contains(part), "{error}");
+        }
+    }
+
+    #[test]
+    fn every_damaged_value_is_refused_with_its_key() {
+        let good = VlmConfig::new_qwen2_5_vl(&sizes(), IDS).unwrap().to_json();
+        for (pointer, value, part) in [
+            ("/text_config/hidden_size", json!("64"), "text_config.hidden_size"),
+            ("/text_config/hidden_size", json!(0), "hidden_size"),
+            ("/text_config/hidden_size", json!(u64::MAX), "hidden_size"),
+            ("/text_config/hidden_size", json!(-64), "hidden_size"),
+            ("/text_config/vocab_size", json!(1e300), "vocab_size"),
+            ("/text_config/num_hidden_layers", json!(100_000), "num_hidden_layers"),
+            ("/text_config/num_attention_heads", json!(0), "num_attention_heads"),
+            ("/text_config/num_key_value_heads", json!(3), "multiple of num_key_value_heads"),
+            ("/text_config/rms_norm_eps", json!(0.0), "rms_norm_eps"),
+            ("/text_config/hidden_act", json!("relu"), "hidden_act"),
+            ("/text_config/rope_parameters/mrope_section", json!([2, 3]), "three parts"),
+            ("/text_config/rope_parameters/mrope_section", json!([2, 3, 4]), "half of head_dim"),
+            ("/text_config/rope_parameters/rope_type", json!("yarn"), "yarn"),
+            ("/text_config/rope_parameters/rope_theta", json!(0), "rope_theta"),
+            ("/text_config/eos_token_id", json!("x"), "eos_token_id"),
+            ("/vision_config/depth", json!(0), "vision_config.depth"),
+            ("/vision_config/patch_size", json!([14, 16]), "patch_size"),
+            ("/vision_config/num_heads", json!(5), "multiple of num_heads"),
+            ("/vision_config/fullatt_block_indexes", json!([9]), "fullatt_block_indexes"),
+            ("/vision_config/window_size", json!(5), "window_size"),
+            ("/vision_config/out_hidden_size", json!(65), "output width"),
+            ("/vision_config/in_channels", json!(1), "in_channels"),
+            ("/tie_word_embeddings", json!("yes"), "tie_word_embeddings"),
+            ("/image_token_id", json!(300), "image_token_id"),
+        ] {
+            let mut bad = good.clone();
+            *bad.pointer_mut(pointer).unwrap() = value.clone();
+            let error = VlmConfig::from_json(bad).map(|_| ()).expect_err(&format!("{pointer} {value}"));
+            assert!(
+                matches!(error, Error::Data(_)) && error.to_string().contains(part),
+                "{pointer}: {error}"
+            );
+        }
+        let mut bad = VlmConfig::new_qwen3_vl(&sizes(), IDS).unwrap().to_json();
+        bad["vision_config"]["num_position_embeddings"] = json!(35);
+        assert!(VlmConfig::from_json(bad).unwrap_err().to_string().contains("square"));
+    }
+
+    #[test]
+    fn the_tie_flag_counts_at_either_level_and_sizes_may_be_lists() {
+        let mut file = VlmConfig::new_qwen2_5_vl(&sizes(), IDS).unwrap().to_json();
+        file["vision_config"]["patch_size"] = json!([14, 14]);
+        for (outer, inner, tied) in [(true, false, true), (false, true, true), (false, false, false)] {
+            file["tie_word_embeddings"] = json!(outer);
+            file["text_config"]["tie_word_embeddings"] = json!(inner);
+            assert_eq!(VlmConfig::from_json(file.clone()).unwrap().tie_word_embeddings, tied);
+        }
+    }
+
+    #[test]
+    fn the_saved_file_says_float32_and_changes_nothing_else() {
+        let raw =
+            json!({"dtype": "bfloat16", "text_config": {"torch_dtype": "bfloat16", "x": 1}, "keep": [1]});
+        let config = VlmConfig { raw, ..VlmConfig::new_qwen3_vl(&sizes(), IDS).unwrap() };
+        let want =
+            json!({"dtype": "float32", "text_config": {"torch_dtype": "float32", "x": 1}, "keep": [1]});
+        assert_eq!(config.raw_as_float32(), want);
+    }
+
+    #[test]
+    fn a_missing_or_broken_file_names_its_path() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(VlmConfig::load(dir.path()).unwrap_err().to_string().contains("config.json"));
+        std::fs::write(dir.path().join("config.json"), "{").unwrap();
+        assert!(VlmConfig::load(dir.path()).unwrap_err().to_string().contains("not valid JSON"));
+        std::fs::write(dir.path().join("config.json"), r#"{"model_type": "bert"}"#).unwrap();
+        let text = VlmConfig::load(dir.path()).unwrap_err().to_string();
+        let path = dir.path().join("config.json").display().to_string();
+        assert!(text.contains(&path) && text.contains("help"), "{text}");
+    }
+
+    #[test]
+    fn all_notations_of_the_reference_checkpoints_say_the_same() {
+        let Some(dir) = fixtures() else { return };
+        let load = |name: &str| VlmConfig::load(&dir.join("checkpoints").join(name)).unwrap();
+        for name in ["qwen2_vl", "qwen2_5_vl", "qwen2_5_vl_bf16", "qwen3_vl", "qwen3_vl_bf16"] {
+            let newest = without_raw(load(name));
+            let older = fixture_json(&dir.join("checkpoints").join(name).join("config_4x.json"));
+            assert_eq!(without_raw(VlmConfig::from_json(older).unwrap()), newest, "{name}");
+            assert_eq!(without_raw(VlmConfig::from_json(newest.to_json()).unwrap()), newest, "{name}");
+        }
+        assert_eq!(without_raw(load("qwen2_5_vl_legacy")), without_raw(load("qwen2_5_vl")));
+        let (second, third) = (load("qwen2_vl"), load("qwen3_vl"));
+        assert_eq!(second.vision.mlp, VisionMlp::Plain(Activation::QuickGelu));
+        assert_eq!((second.vision.hidden_size, second.vision.intermediate_size), (32, 64));
+        assert_eq!((second.vision.out_hidden_size, second.tie_word_embeddings), (48, false));
+        assert_eq!((third.text.head_dim, third.text.rope_theta), (32, 5e6));
+        assert!(third.text.qk_norm && !third.text.attention_bias && third.text.mrope_interleaved);
+        assert_eq!(third.vision.deepstack_layers, [0, 1, 2]);
+        assert_eq!(load("qwen2_5_vl").vision.full_attention_blocks, [1, 3]);
+    }
+}

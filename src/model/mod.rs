@@ -3,3 +3,6 @@
 pub mod config;
 pub mod positions;
 pub mod weights;
+
+#[cfg(test)]
+pub(crate) mod test_support;

@@ -161,10 +161,11 @@ pub fn rotary_table(
     let frequencies = inverse_frequencies(text.rope_theta, text.head_dim);
     let axes: Vec<usize> = (0..frequencies.len()).map(|index| axis_of_frequency(text, index)).collect();
     let mut angles = Vec::with_capacity(positions[0].len() * frequencies.len());
-    for token in 0..positions[0].len() {
-        for (&axis, &frequency) in axes.iter().zip(&frequencies) {
-            angles.push(positions[axis][token] as f32 * frequency);
-        }
+    let [temporal, height, width] = positions;
+    for ((&temporal, &height), &width) in temporal.iter().zip(height).zip(width) {
+        let place = [temporal, height, width];
+        angles
+            .extend(axes.iter().zip(&frequencies).map(|(&axis, &frequency)| place[axis] as f32 * frequency));
     }
     tables(&angles, frequencies.len(), device)
 }
@@ -319,4 +320,179 @@ fn axis_taps(index: usize, count: usize, side: usize) -> ([usize; 2], [f32; 2]) 
     let lower = floor as usize;
     let upper_weight = source - floor;
     ([lower.min(side - 1), (lower + 1).min(side - 1)], [1.0 - upper_weight, upper_weight])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::config::VlmConfig;
+    use crate::model::test_support::{fixture_json, fixtures, numbers, read_tensors};
+
+    const IMAGE: u32 = 9;
+
+    #[test]
+    fn an_image_counts_rows_and_columns_and_text_goes_on_past_its_longer_side() {
+        // Two words, an image of 2 by 3 tokens, one word.
+        let ids = [1, 1, IMAGE, IMAGE, IMAGE, IMAGE, IMAGE, IMAGE, 1];
+        let mut found = prompt_positions(&ids, IMAGE, &[[1, 4, 6]], 2).unwrap();
+        assert_eq!(found.ids[0], [0, 1, 2, 2, 2, 2, 2, 2, 5]);
+        assert_eq!(found.ids[1], [0, 1, 2, 2, 2, 3, 3, 3, 5]);
+        assert_eq!(found.ids[2], [0, 1, 2, 3, 4, 2, 3, 4, 5]);
+        assert_eq!(found.rope_delta, -3);
+        found.extend_text(2);
+        for axis in &found.ids {
+            assert_eq!(axis[9..], [6, 7]);
+        }
+    }
+
+    #[test]
+    fn placeholders_that_do_not_match_the_images_are_refused() {
+        let fails = |ids: &[u32], grids: &[Grid]| prompt_positions(ids, IMAGE, grids, 2).is_err();
+        assert!(fails(&[1, IMAGE], &[]));
+        assert!(fails(&[1, 1], &[[1, 2, 2]]));
+        assert!(fails(&[1, IMAGE], &[[1, 2, 4]]));
+        assert!(fails(&[IMAGE, 1, IMAGE], &[[1, 2, 4]]));
+        assert!(!fails(&[IMAGE, IMAGE], &[[1, 2, 4]]));
+    }
+
+    #[test]
+    fn without_images_positions_count_up() {
+        let found = prompt_positions(&[1, 2, 3], IMAGE, &[], 2).unwrap();
+        assert_eq!(found.ids, [vec![0, 1, 2], vec![0, 1, 2], vec![0, 1, 2]]);
+        assert_eq!(found.rope_delta, 0);
+    }
+
+    #[test]
+    fn patches_go_block_by_block() {
+        let found = patch_coordinates([1, 4, 4], 2);
+        assert_eq!(found[..6], [[0, 0], [0, 1], [1, 0], [1, 1], [0, 2], [0, 3]]);
+        assert_eq!(found[8], [2, 0]);
+        assert_eq!(patch_coordinates([2, 2, 2], 2).len(), 8);
+    }
+
+    #[test]
+    fn windows_cover_every_block_once_and_inverse_undoes_order() {
+        let partition = window_partition(&[[1, 10, 6], [1, 4, 4]], 2, 56, 14);
+        let mut seen = partition.order.clone();
+        seen.sort_unstable();
+        assert_eq!(seen, (0..19).collect::<Vec<_>>());
+        // Rows of 5 blocks cut 2 + 2 + 1, columns of 3 cut 2 + 1; then a whole window.
+        assert_eq!(partition.lengths, [16, 8, 16, 8, 8, 4, 16]);
+        assert_eq!(partition.order[..6], [0, 1, 3, 4, 2, 5]);
+        let inverse = partition.inverse();
+        assert!(partition.order.iter().enumerate().all(|(place, &block)| inverse[block] == place));
+        assert_eq!(partition.patch_order(4)[16..20], [8, 9, 10, 11]);
+        assert_eq!(partition.boundaries().last(), Some(&76));
+    }
+
+    #[test]
+    fn taps_reproduce_a_linear_function_of_the_table_and_hit_the_corners() {
+        let side = 5;
+        let taps = position_taps(&[[1, 4, 6]], side, 2);
+        for (patch, [row, column]) in patch_coordinates([1, 4, 6], 2).into_iter().enumerate() {
+            let range = 4 * patch..4 * patch + 4;
+            let mut value = [0f32; 2];
+            for (&index, &weight) in taps.indices[range.clone()].iter().zip(&taps.weights[range]) {
+                value[0] += weight * (index as usize / side) as f32;
+                value[1] += weight * (index as usize % side) as f32;
+            }
+            assert!((value[0] - row as f32 * 4.0 / 3.0).abs() < 1e-5, "{value:?}");
+            assert!((value[1] - column as f32 * 4.0 / 5.0).abs() < 1e-5, "{value:?}");
+        }
+        // A single row or column of patches takes the first entries.
+        assert_eq!(position_taps(&[[1, 1, 1]], side, 1).weights, [1.0, 0.0, 0.0, 0.0]);
+    }
+
+    #[test]
+    fn vision_angles_turn_rows_then_columns() {
+        let Some(dir) = fixtures() else { return };
+        let vision = VlmConfig::load(&dir.join("checkpoints/qwen3_vl")).unwrap().vision;
+        let (cos, sin) = vision_rotary_table(&vision, &[[1, 4, 6]], &Device::Cpu).unwrap();
+        let (cos, sin) = (cos.to_vec2::<f32>().unwrap(), sin.to_vec2::<f32>().unwrap());
+        assert_eq!((cos.len(), cos[0].len()), (24, 8));
+        for (patch, [row, column]) in patch_coordinates([1, 4, 6], 2).into_iter().enumerate() {
+            for index in 0..8 {
+                let coordinate = if index < 4 { row } else { column };
+                let angle = coordinate as f64 * 10_000f64.powf(-2.0 * (index % 4) as f64 / 8.0);
+                assert!((f64::from(cos[patch][index]) - angle.cos()).abs() < 1e-6);
+                assert!((f64::from(sin[patch][index]) - angle.sin()).abs() < 1e-6);
+            }
+        }
+    }
+
+    #[test]
+    fn positions_windows_and_tables_equal_the_reference() {
+        let Some(dir) = fixtures() else { return };
+        for name in ["qwen2_vl", "qwen2_5_vl", "qwen2_5_vl_bf16", "qwen3_vl", "qwen3_vl_bf16"] {
+            let config = VlmConfig::load(&dir.join("checkpoints").join(name)).unwrap();
+            let expected = fixture_json(&dir.join(format!("expected/{name}.json")));
+            for (case, row) in expected["cases"].as_object().unwrap() {
+                if row.get("position_ids").is_none() {
+                    continue;
+                }
+                let ids: Vec<u32> = numbers(&row["input_ids"]);
+                let grids: Vec<Grid> = row["image_grid_thw"]
+                    .as_array()
+                    .unwrap()
+                    .iter()
+                    .map(|g| numbers(g).try_into().unwrap())
+                    .collect();
+                let merge = config.vision.spatial_merge_size;
+                let found = prompt_positions(&ids, config.image_token_id, &grids, merge).unwrap();
+                for axis in 0..3 {
+                    assert_eq!(found.ids[axis], numbers::<i64>(&row["position_ids"][axis]), "{name} {case}");
+                }
+                assert_eq!(Some(found.rope_delta), row["rope_delta"].as_i64(), "{name} {case}");
+                if let Some(window_size) = config.vision.window_size {
+                    let partition = window_partition(&grids, merge, window_size, config.vision.patch_size);
+                    assert_eq!(partition.order, numbers::<usize>(&row["window_index"]), "{name} {case}");
+                    assert_eq!(
+                        partition.boundaries(),
+                        numbers::<usize>(&row["cu_window_seqlens"]),
+                        "{name} {case}"
+                    );
+                }
+                if case == "single" {
+                    let tensors = read_tensors(&dir.join(format!("expected/{name}.safetensors")));
+                    let (cos, sin) = rotary_table(&config.text, &found.ids, &Device::Cpu).unwrap();
+                    let half = config.text.head_dim / 2;
+                    for (table, key) in [(cos, "single.text.rope_cos"), (sin, "single.text.rope_sin")] {
+                        let want = tensors.tensor(key).unwrap().narrow(1, 0, half).unwrap();
+                        let difference = (table - want)
+                            .unwrap()
+                            .abs()
+                            .unwrap()
+                            .max_all()
+                            .unwrap()
+                            .to_scalar::<f32>()
+                            .unwrap();
+                        assert!(difference < 1e-5, "{name} {key} {difference}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn interpolated_positions_equal_what_the_reference_adds_to_the_patches() {
+        let Some(dir) = fixtures() else { return };
+        let config = VlmConfig::load(&dir.join("checkpoints/qwen3_vl")).unwrap();
+        let weights = crate::model::weights::Weights::open(&dir.join("checkpoints/qwen3_vl")).unwrap();
+        let (side, width) = (8, config.vision.hidden_size);
+        let table = weights.values("model.visual.pos_embed.weight", &[side * side, width]).unwrap();
+        let tensors = read_tensors(&dir.join("expected/qwen3_vl.safetensors"));
+        let patches = tensors.floats("single.vision.patch_embed").unwrap();
+        let wanted = tensors.floats("single.vision.hidden.0").unwrap();
+        let taps = position_taps(&[[1, 6, 8]], side, 2);
+        for (index, (patch, want)) in patches.iter().zip(&wanted).enumerate() {
+            let (row, column) = (index / width, index % width);
+            let range = 4 * row..4 * row + 4;
+            let sum: f32 = taps.indices[range.clone()]
+                .iter()
+                .zip(&taps.weights[range])
+                .map(|(&entry, &weight)| weight * table[entry as usize * width + column])
+                .sum();
+            assert!((patch + sum - want).abs() < 1e-5);
+        }
+    }
 }

@@ -434,16 +434,19 @@ fn header_of(sorted: &[&(String, Tensor)], metadata: &[(&str, &str)]) -> Result<
 }
 
 fn write_numbers(out: &mut impl Write, tensor: &Tensor) -> Result<std::io::Result<()>> {
-    let flat = tensor.to_device(&Device::Cpu)?.flatten_all()?;
-    let mut buffer = Vec::with_capacity(flat.elem_count() * flat.dtype().size_in_bytes());
-    match flat.dtype() {
-        DType::F16 => flat.to_vec1::<f16>()?.iter().for_each(|v| buffer.extend_from_slice(&v.to_le_bytes())),
-        DType::BF16 => {
-            flat.to_vec1::<bf16>()?.iter().for_each(|v| buffer.extend_from_slice(&v.to_le_bytes()))
-        }
-        _ => flat.to_vec1::<f32>()?.iter().for_each(|v| buffer.extend_from_slice(&v.to_le_bytes())),
+    fn encode<T: candle_core::WithDType, const N: usize>(
+        flat: &Tensor,
+        bytes_of: impl Fn(T) -> [u8; N],
+    ) -> Result<Vec<u8>> {
+        Ok(flat.to_vec1::<T>()?.into_iter().flat_map(bytes_of).collect())
     }
-    Ok(out.write_all(&buffer))
+    let flat = tensor.to_device(&Device::Cpu)?.flatten_all()?;
+    let bytes = match flat.dtype() {
+        DType::F16 => encode(&flat, f16::to_le_bytes)?,
+        DType::BF16 => encode(&flat, bf16::to_le_bytes)?,
+        _ => encode(&flat, f32::to_le_bytes)?,
+    };
+    Ok(out.write_all(&bytes))
 }
 
 /// Writes a file through a temporary name beside it, flushed to disk, then renamed into place.
@@ -538,11 +541,9 @@ fn fetch(model: &str, cache: &hf_hub::Cache) -> Result<PathBuf> {
         .map_err(failed)?
         .model(model.to_string());
     let wanted = |name: &str| {
+        let extension = Path::new(name).extension().and_then(|extension| extension.to_str());
         !name.contains('/')
-            && (name.ends_with(".safetensors")
-                || name.ends_with(".json")
-                || name.ends_with(".jinja")
-                || name == "merges.txt")
+            && (matches!(extension, Some("safetensors" | "json" | "jinja")) || name == "merges.txt")
     };
     let mut dir = None;
     for file in repository.info().map_err(failed)?.siblings.iter().filter(|file| wanted(&file.rfilename)) {
@@ -550,4 +551,199 @@ fn fetch(model: &str, cache: &hf_hub::Cache) -> Result<PathBuf> {
         dir = local.parent().map(Path::to_path_buf);
     }
     dir.ok_or_else(|| Error::data(format!("repository `{model}` holds no checkpoint")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::test_support::fixtures;
+    use tempfile::tempdir;
+
+    fn tensor(values: &[f32]) -> Tensor {
+        Tensor::new(values, &Device::Cpu).unwrap()
+    }
+
+    fn raw(header: &str, data: usize) -> Vec<u8> {
+        let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+        bytes.extend_from_slice(header.as_bytes());
+        bytes.extend(std::iter::repeat_n(0, data));
+        bytes
+    }
+
+    #[test]
+    fn every_layout_has_one_canonical_spelling_that_can_be_undone() {
+        for (flat, canonical) in [
+            ("visual.merger.ln_q.weight", "model.visual.merger.ln_q.weight"),
+            ("model.layers.3.mlp.up_proj.weight", "model.language_model.layers.3.mlp.up_proj.weight"),
+            ("model.embed_tokens.weight", "model.language_model.embed_tokens.weight"),
+            ("model.norm.weight", "model.language_model.norm.weight"),
+            ("lm_head.weight", "lm_head.weight"),
+        ] {
+            assert_eq!(canonical_name(flat), canonical);
+            assert_eq!(canonical_name(canonical), canonical);
+            assert_eq!(NameLayout::Flat.spell(canonical), flat);
+            assert_eq!(NameLayout::Nested.spell(canonical), canonical);
+        }
+        assert_eq!(canonical_name("language_model.model.norm.weight"), "model.language_model.norm.weight");
+        assert_eq!(canonical_name("language_model.layers.0.x"), "model.language_model.layers.0.x");
+        assert_eq!(canonical_name("language_model.lm_head.weight"), "lm_head.weight");
+    }
+
+    #[test]
+    fn what_is_saved_is_read_back_and_the_bytes_do_not_depend_on_the_order() {
+        let dir = tempdir().unwrap();
+        let half = tensor(&[1.5, -2.0]).to_dtype(DType::BF16).unwrap();
+        let transposed =
+            Tensor::new(&[[1f32, 2.0, 3.0], [4.0, 5.0, 6.0]], &Device::Cpu).unwrap().t().unwrap();
+        let a = ("b.half".to_string(), half);
+        let b = ("visual.a".to_string(), transposed);
+        save(dir.path(), &[a.clone(), b.clone()]).unwrap();
+        let first = std::fs::read(dir.path().join("model.safetensors")).unwrap();
+        save(dir.path(), &[b, a]).unwrap();
+        assert_eq!(first, std::fs::read(dir.path().join("model.safetensors")).unwrap());
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+        let weights = Weights::open(dir.path()).unwrap();
+        assert_eq!(weights.values("model.visual.a", &[3, 2]).unwrap(), [1.0, 4.0, 2.0, 5.0, 3.0, 6.0]);
+        assert_eq!(weights.values("b.half", &[2]).unwrap(), [1.5, -2.0]);
+        assert_eq!(weights.layout(), NameLayout::Flat);
+        assert_eq!(weights.original_name("model.visual.a"), Some("visual.a"));
+    }
+
+    #[test]
+    fn a_wrong_request_names_tensor_shapes_and_file() {
+        let dir = tempdir().unwrap();
+        save(dir.path(), &[("x".to_string(), tensor(&[1.0, 2.0]))]).unwrap();
+        let weights = Weights::open(dir.path()).unwrap();
+        let text = weights.get("x", &[3]).unwrap_err().to_string();
+        assert!(text.contains("`x`") && text.contains("[2]") && text.contains("[3]"), "{text}");
+        assert!(text.contains("model.safetensors"), "{text}");
+        assert!(weights.get("y", &[2]).unwrap_err().to_string().contains("`y` is missing"));
+    }
+
+    #[test]
+    fn numbers_that_are_not_finite_are_found() {
+        let dir = tempdir().unwrap();
+        save(dir.path(), &[("a".to_string(), tensor(&[1.0])), ("bad".to_string(), tensor(&[0.0, f32::NAN]))])
+            .unwrap();
+        let error = Weights::open(dir.path()).unwrap().check_finite().unwrap_err();
+        assert!(matches!(error, Error::NonFinite(_)) && error.to_string().contains("`bad`"), "{error}");
+        save(dir.path(), &[("a".to_string(), tensor(&[1.0]))]).unwrap();
+        Weights::open(dir.path()).unwrap().check_finite().unwrap();
+    }
+
+    #[test]
+    fn damaged_files_are_refused_with_their_path() {
+        let dir = tempdir().unwrap();
+        let good = r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[1],"data_offsets":[8,12]}}"#;
+        let cases: Vec<(&str, Vec<u8>)> = vec![
+            ("empty", Vec::new()),
+            ("short", vec![1, 2, 3]),
+            ("huge header", [&u64::MAX.to_le_bytes()[..], b"{}"].concat()),
+            ("long header", [&200u64.to_le_bytes()[..], b"{}"].concat()),
+            ("truncated", raw(good, 11)),
+            ("too long", raw(good, 13)),
+            ("overlap", raw(&good.replace("[8,12]", "[4,8]"), 12)),
+            ("backwards", raw(&good.replace("[8,12]", "[8,4]"), 12)),
+            ("beyond", raw(&good.replace("[8,12]", "[8,9999]"), 12)),
+            ("size", raw(&good.replace("[2]", "[3]"), 12)),
+            ("overflow", raw(&good.replace("[2]", "[18446744073709551615,4]"), 12)),
+            ("not json", raw("[nonsense", 0)),
+            ("pointer", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n".to_vec()),
+        ];
+        let path = dir.path().join("model.safetensors");
+        std::fs::write(&path, raw(good, 12)).unwrap();
+        assert!(Weights::open(dir.path()).is_ok());
+        for (what, bytes) in cases {
+            std::fs::write(&path, bytes).unwrap();
+            let error = Weights::open(dir.path()).map(|_| ()).expect_err(what);
+            assert!(matches!(error, Error::Data(_)), "{what}: {error}");
+            assert!(error.to_string().contains("model.safetensors"), "{what}: {error}");
+            assert_eq!(error.to_string().contains("git lfs pull"), what == "pointer", "{what}: {error}");
+        }
+        let integers = raw(r#"{"a":{"dtype":"I32","shape":[1],"data_offsets":[0,4]}}"#, 4);
+        std::fs::write(&path, integers).unwrap();
+        assert!(Weights::open(dir.path()).unwrap().get("a", &[1]).unwrap_err().to_string().contains("I32"));
+    }
+
+    #[test]
+    fn a_sharded_checkpoint_may_not_miss_a_shard_or_leave_its_directory() {
+        let dir = tempdir().unwrap();
+        save_file(&dir.path().join("one.safetensors"), &[("a".to_string(), tensor(&[1.0]))], &[]).unwrap();
+        save_file(&dir.path().join("two.safetensors"), &[("b".to_string(), tensor(&[2.0]))], &[]).unwrap();
+        let open = |index: &str| {
+            std::fs::write(dir.path().join("model.safetensors.index.json"), index).unwrap();
+            Weights::open(dir.path())
+        };
+        let weights = open(r#"{"weight_map":{"a":"one.safetensors","b":"two.safetensors"}}"#).unwrap();
+        assert_eq!(weights.values("b", &[1]).unwrap(), [2.0]);
+        assert_eq!(weights.names().collect::<Vec<_>>(), ["a", "b"]);
+        let outside = dir.path().parent().unwrap().join("outside.safetensors");
+        for (index, part) in [
+            (r#"{"weight_map":{"a":"three.safetensors"}}"#, "three.safetensors"),
+            (r#"{"weight_map":{"a":"../outside.safetensors"}}"#, "not a file name"),
+            (&format!(r#"{{"weight_map":{{"a":{:?}}}}}"#, outside.display().to_string()), "not a file name"),
+            (r#"{"weight_map":{"a":".."}}"#, "not a file name"),
+            (r#"{"weight_map":{"a":3}}"#, "not a file name"),
+            (r#"{"weight_map":{"b":"one.safetensors"}}"#, "`b` is missing"),
+            (r"{}", "weight_map"),
+            ("nonsense", "not valid JSON"),
+        ] {
+            let error = open(index).map(|_| ()).expect_err(index);
+            assert!(matches!(error, Error::Data(_)) && error.to_string().contains(part), "{index}: {error}");
+        }
+    }
+
+    #[test]
+    fn two_spellings_of_one_tensor_are_refused() {
+        let dir = tempdir().unwrap();
+        let twice =
+            [("visual.a".to_string(), tensor(&[1.0])), ("model.visual.a".to_string(), tensor(&[2.0]))];
+        save(dir.path(), &twice).unwrap();
+        assert!(Weights::open(dir.path()).unwrap_err().to_string().contains("both `model.visual.a`"));
+        assert!(save(dir.path(), &[twice[0].clone(), twice[0].clone()]).is_err());
+    }
+
+    #[test]
+    fn what_is_no_checkpoint_says_what_it_is() {
+        let dir = tempdir().unwrap();
+        let message = || Weights::open(dir.path()).unwrap_err().to_string();
+        assert!(message().contains("no weights found"));
+        std::fs::write(dir.path().join("adapter_model.safetensors"), "").unwrap();
+        assert!(message().contains("--adapter"));
+        std::fs::write(dir.path().join("pytorch_model.bin"), "").unwrap();
+        assert!(message().contains("pickled"));
+    }
+
+    #[test]
+    fn a_directory_is_its_own_location_and_nonsense_is_no_hub_id() {
+        let dir = tempdir().unwrap();
+        assert_eq!(locate(&dir.path().display().to_string()).unwrap(), dir.path());
+        for nonsense in ["", "model", "./a/b", "a/b/c", "/no/such", "../x", "a/..", "a b/c"] {
+            assert!(!is_hub_id(nonsense), "{nonsense}");
+            assert!(matches!(locate(nonsense), Err(Error::Data(_))), "{nonsense}");
+        }
+        assert!(is_hub_id("Qwen/Qwen2.5-VL-3B-Instruct"));
+    }
+
+    #[test]
+    fn reference_checkpoints_agree_across_their_layouts() {
+        let Some(dir) = fixtures() else { return };
+        let open = |name: &str| Weights::open(&dir.join("checkpoints").join(name)).unwrap();
+        let names = |weights: &Weights| weights.names().map(String::from).collect::<Vec<_>>();
+        let (flat, nested, sharded) = (open("qwen2_5_vl"), open("qwen2_5_vl_bf16"), open("qwen3_vl"));
+        assert_eq!(flat.layout(), NameLayout::Flat);
+        assert_eq!(nested.layout(), NameLayout::Nested);
+        assert_eq!(sharded.layout(), NameLayout::Nested);
+        for weights in [&flat, &nested, &sharded] {
+            assert!(weights.contains("model.language_model.norm.weight"));
+            assert!(names(weights).iter().all(|name| {
+                name.starts_with("model.visual.")
+                    || name.starts_with("model.language_model.")
+                    || name == "lm_head.weight"
+            }));
+            weights.check_finite().unwrap();
+        }
+        assert_eq!(sharded.paths().count(), 2);
+        assert_eq!(names(&flat), names(&open("qwen2_5_vl_legacy")));
+    }
 }
