@@ -1,1 +1,8 @@
-//! (placeholder)
+//! The vision-language model: files, tokens, positions, pixels and the network itself.
+
+pub mod config;
+pub mod positions;
+pub mod weights;
+
+#[cfg(test)]
+pub(crate) mod test_support;

@@ -1,0 +1,749 @@
+//! A checkpoint's tensors: finding, mapping, checking, reading and writing safetensors.
+//!
+//! Names are canonical inside this crate, whatever layout a file has: `model.visual.…`,
+//! `model.language_model.…` and `lm_head.weight`. [`NameLayout`] remembers the file's own, for saving. Numbers become
+//! float32 on the CPU. What the tensors mean, and how they are laid out for speed, is not known here.
+
+use crate::error::{Error, Result};
+use candle_core::{DType, Device, Tensor};
+use half::{bf16, f16};
+use memmap2::Mmap;
+use safetensors::tensor::{Dtype, Metadata, SafeTensors, TensorInfo};
+use serde_json::{Map, Value, json};
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::{Component, Path, PathBuf};
+
+/// One safetensors file, mapped; its header is checked, its numbers are not read until asked for.
+pub struct TensorFile {
+    path: PathBuf,
+    map: Mmap,
+    header: Metadata,
+    /// Where the numbers begin.
+    data_start: usize,
+}
+
+impl std::fmt::Debug for TensorFile {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("TensorFile").field("path", &self.path).finish_non_exhaustive()
+    }
+}
+
+impl TensorFile {
+    /// Maps `path` and checks its header: every tensor lies inside the file, none overlaps another, and each one's
+    /// length is that of its shape.
+    ///
+    /// # Errors
+    /// A data error when the file is truncated or damaged; an I/O error when it cannot be opened.
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = File::open(path).map_err(|error| Error::io("cannot open the weights", path, error))?;
+        // SAFETY: a mapping is sound as long as nobody truncates the file meanwhile; checkpoints are written to a
+        // temporary name and renamed, so a mapped file is never changed by this program.
+        #[expect(unsafe_code, reason = "mapping a file is unsafe in every binding")]
+        let map = unsafe { Mmap::map(&file) }
+            .map_err(|error| Error::io("cannot map the weights into memory", path, error))?;
+        let (length, header) = SafeTensors::read_metadata(&map).map_err(|error| {
+            Error::data(format!(
+                "not a sound safetensors file: {error}\n  --> {}\n   = help: {}",
+                path.display(),
+                if map.starts_with(b"version https://git-lfs") {
+                    "this is a Git LFS pointer: fetch the file itself with `git lfs pull`"
+                } else {
+                    "it may be truncated: fetch or copy it again"
+                }
+            ))
+        })?;
+        Ok(Self { path: path.to_path_buf(), map, header, data_start: 8 + length })
+    }
+
+    /// The file's path.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Names as written in the file, sorted.
+    pub fn names(&self) -> Vec<String> {
+        let mut names = self.header.offset_keys();
+        names.sort_unstable();
+        names
+    }
+
+    /// Shape of `name`, when the file has it.
+    pub fn shape(&self, name: &str) -> Option<&[usize]> {
+        self.header.info(name).map(|info| info.shape.as_slice())
+    }
+
+    /// The free-form text pairs of the header.
+    pub fn metadata(&self) -> BTreeMap<String, String> {
+        self.header.metadata().iter().flatten().map(|(key, value)| (key.clone(), value.clone())).collect()
+    }
+
+    fn info(&self, name: &str) -> Result<&TensorInfo> {
+        self.header
+            .info(name)
+            .ok_or_else(|| Error::data(format!("tensor `{name}` is missing\n  --> {}", self.path.display())))
+    }
+
+    fn bytes(&self, info: &TensorInfo) -> &[u8] {
+        // `read_metadata` has checked that every range lies inside the file.
+        let (start, end) = info.data_offsets;
+        &self.map[self.data_start + start..self.data_start + end]
+    }
+
+    /// The numbers of `name` as float32, row-major, from float32, float16 or bfloat16.
+    ///
+    /// # Errors
+    /// A data error when the tensor is missing or holds other numbers.
+    pub fn floats(&self, name: &str) -> Result<Vec<f32>> {
+        let info = self.info(name)?;
+        let bytes = self.bytes(info);
+        let pairs = || bytes.chunks_exact(2).map(|b| [b[0], b[1]]);
+        match info.dtype {
+            Dtype::F32 => {
+                Ok(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
+            }
+            Dtype::BF16 => Ok(pairs().map(|pair| bf16::from_le_bytes(pair).to_f32()).collect()),
+            Dtype::F16 => Ok(pairs().map(|pair| f16::from_le_bytes(pair).to_f32()).collect()),
+            other => Err(Error::data(format!(
+                "tensor `{name}` holds {other:?} numbers; float32, bfloat16 and float16 are supported\n  --> {}\n   = help: quantised checkpoints cannot be used; take the unquantised one",
+                self.path.display()
+            ))),
+        }
+    }
+
+    /// The bytes of `name`, which must be of type uint8.
+    ///
+    /// # Errors
+    /// A data error when the tensor is missing or holds other numbers.
+    pub fn bytes_u8(&self, name: &str) -> Result<&[u8]> {
+        let info = self.info(name)?;
+        if info.dtype != Dtype::U8 {
+            return Err(Error::data(format!(
+                "tensor `{name}` holds {:?} numbers instead of bytes\n  --> {}",
+                info.dtype,
+                self.path.display()
+            )));
+        }
+        Ok(self.bytes(info))
+    }
+
+    /// `name` as a float32 tensor on the CPU, in the file's shape.
+    ///
+    /// # Errors
+    /// As [`Self::floats`].
+    pub fn tensor(&self, name: &str) -> Result<Tensor> {
+        let shape = self.info(name)?.shape.clone();
+        Ok(Tensor::from_vec(self.floats(name)?, shape, &Device::Cpu)?)
+    }
+}
+
+/// How a checkpoint spells its tensors' names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum NameLayout {
+    /// `model.visual.…`, `model.language_model.…`, `lm_head.weight`: transformers since 4.52 in memory, Qwen3-VL on disk.
+    #[default]
+    Nested,
+    /// `visual.…`, `model.…`, `lm_head.weight`: Qwen2-VL and Qwen2.5-VL on disk.
+    Flat,
+}
+
+impl NameLayout {
+    /// The canonical `name` as this layout spells it.
+    pub fn spell(self, name: &str) -> String {
+        match self {
+            Self::Nested => name.to_string(),
+            Self::Flat => {
+                if let Some(rest) = name.strip_prefix("model.language_model.") {
+                    format!("model.{rest}")
+                } else {
+                    name.strip_prefix("model.visual.")
+                        .map_or_else(|| name.to_string(), |rest| format!("visual.{rest}"))
+                }
+            }
+        }
+    }
+}
+
+/// The canonical spelling of a tensor's name from any layout: `model.visual.…`, `model.language_model.…`,
+/// `lm_head.weight`.
+pub fn canonical_name(name: &str) -> String {
+    const DECODER: [&str; 3] = ["embed_tokens.", "layers.", "norm."];
+    let is_decoder = |rest: &str| DECODER.iter().any(|part| rest.starts_with(part));
+    if name.starts_with("visual.") {
+        return format!("model.{name}");
+    }
+    let bare = name.strip_prefix("language_model.model.").or_else(|| name.strip_prefix("language_model."));
+    match bare.or_else(|| name.strip_prefix("model.")) {
+        Some(rest) if is_decoder(rest) => format!("model.language_model.{rest}"),
+        Some(rest) if rest == "lm_head.weight" => rest.to_string(),
+        _ => name.to_string(),
+    }
+}
+
+/// A whole checkpoint's tensors under their canonical names.
+#[derive(Debug)]
+pub struct Weights {
+    dir: PathBuf,
+    files: Vec<TensorFile>,
+    /// Canonical name to the file and the name in it.
+    places: BTreeMap<String, (usize, String)>,
+    layout: NameLayout,
+}
+
+impl Weights {
+    /// Opens `dir/model.safetensors`, or the shards that `dir/model.safetensors.index.json` lists.
+    ///
+    /// # Errors
+    /// A data error when there are no weights, a shard is missing or damaged, or a name occurs twice.
+    pub fn open(dir: &Path) -> Result<Self> {
+        let single = dir.join("model.safetensors");
+        let index = dir.join("model.safetensors.index.json");
+        if single.exists() {
+            let file = TensorFile::open(&single)?;
+            let names = file.names();
+            return Self::assemble(dir, vec![file], names.into_iter().map(|name| (0, name)).collect());
+        }
+        if index.exists() {
+            return Self::open_sharded(dir, &index);
+        }
+        let help = if dir.join("pytorch_model.bin").exists()
+            || dir.join("pytorch_model.bin.index.json").exists()
+        {
+            "only pickled weights are here; convert them to safetensors with transformers' `save_pretrained`"
+        } else if dir.join("adapter_model.safetensors").exists() {
+            "this is an adapter: pass it with --adapter, and its base model with --model"
+        } else {
+            "`--model` takes a directory with config.json and model.safetensors, or a hub id"
+        };
+        Err(Error::data(format!("no weights found\n  --> {}\n   = help: {help}", dir.display())))
+    }
+
+    fn open_sharded(dir: &Path, index: &Path) -> Result<Self> {
+        let wrong = |what: String| Error::data(format!("{what}\n  --> {}", index.display()));
+        let text = std::fs::read_to_string(index)
+            .map_err(|error| Error::io("cannot read the index of the weights", index, error))?;
+        let value: Value =
+            serde_json::from_str(&text).map_err(|error| wrong(format!("not valid JSON: {error}")))?;
+        let entries = value
+            .get("weight_map")
+            .and_then(Value::as_object)
+            .ok_or_else(|| wrong("`weight_map` is missing".to_string()))?;
+        let mut files = Vec::new();
+        let mut numbers: BTreeMap<&str, usize> = BTreeMap::new();
+        let mut places = Vec::with_capacity(entries.len());
+        for (name, shard) in entries {
+            let shard = shard.as_str().filter(|shard| is_plain_file_name(shard)).ok_or_else(|| {
+                wrong(format!(
+                    "tensor `{name}` is said to be in {shard}, which is not a file name in this directory"
+                ))
+            })?;
+            let number = if let Some(&number) = numbers.get(shard) {
+                number
+            } else {
+                let path = dir.join(shard);
+                if !path.exists() {
+                    return Err(wrong(format!(
+                        "shard `{shard}` is listed but not there\n   = help: fetch the missing file"
+                    )));
+                }
+                files.push(TensorFile::open(&path)?);
+                numbers.insert(shard, files.len() - 1);
+                files.len() - 1
+            };
+            files[number].info(name)?;
+            places.push((number, name.clone()));
+        }
+        Self::assemble(dir, files, places)
+    }
+
+    fn assemble(dir: &Path, files: Vec<TensorFile>, entries: Vec<(usize, String)>) -> Result<Self> {
+        let layout = if entries.iter().any(|(_, name)| {
+            name.starts_with("visual.")
+                || name.starts_with("model.layers.")
+                || name.starts_with("model.embed_tokens.")
+        }) {
+            NameLayout::Flat
+        } else {
+            NameLayout::Nested
+        };
+        let mut places = BTreeMap::new();
+        for (number, name) in entries {
+            let canonical = canonical_name(&name);
+            if let Some((_, other)) = places.insert(canonical.clone(), (number, name.clone())) {
+                return Err(Error::data(format!(
+                    "tensors `{other}` and `{name}` are both `{canonical}`\n  --> {}",
+                    files[number].path.display()
+                )));
+            }
+        }
+        Ok(Self { dir: dir.to_path_buf(), files, places, layout })
+    }
+
+    /// The directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// How the files spell names.
+    pub fn layout(&self) -> NameLayout {
+        self.layout
+    }
+
+    /// Canonical names, sorted.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.places.keys().map(String::as_str)
+    }
+
+    /// Whether the checkpoint has `name` (canonical).
+    pub fn contains(&self, name: &str) -> bool {
+        self.places.contains_key(name)
+    }
+
+    /// Shape of `name` (canonical), when there.
+    pub fn shape(&self, name: &str) -> Option<&[usize]> {
+        let (number, original) = self.places.get(name)?;
+        self.files[*number].shape(original)
+    }
+
+    /// The name that the file itself uses for canonical `name`.
+    pub fn original_name(&self, name: &str) -> Option<&str> {
+        self.places.get(name).map(|(_, original)| original.as_str())
+    }
+
+    /// Paths of the files, in the order of opening.
+    pub fn paths(&self) -> impl Iterator<Item = &Path> {
+        self.files.iter().map(TensorFile::path)
+    }
+
+    fn place(&self, name: &str) -> Result<(&TensorFile, &str)> {
+        match self.places.get(name) {
+            Some((number, original)) => Ok((&self.files[*number], original)),
+            None => Err(Error::data(format!(
+                "tensor `{name}` is missing\n  --> {}\n   = help: config.json promises it; config.json and weights may be of different models",
+                self.dir.display()
+            ))),
+        }
+    }
+
+    /// Tensor `name` (canonical) as float32 on the CPU.
+    ///
+    /// # Errors
+    /// A data error when it is missing or of another shape than `shape`.
+    pub fn get(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        Ok(Tensor::from_vec(self.values(name, shape)?, shape, &Device::Cpu)?)
+    }
+
+    /// The numbers of `name` (canonical), row-major.
+    ///
+    /// # Errors
+    /// As [`Self::get`].
+    pub fn values(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+        let (file, original) = self.place(name)?;
+        let info = file.info(original)?;
+        if info.shape != shape {
+            return Err(Error::data(format!(
+                "tensor `{original}` has shape {:?}, but config.json needs {shape:?}\n  --> {}\n   = help: config.json and weights may be of different models",
+                info.shape,
+                file.path.display()
+            )));
+        }
+        file.floats(original)
+    }
+
+    /// Checks that every number of every tensor is finite.
+    ///
+    /// # Errors
+    /// A non-finite error that names the first tensor which is not.
+    pub fn check_finite(&self) -> Result<()> {
+        for (number, original) in self.places.values() {
+            let file = &self.files[*number];
+            if let Some(index) = file.floats(original)?.iter().position(|value| !value.is_finite()) {
+                return Err(Error::NonFinite(format!(
+                    "tensor `{original}` holds a number that is not finite, at position {index}\n  --> {}",
+                    file.path.display()
+                )));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether `name` names a file right in the directory: no separators, no parent, no root.
+fn is_plain_file_name(name: &str) -> bool {
+    let mut parts = Path::new(name).components();
+    matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None))
+        && !name.contains(['/', '\\', '\0'])
+}
+
+/// Writes `tensors` to `dir/model.safetensors`: the same tensors give the same bytes, and a crash leaves either the
+/// old file or the new one.
+///
+/// # Errors
+/// As [`save_file`].
+pub fn save(dir: &Path, tensors: &[(String, Tensor)]) -> Result<()> {
+    std::fs::create_dir_all(dir).map_err(|error| Error::io("cannot create the directory", dir, error))?;
+    save_file(&dir.join("model.safetensors"), tensors, &[("format", "pt")])
+}
+
+/// Writes `tensors` (float32, float16 or bfloat16) in the order of their names to `path`, through a temporary file.
+///
+/// # Errors
+/// An I/O error; a data error when a name occurs twice or a tensor holds other numbers.
+pub fn save_file(path: &Path, tensors: &[(String, Tensor)], metadata: &[(&str, &str)]) -> Result<()> {
+    let mut sorted: Vec<&(String, Tensor)> = tensors.iter().collect();
+    sorted.sort_by(|a, b| a.0.cmp(&b.0));
+    if let Some(pair) = sorted.windows(2).find(|pair| pair[0].0 == pair[1].0) {
+        return Err(Error::data(format!("tensor `{}` is to be saved twice", pair[0].0)));
+    }
+    let header = header_of(&sorted, metadata)?;
+    write_atomically(path, |out| {
+        let failed = |error| Error::io("cannot write the weights", path, error);
+        out.write_all(&(header.len() as u64).to_le_bytes()).map_err(failed)?;
+        out.write_all(header.as_bytes()).map_err(failed)?;
+        for (_, tensor) in &sorted {
+            write_numbers(out, tensor)?.map_err(failed)?;
+        }
+        Ok(())
+    })
+}
+
+/// The JSON header, padded so that the numbers start at a multiple of 8.
+fn header_of(sorted: &[&(String, Tensor)], metadata: &[(&str, &str)]) -> Result<String> {
+    let mut header = Map::new();
+    let pairs: BTreeMap<&str, &str> = metadata.iter().copied().collect();
+    header.insert("__metadata__".to_string(), json!(pairs));
+    let mut start = 0usize;
+    for (name, tensor) in sorted {
+        let dtype = match tensor.dtype() {
+            DType::F32 => "F32",
+            DType::F16 => "F16",
+            DType::BF16 => "BF16",
+            other => return Err(Error::data(format!("tensor `{name}` of type {other:?} cannot be saved"))),
+        };
+        let end = start + tensor.elem_count() * tensor.dtype().size_in_bytes();
+        header.insert(
+            name.clone(),
+            json!({"dtype": dtype, "shape": tensor.dims(), "data_offsets": [start, end]}),
+        );
+        start = end;
+    }
+    let mut text = Value::Object(header).to_string();
+    text.extend(std::iter::repeat_n(' ', text.len().next_multiple_of(8) - text.len()));
+    Ok(text)
+}
+
+fn write_numbers(out: &mut impl Write, tensor: &Tensor) -> Result<std::io::Result<()>> {
+    fn encode<T: candle_core::WithDType, const N: usize>(
+        flat: &Tensor,
+        bytes_of: impl Fn(T) -> [u8; N],
+    ) -> Result<Vec<u8>> {
+        Ok(flat.to_vec1::<T>()?.into_iter().flat_map(bytes_of).collect())
+    }
+    let flat = tensor.to_device(&Device::Cpu)?.flatten_all()?;
+    let bytes = match flat.dtype() {
+        DType::F16 => encode(&flat, f16::to_le_bytes)?,
+        DType::BF16 => encode(&flat, bf16::to_le_bytes)?,
+        _ => encode(&flat, f32::to_le_bytes)?,
+    };
+    Ok(out.write_all(&bytes))
+}
+
+/// Writes a file through a temporary name beside it, flushed to disk, then renamed into place.
+///
+/// # Errors
+/// Whatever `write` returns, and I/O errors of the steps around it.
+pub fn write_atomically(path: &Path, write: impl FnOnce(&mut BufWriter<File>) -> Result<()>) -> Result<()> {
+    let failed = |error| Error::io("cannot write the file", path, error);
+    let mut name = path.file_name().unwrap_or_default().to_os_string();
+    name.push(format!(".tmp-{}", std::process::id()));
+    let temporary = path.with_file_name(name);
+    let result = (|| {
+        let mut out = BufWriter::with_capacity(1 << 20, File::create(&temporary).map_err(failed)?);
+        write(&mut out)?;
+        let file = out.into_inner().map_err(|error| failed(error.into_error()))?;
+        file.sync_all().map_err(failed)?;
+        std::fs::rename(&temporary, path).map_err(failed)
+    })();
+    if result.is_err() {
+        // The first error is the one to report.
+        let _ = std::fs::remove_file(&temporary);
+        return result;
+    }
+    // The rename itself is durable once the directory is; not every file system lets one open a directory.
+    if let Some(dir) = path.parent().and_then(|parent| File::open(parent).ok()) {
+        let _ = dir.sync_all();
+    }
+    result
+}
+
+/// The directory of `model`: itself when it is one, else the local copy of the hub's repository of that id,
+/// downloaded when needed. `HF_HOME`, `HF_HUB_CACHE`, `HF_ENDPOINT`, `HF_TOKEN` and `HF_HUB_OFFLINE` are honoured.
+///
+/// # Errors
+/// A data error when there is no such directory and no such repository, or it cannot be fetched.
+pub fn locate(model: &str) -> Result<PathBuf> {
+    let path = Path::new(model);
+    if path.is_dir() {
+        return Ok(path.to_path_buf());
+    }
+    if !is_hub_id(model) {
+        return Err(Error::data(format!(
+            "no such model directory\n  --> {model}\n   = help: `--model` takes a directory, or a hub id such as `Qwen/Qwen2.5-VL-3B-Instruct`"
+        )));
+    }
+    let mut cache = hf_hub::Cache::from_env();
+    if let Some(dir) = std::env::var_os("HF_HUB_CACHE") {
+        cache = hf_hub::Cache::new(PathBuf::from(dir));
+    }
+    if is_true("HF_HUB_OFFLINE") {
+        return cache
+            .model(model.to_string())
+            .get("config.json")
+            .and_then(|file| file.parent().map(Path::to_path_buf))
+            .ok_or_else(|| {
+                Error::data(format!(
+                    "model `{model}` is not in the local cache, and HF_HUB_OFFLINE forbids fetching it\n  --> {}\n   = help: unset HF_HUB_OFFLINE, or pass a directory",
+                    cache.path().display()
+                ))
+            });
+    }
+    fetch(model, &cache)
+}
+
+/// Whether `model` has the form `owner/name` of a hub id and no file-system look.
+fn is_hub_id(model: &str) -> bool {
+    let allowed = |part: &str| {
+        !part.is_empty()
+            && !part.starts_with('.')
+            && part.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
+    };
+    matches!(model.split_once('/'), Some((owner, name)) if allowed(owner) && allowed(name))
+}
+
+fn is_true(variable: &str) -> bool {
+    std::env::var(variable)
+        .is_ok_and(|value| matches!(value.to_lowercase().as_str(), "1" | "true" | "yes" | "on"))
+}
+
+fn fetch(model: &str, cache: &hf_hub::Cache) -> Result<PathBuf> {
+    let failed = |error: hf_hub::api::sync::ApiError| {
+        Error::data(format!(
+            "model `{model}` cannot be fetched: {error}\n   = help: check the id and the network; for a gated model set HF_TOKEN; or pass a local directory"
+        ))
+    };
+    let token = std::env::var("HF_TOKEN").ok().filter(|token| !token.is_empty()).or_else(|| cache.token());
+    let repository = hf_hub::api::sync::ApiBuilder::from_env()
+        .with_cache_dir(cache.path().clone())
+        .with_token(token)
+        .with_progress(false)
+        .build()
+        .map_err(failed)?
+        .model(model.to_string());
+    let wanted = |name: &str| {
+        let extension = Path::new(name).extension().and_then(|extension| extension.to_str());
+        !name.contains('/')
+            && (matches!(extension, Some("safetensors" | "json" | "jinja")) || name == "merges.txt")
+    };
+    let mut dir = None;
+    for file in repository.info().map_err(failed)?.siblings.iter().filter(|file| wanted(&file.rfilename)) {
+        let local = repository.get(&file.rfilename).map_err(failed)?;
+        dir = local.parent().map(Path::to_path_buf);
+    }
+    dir.ok_or_else(|| Error::data(format!("repository `{model}` holds no checkpoint")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::test_support::fixtures;
+    use tempfile::tempdir;
+
+    fn tensor(values: &[f32]) -> Tensor {
+        Tensor::new(values, &Device::Cpu).unwrap()
+    }
+
+    fn raw(header: &str, data: usize) -> Vec<u8> {
+        let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+        bytes.extend_from_slice(header.as_bytes());
+        bytes.extend(std::iter::repeat_n(0, data));
+        bytes
+    }
+
+    #[test]
+    fn every_layout_has_one_canonical_spelling_that_can_be_undone() {
+        for (flat, canonical) in [
+            ("visual.merger.ln_q.weight", "model.visual.merger.ln_q.weight"),
+            ("model.layers.3.mlp.up_proj.weight", "model.language_model.layers.3.mlp.up_proj.weight"),
+            ("model.embed_tokens.weight", "model.language_model.embed_tokens.weight"),
+            ("model.norm.weight", "model.language_model.norm.weight"),
+            ("lm_head.weight", "lm_head.weight"),
+        ] {
+            assert_eq!(canonical_name(flat), canonical);
+            assert_eq!(canonical_name(canonical), canonical);
+            assert_eq!(NameLayout::Flat.spell(canonical), flat);
+            assert_eq!(NameLayout::Nested.spell(canonical), canonical);
+        }
+        assert_eq!(canonical_name("language_model.model.norm.weight"), "model.language_model.norm.weight");
+        assert_eq!(canonical_name("language_model.layers.0.x"), "model.language_model.layers.0.x");
+        assert_eq!(canonical_name("language_model.lm_head.weight"), "lm_head.weight");
+    }
+
+    #[test]
+    fn what_is_saved_is_read_back_and_the_bytes_do_not_depend_on_the_order() {
+        let dir = tempdir().unwrap();
+        let half = tensor(&[1.5, -2.0]).to_dtype(DType::BF16).unwrap();
+        let transposed =
+            Tensor::new(&[[1f32, 2.0, 3.0], [4.0, 5.0, 6.0]], &Device::Cpu).unwrap().t().unwrap();
+        let a = ("b.half".to_string(), half);
+        let b = ("visual.a".to_string(), transposed);
+        save(dir.path(), &[a.clone(), b.clone()]).unwrap();
+        let first = std::fs::read(dir.path().join("model.safetensors")).unwrap();
+        save(dir.path(), &[b, a]).unwrap();
+        assert_eq!(first, std::fs::read(dir.path().join("model.safetensors")).unwrap());
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+        let weights = Weights::open(dir.path()).unwrap();
+        assert_eq!(weights.values("model.visual.a", &[3, 2]).unwrap(), [1.0, 4.0, 2.0, 5.0, 3.0, 6.0]);
+        assert_eq!(weights.values("b.half", &[2]).unwrap(), [1.5, -2.0]);
+        assert_eq!(weights.layout(), NameLayout::Flat);
+        assert_eq!(weights.original_name("model.visual.a"), Some("visual.a"));
+    }
+
+    #[test]
+    fn a_wrong_request_names_tensor_shapes_and_file() {
+        let dir = tempdir().unwrap();
+        save(dir.path(), &[("x".to_string(), tensor(&[1.0, 2.0]))]).unwrap();
+        let weights = Weights::open(dir.path()).unwrap();
+        let text = weights.get("x", &[3]).unwrap_err().to_string();
+        assert!(text.contains("`x`") && text.contains("[2]") && text.contains("[3]"), "{text}");
+        assert!(text.contains("model.safetensors"), "{text}");
+        assert!(weights.get("y", &[2]).unwrap_err().to_string().contains("`y` is missing"));
+    }
+
+    #[test]
+    fn numbers_that_are_not_finite_are_found() {
+        let dir = tempdir().unwrap();
+        save(dir.path(), &[("a".to_string(), tensor(&[1.0])), ("bad".to_string(), tensor(&[0.0, f32::NAN]))])
+            .unwrap();
+        let error = Weights::open(dir.path()).unwrap().check_finite().unwrap_err();
+        assert!(matches!(error, Error::NonFinite(_)) && error.to_string().contains("`bad`"), "{error}");
+        save(dir.path(), &[("a".to_string(), tensor(&[1.0]))]).unwrap();
+        Weights::open(dir.path()).unwrap().check_finite().unwrap();
+    }
+
+    #[test]
+    fn damaged_files_are_refused_with_their_path() {
+        let dir = tempdir().unwrap();
+        let good = r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[1],"data_offsets":[8,12]}}"#;
+        let cases: Vec<(&str, Vec<u8>)> = vec![
+            ("empty", Vec::new()),
+            ("short", vec![1, 2, 3]),
+            ("huge header", [&u64::MAX.to_le_bytes()[..], b"{}"].concat()),
+            ("long header", [&200u64.to_le_bytes()[..], b"{}"].concat()),
+            ("truncated", raw(good, 11)),
+            ("too long", raw(good, 13)),
+            ("overlap", raw(&good.replace("[8,12]", "[4,8]"), 12)),
+            ("backwards", raw(&good.replace("[8,12]", "[8,4]"), 12)),
+            ("beyond", raw(&good.replace("[8,12]", "[8,9999]"), 12)),
+            ("size", raw(&good.replace("[2]", "[3]"), 12)),
+            ("overflow", raw(&good.replace("[2]", "[18446744073709551615,4]"), 12)),
+            ("not json", raw("[nonsense", 0)),
+            ("pointer", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n".to_vec()),
+        ];
+        let path = dir.path().join("model.safetensors");
+        std::fs::write(&path, raw(good, 12)).unwrap();
+        assert!(Weights::open(dir.path()).is_ok());
+        for (what, bytes) in cases {
+            std::fs::write(&path, bytes).unwrap();
+            let error = Weights::open(dir.path()).map(|_| ()).expect_err(what);
+            assert!(matches!(error, Error::Data(_)), "{what}: {error}");
+            assert!(error.to_string().contains("model.safetensors"), "{what}: {error}");
+            assert_eq!(error.to_string().contains("git lfs pull"), what == "pointer", "{what}: {error}");
+        }
+        let integers = raw(r#"{"a":{"dtype":"I32","shape":[1],"data_offsets":[0,4]}}"#, 4);
+        std::fs::write(&path, integers).unwrap();
+        assert!(Weights::open(dir.path()).unwrap().get("a", &[1]).unwrap_err().to_string().contains("I32"));
+    }
+
+    #[test]
+    fn a_sharded_checkpoint_may_not_miss_a_shard_or_leave_its_directory() {
+        let dir = tempdir().unwrap();
+        save_file(&dir.path().join("one.safetensors"), &[("a".to_string(), tensor(&[1.0]))], &[]).unwrap();
+        save_file(&dir.path().join("two.safetensors"), &[("b".to_string(), tensor(&[2.0]))], &[]).unwrap();
+        let open = |index: &str| {
+            std::fs::write(dir.path().join("model.safetensors.index.json"), index).unwrap();
+            Weights::open(dir.path())
+        };
+        let weights = open(r#"{"weight_map":{"a":"one.safetensors","b":"two.safetensors"}}"#).unwrap();
+        assert_eq!(weights.values("b", &[1]).unwrap(), [2.0]);
+        assert_eq!(weights.names().collect::<Vec<_>>(), ["a", "b"]);
+        let outside = dir.path().parent().unwrap().join("outside.safetensors");
+        for (index, part) in [
+            (r#"{"weight_map":{"a":"three.safetensors"}}"#, "three.safetensors"),
+            (r#"{"weight_map":{"a":"../outside.safetensors"}}"#, "not a file name"),
+            (&format!(r#"{{"weight_map":{{"a":{:?}}}}}"#, outside.display().to_string()), "not a file name"),
+            (r#"{"weight_map":{"a":".."}}"#, "not a file name"),
+            (r#"{"weight_map":{"a":3}}"#, "not a file name"),
+            (r#"{"weight_map":{"b":"one.safetensors"}}"#, "`b` is missing"),
+            (r"{}", "weight_map"),
+            ("nonsense", "not valid JSON"),
+        ] {
+            let error = open(index).map(|_| ()).expect_err(index);
+            assert!(matches!(error, Error::Data(_)) && error.to_string().contains(part), "{index}: {error}");
+        }
+    }
+
+    #[test]
+    fn two_spellings_of_one_tensor_are_refused() {
+        let dir = tempdir().unwrap();
+        let twice =
+            [("visual.a".to_string(), tensor(&[1.0])), ("model.visual.a".to_string(), tensor(&[2.0]))];
+        save(dir.path(), &twice).unwrap();
+        assert!(Weights::open(dir.path()).unwrap_err().to_string().contains("both `model.visual.a`"));
+        assert!(save(dir.path(), &[twice[0].clone(), twice[0].clone()]).is_err());
+    }
+
+    #[test]
+    fn what_is_no_checkpoint_says_what_it_is() {
+        let dir = tempdir().unwrap();
+        let message = || Weights::open(dir.path()).unwrap_err().to_string();
+        assert!(message().contains("no weights found"));
+        std::fs::write(dir.path().join("adapter_model.safetensors"), "").unwrap();
+        assert!(message().contains("--adapter"));
+        std::fs::write(dir.path().join("pytorch_model.bin"), "").unwrap();
+        assert!(message().contains("pickled"));
+    }
+
+    #[test]
+    fn a_directory_is_its_own_location_and_nonsense_is_no_hub_id() {
+        let dir = tempdir().unwrap();
+        assert_eq!(locate(&dir.path().display().to_string()).unwrap(), dir.path());
+        for nonsense in ["", "model", "./a/b", "a/b/c", "/no/such", "../x", "a/..", "a b/c"] {
+            assert!(!is_hub_id(nonsense), "{nonsense}");
+            assert!(matches!(locate(nonsense), Err(Error::Data(_))), "{nonsense}");
+        }
+        assert!(is_hub_id("Qwen/Qwen2.5-VL-3B-Instruct"));
+    }
+
+    #[test]
+    fn reference_checkpoints_agree_across_their_layouts() {
+        let Some(dir) = fixtures() else { return };
+        let open = |name: &str| Weights::open(&dir.join("checkpoints").join(name)).unwrap();
+        let names = |weights: &Weights| weights.names().map(String::from).collect::<Vec<_>>();
+        let (flat, nested, sharded) = (open("qwen2_5_vl"), open("qwen2_5_vl_bf16"), open("qwen3_vl"));
+        assert_eq!(flat.layout(), NameLayout::Flat);
+        assert_eq!(nested.layout(), NameLayout::Nested);
+        assert_eq!(sharded.layout(), NameLayout::Nested);
+        for weights in [&flat, &nested, &sharded] {
+            assert!(weights.contains("model.language_model.norm.weight"));
+            assert!(names(weights).iter().all(|name| {
+                name.starts_with("model.visual.")
+                    || name.starts_with("model.language_model.")
+                    || name == "lm_head.weight"
+            }));
+            weights.check_finite().unwrap();
+        }
+        assert_eq!(sharded.paths().count(), 2);
+        assert_eq!(names(&flat), names(&open("qwen2_5_vl_legacy")));
+    }
+}
