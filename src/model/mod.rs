@@ -1,8 +1,18 @@
 //! The vision-language model: files, tokens, positions, pixels and the network itself.
 
 pub mod config;
+pub mod generate;
+pub mod kv_cache;
+pub mod parameters;
+pub mod patches;
 pub mod positions;
+pub mod text;
+pub mod vision;
+pub mod vlm;
 pub mod weights;
 
 #[cfg(test)]
 pub(crate) mod test_support;
+
+#[cfg(test)]
+mod vlm_tests;

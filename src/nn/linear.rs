@@ -90,6 +90,16 @@ impl Linear {
         }
     }
 
+    /// The same weights, shared, without gradients.
+    #[must_use]
+    pub fn detached(&self) -> Self {
+        let weight = match &self.weight {
+            Weight::Tensor(weight) => Weight::Tensor(weight.detach()),
+            Weight::Panels(weight) => Weight::Panels(weight.clone()),
+        };
+        Self { weight, bias: self.bias.as_ref().map(Tensor::detach) }
+    }
+
     /// The weight as a tensor `[out, in]`, for export.
     pub fn weight(&self) -> Result<Tensor> {
         match &self.weight {

@@ -11,10 +11,11 @@
 pub mod activation;
 pub mod attention;
 pub mod cross_entropy;
-mod kernel;
+pub(crate) mod kernel;
 pub mod linear;
 pub mod norm;
 pub mod plain;
+pub mod recompute;
 pub mod rotary;
 pub mod rows;
 

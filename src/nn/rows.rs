@@ -1,6 +1,6 @@
 //! Row selection and placement: token embedding, image features into the text, rows out for the head.
 
-use super::kernel::{is_fused, slice, with_slice, zeros};
+use super::kernel::{computed, is_fused, slice, with_slice, zeros};
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, InplaceOp2, Layout, Result, Shape, Tensor};
 use std::sync::Arc;
 
@@ -29,6 +29,32 @@ pub fn select(x: &Tensor, rows: &[u32]) -> Result<Tensor> {
         return x.index_select(&index(rows, x)?, 0);
     }
     x.contiguous()?.apply_op1(Select(rows.into()))
+}
+
+/// Cuts each row into consecutive parts of these widths.
+///
+/// # Shapes
+/// - `x`: `[rows, sum of widths]`
+/// - returns: `[rows, width]` for each width
+///
+/// # Errors
+/// When the widths do not add up.
+pub fn split_columns<const N: usize>(x: &Tensor, widths: [usize; N]) -> Result<[Tensor; N]> {
+    let (_, total) = x.dims2()?;
+    if widths.iter().sum::<usize>() != total {
+        candle_core::bail!("columns {widths:?} do not add up to {total}");
+    }
+    let mut parts = Vec::with_capacity(N);
+    let mut start = 0;
+    for width in widths {
+        parts.push(if is_fused(x) {
+            x.contiguous()?.apply_op1(Columns { start, width })?
+        } else {
+            x.narrow(1, start, width)?.contiguous()?
+        });
+        start += width;
+    }
+    parts.try_into().map_err(|_| candle_core::Error::Msg("a split lost a part".into()))
 }
 
 /// `x` with `values[i]` added to row `rows[i]`; `rows` are distinct.
@@ -126,6 +152,43 @@ impl CustomOp1 for Select {
             }
         })?;
         Ok(Some(Tensor::from_vec(dx, (n, width), x.device())?))
+    }
+}
+
+struct Columns {
+    start: usize,
+    width: usize,
+}
+
+impl CustomOp1 for Columns {
+    fn name(&self) -> &'static str {
+        "columns"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (rows, total) = layout.shape().dims2()?;
+        let x = slice(x, layout)?;
+        let y = computed(rows * self.width, 256 * self.width, |chunk, y| {
+            for (r, y) in y.chunks_exact_mut(self.width).enumerate() {
+                y.copy_from_slice(&x[(chunk * 256 + r) * total + self.start..][..self.width]);
+            }
+        });
+        Ok((CpuStorage::F32(y), Shape::from((rows, self.width))))
+    }
+
+    fn bwd(&self, x: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let (rows, total) = x.dims2()?;
+        let dx = with_slice(grad, |grad| {
+            computed(rows * total, 256 * total, |chunk, dx| {
+                for (r, dx) in dx.chunks_exact_mut(total).enumerate() {
+                    let grad = &grad[(chunk * 256 + r) * self.width..][..self.width];
+                    dx[..self.start].fill(0.0);
+                    dx[self.start..self.start + self.width].copy_from_slice(grad);
+                    dx[self.start + self.width..].fill(0.0);
+                }
+            })
+        })?;
+        Ok(Some(Tensor::from_vec(dx, x.shape(), x.device())?))
     }
 }
 

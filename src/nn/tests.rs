@@ -249,6 +249,13 @@ fn rows_are_selected_added_and_replaced_with_gradients() {
         t[0].broadcast_mul(&keep)?.index_add(&index, &t[1], 0)
     });
     assert!(rows::select(&inputs[0], &[8]).is_err());
+    let wide = [random(&[300, 7], 42)];
+    for (part, (start, width)) in [(0, 2), (2, 4), (6, 1)].into_iter().enumerate() {
+        check_op("split", &wide, &|t| Ok(rows::split_columns(&t[0], [2, 4, 1])?[part].clone()), &|t| {
+            t[0].narrow(1, start, width)
+        });
+    }
+    assert!(rows::split_columns(&wide[0], [2, 2]).is_err());
     let cache = Tensor::zeros((8, 5), candle_core::DType::F32, &Device::Cpu).unwrap();
     rows::write(&cache, &places, &inputs[1]).unwrap();
     assert_eq!(values(&rows::select(&cache, &places).unwrap()), values(&inputs[1]));

@@ -1,0 +1,211 @@
+//! Sampling: many prompts at once, each prompt's rows shared by its group of completions.
+//!
+//! What is sampled for a completion depends on its own seed and its own rows alone, never on its neighbours: rows are
+//! computed to the same bytes in any batch.
+
+use super::kv_cache::KvCache;
+use super::vlm::{Batch, Features, Vlm};
+use crate::error::Result;
+use crate::nn::attention::{Block, Layout};
+use crate::nn::rows;
+use candle_core::{DType, Tensor};
+use candle_transformers::generation::{LogitsProcessor, Sampling};
+use std::ops::Range;
+
+/// How tokens are chosen.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Decoding {
+    /// Longest completion, stop token included.
+    pub max_new_tokens: usize,
+    /// Zero is greedy; otherwise logits are divided by this before the softmax.
+    pub temperature: f64,
+    /// Keep only so many most likely tokens.
+    pub top_k: Option<usize>,
+    /// Keep only the most likely tokens of this total probability.
+    pub top_p: Option<f64>,
+    /// Tokens that end a completion.
+    pub stop_ids: Vec<u32>,
+    /// Tokens that are never chosen: vision placeholders.
+    pub suppressed_ids: Vec<u32>,
+}
+
+impl Decoding {
+    fn sampling(&self) -> Sampling {
+        let temperature = self.temperature;
+        match (temperature > 0.0, self.top_k, self.top_p) {
+            (false, ..) => Sampling::ArgMax,
+            (true, None, None) => Sampling::All { temperature },
+            (true, Some(k), None) => Sampling::TopK { k, temperature },
+            (true, None, Some(p)) => Sampling::TopP { p, temperature },
+            (true, Some(k), Some(p)) => Sampling::TopKThenTopP { k, p, temperature },
+        }
+    }
+}
+
+/// A prompt ready for the decoder.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Prompt {
+    /// Tokens, each image placeholder repeated once for each merged token.
+    pub ids: Vec<u32>,
+    /// Temporal, height and width position of each token.
+    pub positions: [Vec<i64>; 3],
+    /// Indices of the image placeholders in `ids`.
+    pub image_rows: Vec<u32>,
+}
+
+impl Prompt {
+    /// Position, on every axis, of the first token after the prompt.
+    pub fn next_position(&self) -> i64 {
+        self.positions.iter().flatten().max().map_or(0, |last| last + 1)
+    }
+}
+
+/// One sampled completion.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Completion {
+    /// Tokens, the stop token included when there is one.
+    pub ids: Vec<u32>,
+    /// Whether a stop token ended it.
+    pub is_finished: bool,
+}
+
+/// The rows of several prompts one after another.
+pub(crate) fn prompt_batch(vlm: &Vlm, prompts: &[Prompt]) -> Result<(Batch, Vec<Range<usize>>)> {
+    let (mut input_ids, mut image_rows) = (Vec::new(), Vec::new());
+    let mut positions: [Vec<i64>; 3] = Default::default();
+    let mut ranges = Vec::with_capacity(prompts.len());
+    for prompt in prompts {
+        let start = input_ids.len();
+        input_ids.extend_from_slice(&prompt.ids);
+        image_rows.extend(prompt.image_rows.iter().map(|row| row + start as u32));
+        for (all, own) in positions.iter_mut().zip(&prompt.positions) {
+            all.extend_from_slice(own);
+        }
+        ranges.push(start..input_ids.len());
+    }
+    let lengths: Vec<usize> = ranges.iter().map(ExactSizeIterator::len).collect();
+    let plan = vlm.row_plan(&positions, Layout::causal(&lengths))?;
+    Ok((Batch { input_ids, image_rows, plan }, ranges))
+}
+
+/// Samples `seeds[p].len()` completions for prompt `p`, one for each seed.
+///
+/// `features` hold the images' tokens in the order of the prompts; none for prompts without images.
+///
+/// # Errors
+/// When a logit is not a number, or features and placeholders do not match.
+pub fn generate(
+    vlm: &Vlm,
+    prompts: &[Prompt],
+    features: Option<&Features>,
+    seeds: &[Vec<u64>],
+    decoding: &Decoding,
+) -> Result<Vec<Vec<Completion>>> {
+    let (batch, ranges) = prompt_batch(vlm, prompts)?;
+    let prompt_rows = batch.input_ids.len();
+    let total: usize = seeds.iter().map(Vec::len).sum();
+    let cache = KvCache::new(
+        &vlm.config().text,
+        prompt_rows + total * decoding.max_new_tokens,
+        DType::F32,
+        vlm.device(),
+    )?;
+    let places: Vec<u32> = (0..prompt_rows as u32).collect();
+    let hidden = vlm.forward_cached(features, &batch, &cache, &places)?;
+    let last_rows: Vec<u32> = ranges.iter().map(|range| range.end as u32 - 1).collect();
+    let first = logits_of(vlm, &rows::select(&hidden, &last_rows)?, decoding)?;
+
+    let mut sequences = Vec::with_capacity(total);
+    for (prompt, seeds) in seeds.iter().enumerate() {
+        for &seed in seeds {
+            sequences.push(Sequence {
+                prompt,
+                start: prompt_rows + sequences.len() * decoding.max_new_tokens,
+                next_position: prompts[prompt].next_position(),
+                sampler: LogitsProcessor::from_sampling(seed, decoding.sampling()),
+                completion: Completion::default(),
+            });
+        }
+    }
+    for sequence in &mut sequences {
+        sequence.choose(&first[sequence.prompt], decoding)?;
+    }
+    for step in 1..decoding.max_new_tokens {
+        let mut live: Vec<&mut Sequence> =
+            sequences.iter_mut().filter(|sequence| !sequence.completion.is_finished).collect();
+        if live.is_empty() {
+            break;
+        }
+        let (batch, places) = step_batch(vlm, &live, &ranges, step)?;
+        let hidden = vlm.forward_cached(None, &batch, &cache, &places)?;
+        for (sequence, logits) in live.iter_mut().zip(logits_of(vlm, &hidden, decoding)?) {
+            sequence.choose(&logits, decoding)?;
+        }
+    }
+    let mut groups: Vec<Vec<Completion>> = seeds.iter().map(|_| Vec::new()).collect();
+    for sequence in sequences {
+        groups[sequence.prompt].push(sequence.completion);
+    }
+    Ok(groups)
+}
+
+struct Sequence {
+    prompt: usize,
+    /// First cache row of its own.
+    start: usize,
+    next_position: i64,
+    sampler: LogitsProcessor,
+    completion: Completion,
+}
+
+impl Sequence {
+    fn choose(&mut self, logits: &Tensor, decoding: &Decoding) -> Result<()> {
+        let token = self.sampler.sample(logits)?;
+        self.completion.ids.push(token);
+        self.completion.is_finished = decoding.stop_ids.contains(&token);
+        Ok(())
+    }
+}
+
+/// The last token of each live sequence as one row: it sees its prompt and its own rows.
+fn step_batch(
+    vlm: &Vlm,
+    live: &[&mut Sequence],
+    prompts: &[Range<usize>],
+    step: usize,
+) -> Result<(Batch, Vec<u32>)> {
+    let mut ids = Vec::with_capacity(live.len());
+    let mut places = Vec::with_capacity(live.len());
+    let mut positions = Vec::with_capacity(live.len());
+    let mut blocks = Vec::with_capacity(live.len());
+    for (row, sequence) in live.iter().enumerate() {
+        ids.extend(sequence.completion.ids.last());
+        places.push((sequence.start + step - 1) as u32);
+        positions.push(sequence.next_position + step as i64 - 1);
+        let keys = vec![prompts[sequence.prompt].clone(), sequence.start..sequence.start + step];
+        blocks.push(Block { queries: row..row + 1, keys, is_causal: true });
+    }
+    let plan = vlm.row_plan(&[positions.clone(), positions.clone(), positions], Layout { blocks })?;
+    Ok((Batch { input_ids: ids, image_rows: Vec::new(), plan }, places))
+}
+
+/// Logits by row, suppressed tokens at minus infinity.
+fn logits_of(vlm: &Vlm, hidden: &Tensor, decoding: &Decoding) -> Result<Vec<Tensor>> {
+    let logits = vlm.logits(hidden)?.to_dtype(DType::F32)?.to_device(&candle_core::Device::Cpu)?;
+    let (count, vocab) = logits.dims2()?;
+    let mut values: Vec<f32> = logits.flatten_all()?.to_vec1()?;
+    for row in values.chunks_exact_mut(vocab) {
+        if let Some(bad) = row.iter().find(|value| !value.is_finite()) {
+            return Err(crate::error::Error::NonFinite(format!(
+                "a logit is {bad} while sampling\n   = help: check the weights with `safemed doctor` and the image's pixels"
+            )));
+        }
+        for &id in &decoding.suppressed_ids {
+            if let Some(value) = row.get_mut(id as usize) {
+                *value = f32::NEG_INFINITY;
+            }
+        }
+    }
+    let all = Tensor::from_vec(values, (count, vocab), &candle_core::Device::Cpu)?;
+    (0..count).map(|row| Ok(all.get(row)?)).collect()
+}

@@ -1,0 +1,174 @@
+//! The decoder: a causal transformer over packed rows, with or without a key-value cache.
+
+use super::config::TextConfig;
+use super::kv_cache::LayerCache;
+use super::parameters::Builder;
+use crate::error::Result;
+use crate::nn::activation::gated;
+use crate::nn::attention::{Heads, Layout, attention};
+use crate::nn::linear::Linear;
+use crate::nn::{norm, rotary, rows};
+use candle_core::Tensor;
+use std::sync::Arc;
+
+/// The decoder's weights.
+#[derive(Debug, Clone)]
+pub struct Decoder {
+    config: TextConfig,
+    /// `[vocab, hidden]`.
+    pub(super) embedding: Tensor,
+    layers: Vec<Layer>,
+    norm: Tensor,
+    /// The output layer, `[vocab, hidden]`.
+    pub(super) head: Linear,
+}
+
+#[derive(Debug, Clone)]
+struct Layer {
+    input_norm: Tensor,
+    q: Linear,
+    k: Linear,
+    v: Linear,
+    o: Linear,
+    q_norm: Option<Tensor>,
+    k_norm: Option<Tensor>,
+    post_norm: Tensor,
+    gate: Linear,
+    up: Linear,
+    down: Linear,
+}
+
+/// What every layer needs to know about the rows: angles, and who sees whom.
+#[derive(Debug, Clone)]
+pub struct RowPlan {
+    /// `[rows, head_dim / 2]`.
+    pub cos: Tensor,
+    /// `[rows, head_dim / 2]`.
+    pub sin: Tensor,
+    /// Keys are rows of this batch, or rows of the cache where there is one.
+    pub layout: Arc<Layout>,
+}
+
+impl Decoder {
+    pub(super) fn load(b: &mut Builder<'_>, config: &TextConfig, is_tied: bool) -> Result<Self> {
+        let root = "model.language_model";
+        let (hidden, inner, dim) = (config.hidden_size, config.intermediate_size, config.head_dim);
+        let (q_width, kv_width) = (config.num_heads * dim, config.num_kv_heads * dim);
+        let embedding = b.tensor(&format!("{root}.embed_tokens.weight"), &[config.vocab_size, hidden])?;
+        let mut layers = Vec::with_capacity(config.num_layers);
+        for index in 0..config.num_layers {
+            let prefix = format!("{root}.layers.{index}");
+            let head_norm = |b: &mut Builder<'_>, name: &str| {
+                let name = format!("{prefix}.self_attn.{name}.weight");
+                config.qk_norm.then(|| b.tensor(&name, &[dim])).transpose()
+            };
+            let attn = format!("{prefix}.self_attn");
+            let mlp = format!("{prefix}.mlp");
+            let bias = config.attention_bias;
+            layers.push(Layer {
+                input_norm: b.tensor(&format!("{prefix}.input_layernorm.weight"), &[hidden])?,
+                q: b.linear(&format!("{attn}.q_proj"), &[q_width, hidden], bias)?,
+                k: b.linear(&format!("{attn}.k_proj"), &[kv_width, hidden], bias)?,
+                v: b.linear(&format!("{attn}.v_proj"), &[kv_width, hidden], bias)?,
+                o: b.linear(&format!("{attn}.o_proj"), &[hidden, q_width], config.attention_output_bias)?,
+                q_norm: head_norm(b, "q_norm")?,
+                k_norm: head_norm(b, "k_norm")?,
+                post_norm: b.tensor(&format!("{prefix}.post_attention_layernorm.weight"), &[hidden])?,
+                gate: b.linear(&format!("{mlp}.gate_proj"), &[inner, hidden], false)?,
+                up: b.linear(&format!("{mlp}.up_proj"), &[inner, hidden], false)?,
+                down: b.linear(&format!("{mlp}.down_proj"), &[hidden, inner], false)?,
+            });
+        }
+        let norm = b.tensor(&format!("{root}.norm.weight"), &[hidden])?;
+        let head = if is_tied {
+            if embedding.is_variable() {
+                Linear::of_tensor(&embedding, None)
+            } else {
+                Linear::frozen(&embedding, None)?
+            }
+        } else {
+            b.linear("lm_head", &[config.vocab_size, hidden], false)?
+        };
+        Ok(Self { config: config.clone(), embedding, layers, norm, head })
+    }
+
+    /// The same weights, shared, without gradients.
+    pub(super) fn detached(&self) -> Self {
+        let layer = |layer: &Layer| Layer {
+            input_norm: layer.input_norm.detach(),
+            q: layer.q.detached(),
+            k: layer.k.detached(),
+            v: layer.v.detached(),
+            o: layer.o.detached(),
+            q_norm: layer.q_norm.as_ref().map(Tensor::detach),
+            k_norm: layer.k_norm.as_ref().map(Tensor::detach),
+            post_norm: layer.post_norm.detach(),
+            gate: layer.gate.detached(),
+            up: layer.up.detached(),
+            down: layer.down.detached(),
+        };
+        Self {
+            config: self.config.clone(),
+            embedding: self.embedding.detach(),
+            layers: self.layers.iter().map(layer).collect(),
+            norm: self.norm.detach(),
+            head: self.head.detached(),
+        }
+    }
+
+    /// Number of layers.
+    pub(super) fn num_layers(&self) -> usize {
+        self.layers.len()
+    }
+
+    /// Token rows.
+    pub(super) fn embed(&self, ids: &[u32]) -> candle_core::Result<Tensor> {
+        rows::select(&self.embedding, ids)
+    }
+
+    /// Layer `index`; with a cache, the rows' keys and values are written to the cache rows given and attention reads
+    /// the cache.
+    pub(super) fn layer(
+        &self,
+        index: usize,
+        hidden: &Tensor,
+        plan: &RowPlan,
+        cache: Option<(&LayerCache, &[u32])>,
+    ) -> candle_core::Result<Tensor> {
+        let (layer, config) = (&self.layers[index], &self.config);
+        let heads = Heads {
+            num_heads: config.num_heads,
+            num_kv_heads: config.num_kv_heads,
+            head_dim: config.head_dim,
+            scale: 1.0 / (config.head_dim as f32).sqrt(),
+        };
+        let normal = norm::rms_norm(hidden, &layer.input_norm, config.rms_norm_eps)?;
+        let rotated = |projection: &Linear, head_norm: &Option<Tensor>| {
+            let x = projection.forward(&normal)?;
+            let x = match head_norm {
+                Some(weight) => norm::rms_norm(&x, weight, config.rms_norm_eps)?,
+                None => x,
+            };
+            rotary::rotary(&x, &plan.cos, &plan.sin)
+        };
+        let q = rotated(&layer.q, &layer.q_norm)?;
+        let k = rotated(&layer.k, &layer.k_norm)?;
+        let v = layer.v.forward(&normal)?;
+        let mixed = match cache {
+            Some((cache, places)) => {
+                cache.write(places, &k, &v)?;
+                attention(&q, cache.keys(), cache.values(), heads, &plan.layout)?
+            }
+            None => attention(&q, &k, &v, heads, &plan.layout)?,
+        };
+        let hidden = (hidden + layer.o.forward(&mixed)?)?;
+        let normal = norm::rms_norm(&hidden, &layer.post_norm, config.rms_norm_eps)?;
+        let inner = gated(&layer.gate.forward(&normal)?, &layer.up.forward(&normal)?, config.activation)?;
+        &hidden + layer.down.forward(&inner)?
+    }
+
+    /// The norm before the output layer.
+    pub(super) fn finish(&self, hidden: &Tensor) -> candle_core::Result<Tensor> {
+        norm::rms_norm(hidden, &self.norm, self.config.rms_norm_eps)
+    }
+}
