@@ -1,5 +1,6 @@
 //! The vision-language model: files, tokens, positions, pixels and the network itself.
 
+pub mod chat;
 pub mod config;
 pub mod generate;
 pub mod kv_cache;
@@ -7,12 +8,12 @@ pub mod parameters;
 pub mod patches;
 pub mod positions;
 pub mod text;
+pub mod tokenizer;
 pub mod vision;
 pub mod vlm;
 pub mod weights;
 
 #[cfg(test)]
 pub(crate) mod test_support;
-
 #[cfg(test)]
 mod vlm_tests;
