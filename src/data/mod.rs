@@ -1,1 +1,403 @@
-//! (placeholder)
+//! Questions about images: the one [`Sample`] type, the readers that make it, and what is done with a set of them.
+//!
+//! [`DatasetConfig::load`] is the way in for every command: it detects the format, collects every problem with its
+//! file and record before any expensive work, filters, and takes this process's shard. Nothing here decodes an
+//! image or knows tokens: images stay paths, and prompts stay text.
+
+pub mod med_r1;
+pub mod omnimedvqa;
+pub mod phantom;
+pub mod problem;
+pub mod prompt;
+pub mod sample;
+pub mod select;
+pub mod split;
+pub mod stats;
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::error::{Error, Result};
+pub use problem::Problem;
+pub use sample::Sample;
+pub use select::Shard;
+
+/// The letter of an option: 0 is `A`. There are never more than 26 options.
+pub fn letter(index: usize) -> char {
+    char::from(b'A' + (index % 26) as u8)
+}
+
+/// The index that an option letter stands for: `A` is 0; `None` for anything but `A` to `Z`.
+pub fn index_of_letter(letter: char) -> Option<usize> {
+    letter.is_ascii_uppercase().then(|| (letter as u8 - b'A') as usize)
+}
+
+/// A set of questions with the folder that their images lie under.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Dataset {
+    /// Folder that every sample's `image` is relative to.
+    pub root: PathBuf,
+    /// The questions to work on, in the deterministic order of the source (files sorted, then file order).
+    pub samples: Vec<Sample>,
+    /// Questions of the restricted-access part, which comes without images: counted, never loaded.
+    pub restricted: usize,
+    /// Records left out because `skip_invalid` allows it, one or more problems each.
+    pub skipped: Vec<Problem>,
+    /// The selected questions before sharding; `None` when this is no shard.
+    unsharded: Option<Vec<Sample>>,
+}
+
+impl Dataset {
+    /// A set made elsewhere than by a reader.
+    pub fn new(root: impl Into<PathBuf>, samples: Vec<Sample>) -> Self {
+        Self { root: root.into(), samples, ..Self::default() }
+    }
+
+    /// Every selected question of the run, whichever shard this is: what pairs items with one another (shuffled
+    /// images, a prior with one item left out) must look here, so that shards agree.
+    pub fn population(&self) -> &[Sample] {
+        self.unsharded.as_deref().unwrap_or(&self.samples)
+    }
+
+    /// Where a sample's image lies.
+    pub fn image_path(&self, sample: &Sample) -> PathBuf {
+        self.root.join(&sample.image)
+    }
+}
+
+/// What loading does about image files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ImageCheck {
+    /// Every selected image must be there: a missing one is a problem of its record.
+    Exist,
+    /// Images are not needed (statistics, priors).
+    Ignore,
+}
+
+/// Which questions to work on.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct DatasetConfig {
+    /// Root of OmniMedVQA (or a folder with one inside). Beside `data` it is the root of that file's images.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub omnimedvqa: Option<PathBuf>,
+    /// A file or folder of any supported format, detected by its content.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub data: Option<PathBuf>,
+    /// JSON list of question ids to keep; looked up as given, then under the data root.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub split: Option<PathBuf>,
+    /// JSON list of the ids that count for the option prior; looked up like `split`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub train_split: Option<PathBuf>,
+    /// Keep one modality: a name such as `CT`, or the file's own spelling.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub modality: Option<String>,
+    /// Keep one question type, such as `Disease Diagnosis`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub question_type: Option<String>,
+    /// Keep the first so many questions of what is left. At least 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub limit: Option<usize>,
+    /// Keep part `I/N` of what is left, `I` from 0 to `N - 1`: every N-th question by order of id.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub shard: Option<Shard>,
+    /// Leave out records that have a problem, and count them, instead of refusing the data.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub skip_invalid: bool,
+}
+
+impl DatasetConfig {
+    /// Reads, checks and selects.
+    ///
+    /// Order: records with problems go first (refused, or left out with `skip_invalid`), then `split`, `modality`,
+    /// `question_type`, images that are missing, `limit`, and last `shard`.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] when no source is named or a filter matches nothing there is; [`Error::Data`] with every
+    /// problem of the files, of the split and of the images at once.
+    pub fn load(&self, images: ImageCheck) -> Result<Dataset> {
+        if self.limit == Some(0) {
+            return Err(Error::usage(
+                "`limit` is 0: no question would be left\n   = help: leave it out to take all",
+            ));
+        }
+        let (mut dataset, problems) = self.read_checked()?;
+        if let Some(split) = &self.split {
+            dataset.samples =
+                select::by_split(dataset.samples, &self.locate(split, &dataset.root), &problems)?;
+        }
+        select::by_modality(&mut dataset.samples, self.modality.as_deref())?;
+        select::by_question_type(&mut dataset.samples, self.question_type.as_deref())?;
+        dataset.skipped = problems;
+        if images == ImageCheck::Exist {
+            self.drop_missing_images(&mut dataset)?;
+        }
+        if let Some(limit) = self.limit {
+            dataset.samples.truncate(limit);
+        }
+        if dataset.samples.is_empty() {
+            return Err(Error::data(format!(
+                "no question is left after selection\n  --> {}\n   = help: check --split, --modality and --question-type against `safemed data stats`",
+                dataset.root.display()
+            )));
+        }
+        if let Some(shard) = self.shard {
+            let part = shard.of(&dataset.samples);
+            dataset.unsharded = Some(std::mem::replace(&mut dataset.samples, part));
+        }
+        Ok(dataset)
+    }
+
+    /// The questions of `train_split` from the same source, for the option prior; `None` when none is named.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub fn load_train(&self) -> Result<Option<Dataset>> {
+        let Some(split) = &self.train_split else { return Ok(None) };
+        let config = Self {
+            split: Some(split.clone()),
+            train_split: None,
+            modality: None,
+            question_type: None,
+            limit: None,
+            shard: None,
+            ..self.clone()
+        };
+        config.load(ImageCheck::Ignore).map(Some)
+    }
+
+    fn read_checked(&self) -> Result<(Dataset, Vec<Problem>)> {
+        let images_root = self.omnimedvqa.as_deref();
+        let reading = match (&self.data, images_root) {
+            (Some(data), _) => read(data, images_root)?,
+            (None, Some(root)) => read(root, None)?,
+            (None, None) => {
+                return Err(Error::usage(
+                    "no data is named\n   = help: give `--omnimedvqa ROOT` or `--data PATH`; `safemed data phantom --out DIR` makes some",
+                ));
+            }
+        };
+        if !self.skip_invalid {
+            problem::refuse(&reading.problems)?;
+        }
+        let dataset = Dataset {
+            root: reading.root,
+            samples: reading.samples,
+            restricted: reading.restricted,
+            ..Dataset::default()
+        };
+        Ok((dataset, reading.problems))
+    }
+
+    fn locate(&self, split: &Path, root: &Path) -> PathBuf {
+        if split.exists() {
+            return split.to_path_buf();
+        }
+        let under_root = root.join(split);
+        if under_root.exists() { under_root } else { split.to_path_buf() }
+    }
+
+    fn drop_missing_images(&self, dataset: &mut Dataset) -> Result<()> {
+        let missing = select::missing_images(&dataset.root, &dataset.samples);
+        let problems: Vec<Problem> = dataset
+            .samples
+            .iter()
+            .filter(|sample| missing.contains(&sample.image))
+            .map(|sample| Problem {
+                file: dataset.image_path(sample),
+                record: None,
+                line: None,
+                id: Some(sample.id.clone()),
+                message: "image file is missing".into(),
+            })
+            .collect();
+        if !self.skip_invalid {
+            problem::refuse(&problems)?;
+        }
+        dataset.samples.retain(|sample| !missing.contains(&sample.image));
+        dataset.skipped.extend(problems);
+        Ok(())
+    }
+}
+
+/// What a reader found: good records and problems side by side.
+#[derive(Debug, Clone, Default)]
+pub struct Reading {
+    /// Folder that images are relative to.
+    pub root: PathBuf,
+    /// The records without a problem.
+    pub samples: Vec<Sample>,
+    /// Restricted-access questions, counted only.
+    pub restricted: usize,
+    /// Everything that is wrong with the other records.
+    pub problems: Vec<Problem>,
+    /// Where each id was met first: file and one-based record.
+    first_seen: HashMap<String, (PathBuf, usize)>,
+}
+
+impl Reading {
+    /// Takes what became of the record at zero-based `index`: a sample whose id is new, or problems.
+    fn take(
+        &mut self,
+        index: usize,
+        result: std::result::Result<Sample, Vec<String>>,
+        collector: &mut problem::Collector<'_>,
+    ) {
+        let sample = match result {
+            Ok(sample) => sample,
+            Err(messages) => {
+                self.problems.extend(messages.into_iter().map(|message| collector.problem(index, message)));
+                return;
+            }
+        };
+        match self.first_seen.get(&sample.id) {
+            Some((file, record)) => {
+                let message = format!("id stands twice: also {}: record {record}", file.display());
+                self.problems.push(collector.problem(index, message));
+            }
+            None => {
+                self.first_seen.insert(sample.id.clone(), (collector.file().to_path_buf(), index + 1));
+                self.samples.push(sample);
+            }
+        }
+    }
+}
+
+/// Reads `path` in any supported format, refusing data with problems; images are not looked at.
+///
+/// # Errors
+/// [`Error::Data`] when the path or format is unknown, or any record has a problem.
+pub fn load(path: &Path) -> Result<Dataset> {
+    DatasetConfig { data: Some(path.to_path_buf()), ..DatasetConfig::default() }.load(ImageCheck::Ignore)
+}
+
+/// Reads `path` in any supported format: an OmniMedVQA root, one of its files, a Med-R1 split file, or a folder of
+/// such files. `images_root` says where images lie when the path itself does not tell.
+///
+/// # Errors
+/// [`Error::Data`] when nothing of a supported format is there.
+pub fn read(path: &Path, images_root: Option<&Path>) -> Result<Reading> {
+    if !path.exists() {
+        return Err(Error::data(format!(
+            "there is no such data\n  --> {}\n   = help: name an OmniMedVQA folder (it holds `QA_information` and `Images`) or a JSON file",
+            path.display()
+        )));
+    }
+    let root_of_images = images_root.map(|root| omnimedvqa::find_root(root).unwrap_or(root.to_path_buf()));
+    if path.is_file() {
+        return read_files(&[path.to_path_buf()], root_of_images.unwrap_or_else(|| guess_root(path)));
+    }
+    if let Some(root) = omnimedvqa::find_root(path) {
+        return omnimedvqa::read(&root);
+    }
+    let files = json_files(path)?;
+    if files.is_empty() {
+        return Err(Error::data(format!(
+            "no supported data in this folder: neither `QA_information/Open-access` nor any `.json` file\n  --> {}\n   = help: name the folder that holds `QA_information` and `Images`",
+            path.display()
+        )));
+    }
+    read_files(&files, root_of_images.unwrap_or_else(|| guess_root(&files[0])))
+}
+
+fn read_files(files: &[PathBuf], root: PathBuf) -> Result<Reading> {
+    let mut reading = Reading { root, ..Reading::default() };
+    for file in files {
+        let Some(records) = read_array(file, &mut reading.problems)? else { continue };
+        let has = |key: &str| records.values.iter().any(|record| record.get(key).is_some());
+        if has("problem") && has("solution") {
+            med_r1::read_records(&records, &mut reading);
+        } else if has("gt_answer") || has("question_id") {
+            omnimedvqa::read_records(&records, &mut reading);
+        } else {
+            let keys = records.values.first().and_then(Value::as_object);
+            let keys = keys.map(|map| map.keys().map(String::as_str).collect::<Vec<_>>().join(", "));
+            reading.problems.push(Problem::of_file(
+                file,
+                format!(
+                    "format not recognised: its first record has the keys [{}]; supported are OmniMedVQA (`question_id`, `gt_answer`, ...) and Med-R1 splits (`image`, `problem`, `solution`)",
+                    keys.unwrap_or_default()
+                ),
+            ));
+        }
+    }
+    Ok(reading)
+}
+
+/// The records of one JSON file, with its text for finding lines.
+#[derive(Debug)]
+pub struct Records {
+    /// The file.
+    pub file: PathBuf,
+    /// Its records, in order.
+    pub values: Vec<Value>,
+    /// The text they were read from.
+    pub text: String,
+}
+
+/// Reads one JSON array; a file that is none leaves a problem and gives `None`.
+///
+/// # Errors
+/// [`Error::Io`] when the file cannot be read at all.
+pub fn read_array(file: &Path, problems: &mut Vec<Problem>) -> Result<Option<Records>> {
+    let bytes = std::fs::read(file).map_err(|error| Error::io("cannot read the questions", file, error))?;
+    let mut refuse = |message: String, line: Option<usize>| {
+        problems.push(Problem { line, ..Problem::of_file(file, message) });
+        Ok(None)
+    };
+    let Ok(text) = String::from_utf8(bytes) else {
+        return refuse("not UTF-8 text".into(), None);
+    };
+    let text = text.strip_prefix('\u{feff}').map(str::to_owned).unwrap_or(text);
+    if text.trim().is_empty() {
+        return refuse("empty file: a JSON array of records was expected".into(), None);
+    }
+    match serde_json::from_str(&text) {
+        Ok(Value::Array(values)) if values.is_empty() => {
+            refuse("no record in the file: its array is empty".into(), None)
+        }
+        Ok(Value::Array(values)) => Ok(Some(Records { file: file.to_path_buf(), values, text })),
+        Ok(other) => {
+            refuse(format!("an array of records was expected, found {}", problem::kind(&other)), None)
+        }
+        Err(error) => refuse(format!("not JSON: {error}"), Some(error.line())),
+    }
+}
+
+/// The `.json` files directly in `folder`, sorted by name.
+///
+/// # Errors
+/// [`Error::Io`] when the folder cannot be listed.
+pub fn json_files(folder: &Path) -> Result<Vec<PathBuf>> {
+    let entries =
+        std::fs::read_dir(folder).map_err(|error| Error::io("cannot list the folder", folder, error))?;
+    let mut files = Vec::new();
+    for entry in entries {
+        let path = entry.map_err(|error| Error::io("cannot list the folder", folder, error))?.path();
+        let hidden = path.file_name().is_some_and(|name| name.to_string_lossy().starts_with('.'));
+        if !hidden && path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("json")) {
+            files.push(path);
+        }
+    }
+    files.sort();
+    Ok(files)
+}
+
+/// The folder that a question file's images are most likely relative to: the root around `QA_information`, else the
+/// nearest ancestor with an `Images` folder, else the file's own folder.
+fn guess_root(file: &Path) -> PathBuf {
+    let parent = file.parent().unwrap_or(Path::new("."));
+    let own = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
+    let around = own.ancestors().find(|folder| folder.ends_with("QA_information")).and_then(Path::parent);
+    around
+        .or_else(|| own.ancestors().find(|folder| folder.join("Images").is_dir()))
+        .unwrap_or(own)
+        .to_path_buf()
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,1 +1,4 @@
-//! (placeholder)
+//! Numbers about counts: intervals and priors. No domain words.
+
+pub mod interval;
+pub mod prior;

@@ -1,0 +1,158 @@
+//! OmniMedVQA as it lies on disk: `QA_information/Open-access/<Dataset>.json` beside `Images/<Dataset>/...`.
+//!
+//! The files' known dirt is accepted where its meaning is plain (a doubled root folder, `modality` for
+//! `modality_type`, absent or null options, odd spellings of modalities, an answer that differs from its option in
+//! case or outer blanks) and a located problem where it is not. The restricted-access part has no images and is
+//! only counted. The format is described in arXiv 2402.09181.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use super::problem::{self, Collector, Problem, image_field, optional_text, text_field};
+use super::{Reading, Records, Sample, json_files, read_array, sample};
+use crate::error::Result;
+
+const OPTION_KEYS: [&str; 5] = ["option_A", "option_B", "option_C", "option_D", "option_E"];
+
+/// The folder that holds `QA_information`: `path` itself, an `OmniMedVQA` folder inside it (unpacking the archive
+/// often doubles the name), or the one around when `path` is the `QA_information` folder.
+pub fn find_root(path: &Path) -> Option<PathBuf> {
+    if path.join("QA_information").is_dir() {
+        return Some(path.to_path_buf());
+    }
+    if path.ends_with("QA_information") && path.is_dir() {
+        return path.parent().map(Path::to_path_buf);
+    }
+    let doubled = path.join("OmniMedVQA");
+    if doubled.is_dir() { find_root(&doubled) } else { None }
+}
+
+/// Reads the open-access questions under `root`, files sorted by name; counts the restricted ones.
+///
+/// # Errors
+/// When a folder or file cannot be read at all; what is wrong inside files is in the result's problems.
+pub fn read(root: &Path) -> Result<Reading> {
+    let information = root.join("QA_information");
+    let mut reading = Reading { root: root.to_path_buf(), ..Reading::default() };
+    let open = information.join("Open-access");
+    let files = if open.is_dir() { json_files(&open)? } else { Vec::new() };
+    if files.is_empty() {
+        reading.problems.push(Problem::of_file(&open, "no `.json` file of questions here"));
+    }
+    for file in &files {
+        if let Some(records) = read_array(file, &mut reading.problems)? {
+            read_records(&records, &mut reading);
+        }
+    }
+    let restricted = information.join("Restricted-access");
+    if restricted.is_dir() {
+        for file in json_files(&restricted)? {
+            let count = std::fs::read(&file)
+                .ok()
+                .and_then(|bytes| serde_json::from_slice::<Vec<serde::de::IgnoredAny>>(&bytes).ok())
+                .map_or(0, |records| records.len());
+            reading.restricted += count;
+        }
+    }
+    Ok(reading)
+}
+
+/// Adds the records of one file to `reading`.
+pub fn read_records(records: &Records, reading: &mut Reading) {
+    let stem = records.file.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
+    let mut collector = Collector::new(records);
+    for (index, record) in records.values.iter().enumerate() {
+        reading.take(index, parse(record, &stem), &mut collector);
+    }
+}
+
+/// One record, or everything that is wrong with it.
+fn parse(record: &Value, file_stem: &str) -> std::result::Result<Sample, Vec<String>> {
+    if !record.is_object() {
+        return Err(vec![format!("an object was expected, found {}", problem::kind(record))]);
+    }
+    let mut problems = Vec::new();
+    let mut text = |key: &str| match text_field(record, key) {
+        Ok(text) => text.to_owned(),
+        Err(problem) => {
+            problems.push(problem);
+            String::new()
+        }
+    };
+    let (id, question, question_type) = (text("question_id"), text("question"), text("question_type"));
+    let gold = text("gt_answer");
+    let modality_raw = match optional_text(record, "modality_type") {
+        Ok(Some(found)) => found.to_owned(),
+        Ok(None) if record.get("modality").is_some() => text("modality"),
+        _ => text("modality_type"),
+    };
+    let image = image_field(record, "image_path").unwrap_or_else(|problem| {
+        problems.push(problem);
+        PathBuf::new()
+    });
+    let options = options_of(record, &mut problems);
+    let mut optional = |key: &str| {
+        optional_text(record, key).unwrap_or_else(|problem| {
+            problems.push(problem);
+            None
+        })
+    };
+    let dataset = optional("dataset").unwrap_or(file_stem).to_owned();
+    let reasoning = optional("reasoning").map(str::to_owned);
+    let answer = find_answer(&gold, &options);
+    if answer.is_none() && !gold.is_empty() && options.len() > 1 {
+        problems
+            .push(format!("`gt_answer` is none of the options: `{gold}`, options are {}", quoted(&options)));
+    }
+    match answer {
+        Some(answer) if problems.is_empty() => Ok(Sample {
+            id,
+            dataset,
+            modality: sample::modality_name(&modality_raw),
+            modality_raw,
+            question_type: question_type.trim().to_owned(),
+            question,
+            options,
+            answer,
+            image,
+            reasoning,
+        }),
+        _ => Err(problems),
+    }
+}
+
+/// The options that are there, in order. Absent, null and blank ones are left out: the answer is found by its text,
+/// so a gap moves no meaning.
+fn options_of(record: &Value, problems: &mut Vec<String>) -> Vec<String> {
+    let problems_before = problems.len();
+    let mut options = Vec::new();
+    for key in OPTION_KEYS {
+        match optional_text(record, key) {
+            Ok(Some(text)) => options.push(text.to_owned()),
+            Ok(None) => {}
+            Err(problem) => problems.push(problem),
+        }
+    }
+    if options.len() < 2 && problems.len() == problems_before {
+        problems.push(format!(
+            "{} option(s), two or more were expected in `option_A`, `option_B`, ...",
+            options.len()
+        ));
+    }
+    options
+}
+
+/// The option that the answer's text names: the same text, else the same after trimming and case folding. Of
+/// several alike the first.
+fn find_answer(gold: &str, options: &[String]) -> Option<usize> {
+    let folded = gold.trim().to_lowercase();
+    options
+        .iter()
+        .position(|option| option == gold)
+        .or_else(|| options.iter().position(|option| option.trim().to_lowercase() == folded))
+}
+
+fn quoted(options: &[String]) -> String {
+    options.iter().map(|option| format!("`{option}`")).collect::<Vec<_>>().join(", ")
+}

@@ -1,0 +1,220 @@
+//! What is wrong with a record, where it stands, and how all of it is said at once.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use super::Records;
+use crate::error::{Error, Result};
+
+/// So many problems are listed; the rest are counted.
+const LISTED: usize = 200;
+
+/// One thing wrong with one record (or one file).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Problem {
+    /// The file it is in.
+    pub file: PathBuf,
+    /// One-based position of the record in its file.
+    pub record: Option<usize>,
+    /// One-based line.
+    pub line: Option<usize>,
+    /// The record's question id, when it has one.
+    pub id: Option<String>,
+    /// What is wrong, lower case, no full stop.
+    pub message: String,
+}
+
+impl Problem {
+    /// A problem of a whole file.
+    pub fn of_file(file: &Path, message: impl Into<String>) -> Self {
+        Self { file: file.to_path_buf(), record: None, line: None, id: None, message: message.into() }
+    }
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.file.display())?;
+        if let Some(line) = self.line {
+            write!(f, ":{line}")?;
+        }
+        if let Some(record) = self.record {
+            write!(f, ": record {record}")?;
+        }
+        if let Some(id) = &self.id {
+            write!(f, " (`{id}`)")?;
+        }
+        write!(f, ": {}", self.message)
+    }
+}
+
+/// Refuses data that has problems, listing them.
+///
+/// # Errors
+/// [`Error::Data`] when `problems` is not empty.
+pub fn refuse(problems: &[Problem]) -> Result<()> {
+    if problems.is_empty() {
+        return Ok(());
+    }
+    let mut text = match problems.len() {
+        1 => "1 problem in the data".to_owned(),
+        n => format!("{n} problems in the data"),
+    };
+    for problem in problems.iter().take(LISTED) {
+        text.push_str("\n  --> ");
+        text.push_str(&problem.to_string());
+    }
+    if problems.len() > LISTED {
+        text.push_str(&format!("\n  and {} more", problems.len() - LISTED));
+    }
+    text.push_str(
+        "\n   = help: repair the files, or set `skip_invalid` to leave these records out and count them",
+    );
+    Err(Error::data(text))
+}
+
+/// What a JSON value is, in words.
+pub fn kind(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "true or false",
+        Value::Number(_) => "a number",
+        Value::String(_) => "a text",
+        Value::Array(_) => "an array",
+        Value::Object(_) => "an object",
+    }
+}
+
+/// A required text field of a record, not blank.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn text_field<'a>(record: &'a Value, key: &str) -> std::result::Result<&'a str, String> {
+    match optional_text(record, key)? {
+        Some(text) => Ok(text),
+        None if record.get(key).is_some_and(|value| !value.is_null()) => Err(format!("`{key}` is blank")),
+        None => Err(format!("`{key}` is missing{}", near_miss(record, key))),
+    }
+}
+
+/// A text field that may be absent, null or blank.
+///
+/// # Errors
+/// When it is something else than a text.
+pub fn optional_text<'a>(record: &'a Value, key: &str) -> std::result::Result<Option<&'a str>, String> {
+    match record.get(key) {
+        None | Some(Value::Null) => Ok(None),
+        Some(Value::String(text)) => Ok((!text.trim().is_empty()).then_some(text)),
+        Some(other) => Err(format!("`{key}` is {}, a text was expected", kind(other))),
+    }
+}
+
+fn near_miss(record: &Value, key: &str) -> String {
+    let keys = record.as_object().into_iter().flat_map(|map| map.keys());
+    keys.map(|found| (strsim::damerau_levenshtein(found, key), found))
+        .filter(|(distance, _)| *distance <= 2)
+        .min()
+        .map_or_else(String::new, |(_, found)| format!(" (did you mean `{key}` by `{found}`?)"))
+}
+
+/// An image path that stays inside the root.
+///
+/// # Errors
+/// When it is absolute or climbs out with `..`.
+pub fn image_field(record: &Value, key: &str) -> std::result::Result<PathBuf, String> {
+    let text = text_field(record, key)?;
+    let path = Path::new(text);
+    let inside = path
+        .components()
+        .all(|part| matches!(part, std::path::Component::Normal(_) | std::path::Component::CurDir));
+    if inside { Ok(path.to_path_buf()) } else { Err(format!("`{key}` leaves the data root: `{text}`")) }
+}
+
+/// Collects the problems of the records of one file; finds their lines only when there are any.
+#[derive(Debug)]
+pub struct Collector<'a> {
+    records: &'a Records,
+    lines: Option<Vec<usize>>,
+}
+
+impl<'a> Collector<'a> {
+    /// For the records of one file.
+    pub fn new(records: &'a Records) -> Self {
+        Self { records, lines: None }
+    }
+
+    /// The file the records are from.
+    pub fn file(&self) -> &Path {
+        &self.records.file
+    }
+
+    /// The problem `message` of the record at zero-based `index`.
+    pub fn problem(&mut self, index: usize, message: String) -> Problem {
+        let lines = self.lines.get_or_insert_with(|| record_lines(&self.records.text));
+        Problem {
+            file: self.records.file.clone(),
+            record: Some(index + 1),
+            line: lines.get(index).copied(),
+            id: self
+                .records
+                .values
+                .get(index)
+                .and_then(|record| record.get("question_id"))
+                .and_then(Value::as_str)
+                .map(str::to_owned),
+            message,
+        }
+    }
+}
+
+/// The one-based line on which each element of a JSON array starts. The text is known to be valid JSON.
+fn record_lines(text: &str) -> Vec<usize> {
+    let (mut lines, mut line, mut depth) = (Vec::new(), 1, 0usize);
+    let (mut in_string, mut escaped, mut awaiting) = (false, false, true);
+    for byte in text.bytes() {
+        if byte == b'\n' {
+            line += 1;
+        }
+        if depth == 1 && awaiting && !in_string && !byte.is_ascii_whitespace() && byte != b']' {
+            lines.push(line);
+            awaiting = false;
+        }
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' if in_string => escaped = true,
+            b'"' => in_string = !in_string,
+            _ if in_string => {}
+            b'[' | b'{' => depth += 1,
+            b']' | b'}' => depth = depth.saturating_sub(1),
+            b',' if depth == 1 => awaiting = true,
+            _ => {}
+        }
+    }
+    lines
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_line_of_each_record_is_found_whatever_the_layout() {
+        let text = "[\n {\"a\": \"x,[{\\\"\"},\n\n {\"a\": [1,\n 2]}, {\"b\": {}},\n 7\n]";
+        assert!(serde_json::from_str::<Value>(text).is_ok());
+        assert_eq!(record_lines(text), [2, 4, 5, 6]);
+    }
+
+    #[test]
+    fn a_long_list_is_cut_but_counted() {
+        let problems: Vec<_> =
+            (0..250).map(|n| Problem::of_file(Path::new("f.json"), format!("p{n}"))).collect();
+        let text = refuse(&problems).unwrap_err().to_string();
+        assert!(
+            text.starts_with("250 problems")
+                && text.contains("f.json: p199\n")
+                && text.contains("and 50 more")
+        );
+        assert!(!text.contains("p200"));
+    }
+}

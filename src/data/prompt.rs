@@ -1,0 +1,212 @@
+//! Named prompt templates: from a question to what the model is told, and to the completion that would be right.
+//!
+//! A template is words only. Chat roles, image tokens and special tokens belong to the checkpoint's processor.
+//! The wording of the two `med_r1` templates is that of Med-R1's evaluation (arXiv 2503.13939, its public code),
+//! to the letter, because checkpoints trained with it expect it.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+use super::{Sample, letter};
+use crate::error::{Error, Result};
+
+/// A named way to ask.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum PromptTemplate {
+    /// Reasoning in `<think>`, then the letter in `<answer>`.
+    #[default]
+    MedR1Think,
+    /// The letter in `<answer>` and nothing else.
+    MedR1NoThink,
+    /// The letter first, then the reasoning.
+    ThinkAfter,
+    /// One option per line and a request for the bare letter.
+    Plain,
+    /// Question and options only, then the word `answer`: for models trained here from scratch.
+    Phantom,
+    /// As `phantom`, but the last word is `think`.
+    PhantomCot,
+}
+
+/// Every template with its name.
+const NAMES: [(&str, PromptTemplate); 6] = [
+    ("med_r1_think", PromptTemplate::MedR1Think),
+    ("med_r1_no_think", PromptTemplate::MedR1NoThink),
+    ("think_after", PromptTemplate::ThinkAfter),
+    ("plain", PromptTemplate::Plain),
+    ("phantom", PromptTemplate::Phantom),
+    ("phantom_cot", PromptTemplate::PhantomCot),
+];
+
+impl FromStr for PromptTemplate {
+    type Err = Error;
+    fn from_str(text: &str) -> Result<Self> {
+        if let Some((_, template)) = NAMES.iter().find(|(name, _)| *name == text) {
+            return Ok(*template);
+        }
+        let near = NAMES.iter().map(|(name, _)| (strsim::jaro_winkler(name, text), *name));
+        let near = near.max_by(|a, b| a.0.total_cmp(&b.0)).filter(|(similarity, _)| *similarity > 0.75);
+        let hint = near.map_or_else(String::new, |(_, name)| format!("did you mean `{name}`? "));
+        let all: Vec<&str> = NAMES.iter().map(|(name, _)| *name).collect();
+        Err(Error::usage(format!("unknown prompt `{text}`\n   = help: {hint}there are {}", all.join(", "))))
+    }
+}
+
+impl TryFrom<String> for PromptTemplate {
+    type Error = Error;
+    fn try_from(text: String) -> Result<Self> {
+        text.parse()
+    }
+}
+
+impl From<PromptTemplate> for String {
+    fn from(template: PromptTemplate) -> Self {
+        template.name().to_owned()
+    }
+}
+
+impl fmt::Display for PromptTemplate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl PromptTemplate {
+    /// Every template's name, for help texts.
+    pub fn names() -> impl Iterator<Item = &'static str> {
+        NAMES.iter().map(|(name, _)| *name)
+    }
+
+    /// The name that selects it.
+    pub fn name(self) -> &'static str {
+        NAMES.iter().find(|(_, template)| *template == self).map_or("", |(name, _)| name)
+    }
+
+    /// The template with `{question}` and `{options}` in place: what provenance hashes.
+    pub fn wording(self) -> &'static str {
+        match self {
+            Self::MedR1Think => {
+                "{question}{options} Think through the question step by step in <think>...</think> tags. Then provide the correct single-letter choice (A, B, C, D,...) inside <answer>...</answer> tags."
+            }
+            Self::MedR1NoThink => {
+                "{question}{options} Provide the correct single-letter choice (A, B, C, D,...) inside <answer>...</answer> tags."
+            }
+            Self::ThinkAfter => {
+                "{question}{options} First provide the correct single-letter choice (A, B, C, D,...) inside <answer>...</answer> tags. Then explain the choice in <think>...</think> tags."
+            }
+            Self::Plain => "{question}{options}\nAnswer with the letter.",
+            Self::Phantom => "{question}{options}\nanswer",
+            Self::PhantomCot => "{question}{options}\nthink",
+        }
+    }
+
+    /// What the user says about the image: question, options, instruction.
+    pub fn user_text(self, sample: &Sample) -> String {
+        // In two steps, so that braces inside a question are never taken for a placeholder.
+        let (before, rest) = self.wording().split_once("{question}").unwrap_or(("", self.wording()));
+        let (between, after) = rest.split_once("{options}").unwrap_or((rest, ""));
+        format!("{before}{}{between}{}{after}", sample.question, self.options_text(sample))
+    }
+
+    /// The right completion: with `cot` the reasoning and the letter, without it the letter alone, in the form that
+    /// this template asks for.
+    pub fn target(self, sample: &Sample, cot: bool) -> String {
+        let answer = format!("<answer> {}</answer>", sample.answer_letter());
+        match self {
+            Self::Plain if !cot => sample.answer_letter().to_string(),
+            _ if !cot => answer,
+            Self::ThinkAfter => format!("{answer}<think> {}</think>", sample.reasoning_text()),
+            _ => format!("<think> {}</think>{answer}", sample.reasoning_text()),
+        }
+    }
+
+    /// Whether the template asks for a reasoning.
+    pub fn asks_for_reasoning(self) -> bool {
+        matches!(self, Self::MedR1Think | Self::ThinkAfter | Self::PhantomCot)
+    }
+
+    fn options_text(self, sample: &Sample) -> String {
+        let lettered = sample.options.iter().enumerate().map(|(index, option)| (letter(index), option));
+        match self {
+            Self::MedR1Think | Self::MedR1NoThink | Self::ThinkAfter => {
+                let parts: Vec<String> =
+                    lettered.map(|(letter, option)| format!("{letter}){option}")).collect();
+                format!(" {}", parts.join(", "))
+            }
+            Self::Plain | Self::Phantom | Self::PhantomCot => {
+                lettered.map(|(letter, option)| format!("\n{letter}) {option}")).collect()
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample() -> Sample {
+        Sample {
+            id: "x".into(),
+            dataset: "d".into(),
+            modality: "CT".into(),
+            modality_raw: "CT".into(),
+            question_type: "Anatomy Identification".into(),
+            question: "Where is {options}?".into(),
+            options: vec!["upper-left".into(), "lower, right".into()],
+            answer: 1,
+            image: "i.png".into(),
+            reasoning: None,
+        }
+    }
+
+    #[test]
+    fn each_template_writes_question_options_and_instruction_in_its_layout() {
+        let text = |template: PromptTemplate| template.user_text(&sample());
+        let inline = "Where is {options}? A)upper-left, B)lower, right ";
+        assert_eq!(
+            text(PromptTemplate::MedR1NoThink),
+            format!(
+                "{inline}Provide the correct single-letter choice (A, B, C, D,...) inside <answer>...</answer> tags."
+            )
+        );
+        assert_eq!(
+            text(PromptTemplate::MedR1Think),
+            format!(
+                "{inline}Think through the question step by step in <think>...</think> tags. Then provide the correct single-letter choice (A, B, C, D,...) inside <answer>...</answer> tags."
+            )
+        );
+        assert!(text(PromptTemplate::ThinkAfter).starts_with(&format!("{inline}First provide")));
+        let lines = "Where is {options}?\nA) upper-left\nB) lower, right";
+        assert_eq!(text(PromptTemplate::Plain), format!("{lines}\nAnswer with the letter."));
+        assert_eq!(text(PromptTemplate::Phantom), format!("{lines}\nanswer"));
+        assert_eq!(text(PromptTemplate::PhantomCot), format!("{lines}\nthink"));
+    }
+
+    #[test]
+    fn targets_hold_the_letter_and_the_letter_follows_the_finding() {
+        let cot = "<think> scan CT; finding lower, right B</think>";
+        for (name, template) in NAMES {
+            let expected = match name {
+                "think_after" => (format!("<answer> B</answer>{cot}"), "<answer> B</answer>"),
+                "plain" => (format!("{cot}<answer> B</answer>"), "B"),
+                _ => (format!("{cot}<answer> B</answer>"), "<answer> B</answer>"),
+            };
+            assert_eq!(
+                (template.target(&sample(), true).as_str(), template.target(&sample(), false).as_str()),
+                (expected.0.as_str(), expected.1)
+            );
+        }
+    }
+
+    #[test]
+    fn names_round_trip_and_a_misspelt_one_is_told_the_near_miss() {
+        for name in PromptTemplate::names() {
+            assert_eq!(name.parse::<PromptTemplate>().unwrap().to_string(), name);
+        }
+        let error = "med_r1_thnk".parse::<PromptTemplate>().unwrap_err().to_string();
+        assert!(error.contains("did you mean `med_r1_think`"), "{error}");
+    }
+}
