@@ -4,3 +4,5 @@
 //! directory.
 
 pub mod config;
+pub mod progress;
+pub mod run;
