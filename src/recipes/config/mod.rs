@@ -1,0 +1,613 @@
+//! `RunConfig`: every setting of a run, each with default, range, unit and source in one place.
+//!
+//! The same word names a setting in the file, on the command line, in records and in reports. How the layers
+//! (defaults, file, `--set`, environment, flags) are joined stands in `layers`; how a key describes itself, in `keys`.
+
+pub mod keys;
+mod layers;
+mod values;
+
+pub use layers::Override;
+pub use values::{DeviceWord, Shard};
+
+use crate::error::{ConfigError, Error, Result};
+use keys::{Key, Node, Range, Setting, section, words};
+use std::path::{Path, PathBuf};
+
+words! {
+    /// What the configuration is for: decides which sections count.
+    pub enum Command = Eval {
+        /// The whole pipeline on phantoms.
+        Demo = "demo",
+        /// Training, by any recipe.
+        Train = "train",
+        /// Accuracy and controls.
+        Eval = "eval",
+        /// Accuracy under attack.
+        Attack = "attack",
+        /// Certified accuracy.
+        Certify = "certify",
+        /// One answer.
+        Predict = "predict",
+    }
+}
+
+words! {
+    /// Element type of weights and activations.
+    pub enum Dtype = F32 {
+        /// 32-bit floats: what every parity figure and every certificate of the small models is stated for.
+        F32 = "f32",
+        /// bfloat16.
+        Bf16 = "bf16",
+        /// 16-bit floats.
+        F16 = "f16",
+    }
+}
+
+words! {
+    /// How the model's answer is obtained.
+    pub enum Scoring = Generate {
+        /// Greedy free generation, read by the answer parser.
+        Generate = "generate",
+        /// The option letter of highest likelihood.
+        Likelihood = "likelihood",
+    }
+}
+
+words! {
+    /// The attack.
+    pub enum Method = Pgd {
+        /// Random noise in the ball: the attack that must be weaker than every other.
+        Noise = "noise",
+        /// One signed gradient step (Goodfellow et al. 2015).
+        Fgsm = "fgsm",
+        /// Projected gradient descent (Madry et al. 2018).
+        Pgd = "pgd",
+        /// PGD with adaptive step size (Croce and Hein 2020).
+        Apgd = "apgd",
+        /// Random square search without gradients (Andriushchenko et al. 2020).
+        Square = "square",
+        /// The worst of several attacks, on survivors.
+        Auto = "auto",
+    }
+}
+
+words! {
+    /// The norm that bounds the attack.
+    pub enum NormName = Linf {
+        /// Largest change of any channel value.
+        Linf = "linf",
+        /// Euclidean length of the change.
+        L2 = "l2",
+    }
+}
+
+words! {
+    /// What the attack maximises.
+    pub enum ObjectiveName = Completion {
+        /// Negative log-likelihood of the whole right completion, reasoning included.
+        Completion = "completion",
+        /// Negative log-likelihood of the answer letter alone: masked in chain-of-thought models, where the letter is
+        /// copied from the finished reasoning.
+        Answer = "answer",
+        /// Best wrong option minus the right one.
+        Margin = "margin",
+        /// Each of them in turn, on survivors.
+        All = "all",
+    }
+}
+
+words! {
+    /// Which pixels the attack may change.
+    pub enum Space = Original {
+        /// The original image's pixels; the resize is part of the attacked function.
+        Original = "original",
+        /// The pixels at the model's input resolution.
+        Model = "model",
+    }
+}
+
+words! {
+    /// How draws are spent.
+    pub enum CertifyMode = Cohen {
+        /// Fixed `n0` and `n` (Cohen et al. 2019, CERTIFY).
+        Cohen = "cohen",
+        /// Draws until a confidence sequence decides, `n` at most.
+        Sequential = "sequential",
+    }
+}
+
+words! {
+    /// The training recipe.
+    pub enum RecipeName = Sft {
+        /// Supervised fine-tuning.
+        Sft = "sft",
+        /// Supervised fine-tuning on PGD images: standard adversarial training.
+        AtSft = "at_sft",
+        /// Group-relative policy optimisation.
+        Grpo = "grpo",
+        /// GRPO whose completions are sampled on PGD images.
+        AtGrpo = "at_grpo",
+    }
+}
+
+words! {
+    /// Learning rate over the steps after warm-up.
+    pub enum ScheduleName = Cosine {
+        /// Stays.
+        Constant = "constant",
+        /// Falls linearly to the floor.
+        Linear = "linear",
+        /// Falls along half a cosine to the floor.
+        Cosine = "cosine",
+    }
+}
+
+words! {
+    /// What the model learns to write.
+    pub enum TargetName = Cot {
+        /// The answer alone.
+        Instruct = "instruct",
+        /// Reasoning, then the answer.
+        Cot = "cot",
+    }
+}
+
+words! {
+    /// How token losses become one number.
+    pub enum LossType = Grpo {
+        /// Mean over the tokens of each completion, then over completions (Shao et al. 2024).
+        Grpo = "grpo",
+        /// Mean over all tokens of the micro-batch.
+        Bnpo = "bnpo",
+        /// Sum over tokens by the longest completion allowed (Liu et al. 2025).
+        DrGrpo = "dr_grpo",
+        /// Mean over all tokens of the step (Yu et al. 2025).
+        Dapo = "dapo",
+        /// Clipped importance weights times log-probabilities (MiniMax 2025).
+        Cispo = "cispo",
+    }
+}
+
+words! {
+    /// What advantages are divided by.
+    pub enum ScaleRewards = Group {
+        /// The standard deviation within the group.
+        Group = "group",
+        /// The standard deviation over the step.
+        Batch = "batch",
+        /// Nothing.
+        None = "none",
+    }
+}
+
+words! {
+    /// The image that the reference policy sees.
+    pub enum KlImage = Adversarial {
+        /// The image the completion was sampled on.
+        Adversarial = "adversarial",
+        /// The untouched image.
+        Clean = "clean",
+    }
+}
+
+section! {
+    /// Every setting of a run.
+    pub struct RunConfig {
+        /// Seed of every random stream.
+        seed: u64 = 0,
+        /// Where tensors live: `auto`, `cpu`, `cuda`, `cuda:N` or `metal`.
+        device: DeviceWord = DeviceWord::default(),
+        /// Element type of weights and activations.
+        dtype: Dtype = Dtype::F32,
+        /// Threads of the processor; absent: all. Changes no result.
+        threads: Option<usize> = None => Range::at_least(1.0),
+        /// Checkpoint: a Hugging Face directory, or an id on the hub.
+        model: Option<String> = None,
+        /// LoRA adapter directory in PEFT's layout, applied over `model`.
+        adapter: Option<PathBuf> = None,
+        /// Name of the prompt template.
+        prompt: String = "med_r1_think".to_owned(),
+        /// How the answer is obtained.
+        scoring: Scoring = Scoring::Generate,
+        /// Longest completion, in tokens.
+        max_new_tokens: usize = 512 => Range::at_least(1.0),
+        /// Items (or noise draws) in one forward pass. Changes no result.
+        batch_size: usize = 8 => Range::at_least(1.0),
+        /// Run directory; absent: `runs/COMMAND-TIME`.
+        out: Option<PathBuf> = None,
+        /// Whether reports carry pictures. Changes no result.
+        images: bool = true,
+        /// Which questions are read.
+        data: DataConfig = DataConfig::default(),
+        /// Attack settings, for `safemed attack`.
+        attack: AttackConfig = AttackConfig::default(),
+        /// Smoothing settings, for `safemed certify`.
+        certify: CertifyConfig = CertifyConfig::default(),
+        /// Training settings, for `safemed train`.
+        train: TrainConfig = TrainConfig::default(),
+    }
+}
+
+section! {
+    /// `[data]`: which questions are read.
+    pub struct DataConfig {
+        /// Root of an OmniMedVQA tree. Excludes `data`.
+        omnimedvqa: Option<PathBuf> = None,
+        /// A data set in any supported format, detected. Excludes `omnimedvqa`.
+        data: Option<PathBuf> = None,
+        /// JSON list of the question ids to keep.
+        split: Option<PathBuf> = None,
+        /// JSON list of the training ids: they give the option prior its counts.
+        train_split: Option<PathBuf> = None,
+        /// Keep this modality only.
+        modality: Option<String> = None,
+        /// Keep this question type only.
+        question_type: Option<String> = None,
+        /// Keep the first so many items.
+        limit: Option<usize> = None => Range::at_least(1.0),
+        /// `I/N`: every N-th item from the I-th on, I from 0; the parts are joined by `safemed merge`.
+        shard: Option<Shard> = None,
+    }
+}
+
+section! {
+    /// `[attack]`: budget and search.
+    pub struct AttackConfig {
+        /// The attack.
+        method: Method = Method::Pgd,
+        /// The norm that bounds the change.
+        norm: NormName = NormName::Linf,
+        /// Budget, in units of pixel values in [0, 1]. 8/255 is the customary L-inf budget (Madry et al. 2018).
+        epsilon: f64 = 8.0 / 255.0 => Range::at_least(0.0),
+        /// Length of one step, in the units of `epsilon`; absent: 2.5 x `epsilon` / `num_steps` (Madry et al. 2018).
+        step_size: Option<f64> = None => Range::at_least(0.0),
+        /// Gradient steps of one start.
+        num_steps: usize = 10,
+        /// Starts; later ones attack survivors only.
+        num_restarts: usize = 1 => Range::at_least(1.0),
+        /// Whether each start begins at a random point of the ball.
+        random_start: bool = true,
+        /// What is maximised.
+        objective: ObjectiveName = ObjectiveName::Completion,
+        /// Which pixels may change.
+        space: Space = Space::Original,
+        /// Whether an item already broken is left alone.
+        early_stop: bool = true,
+    }
+}
+
+section! {
+    /// `[certify]`: randomised smoothing (Cohen et al. 2019).
+    pub struct CertifyConfig {
+        /// Standard deviation of the noise, in units of pixel values in [0, 1]. Required by `safemed certify`.
+        sigma: Option<f64> = None => Range::above(0.0),
+        /// Draws that select the class.
+        n0: usize = 100 => Range::at_least(1.0),
+        /// Draws that estimate its probability; the cap when sequential.
+        n: usize = 1000 => Range::at_least(1.0),
+        /// Probability that a certificate is wrong.
+        alpha: f64 = 0.001 => Range::open(0.0, 1.0),
+        /// How draws are spent.
+        mode: CertifyMode = CertifyMode::Cohen,
+        /// Sequential: decide this L2 radius only; absent: the anytime radius.
+        target_radius: Option<f64> = None => Range::above(0.0),
+    }
+}
+
+section! {
+    /// `[train]`: what all training recipes share. Defaults of the optimiser: AdamW (Loshchilov and Hutter 2019) as in PyTorch.
+    pub struct TrainConfig {
+        /// The recipe.
+        recipe: RecipeName = RecipeName::Sft,
+        /// Optimiser steps.
+        num_steps: usize = 1000 => Range::at_least(1.0),
+        /// Questions of one optimiser step (groups, for GRPO).
+        batch_size: usize = 16 => Range::at_least(1.0),
+        /// Questions of one forward pass; absent: `batch_size`.
+        micro_batch_size: Option<usize> = None => Range::at_least(1.0),
+        /// Peak learning rate.
+        learning_rate: f64 = 1e-5 => Range::at_least(0.0),
+        /// Steps over which the learning rate rises linearly to its peak.
+        warmup_steps: usize = 0,
+        /// Course of the learning rate after warm-up.
+        schedule: ScheduleName = ScheduleName::Cosine,
+        /// Floor of the learning rate, as a share of its peak.
+        min_learning_rate_ratio: f64 = 0.0 => Range::closed(0.0, 1.0),
+        /// Decoupled weight decay.
+        weight_decay: f64 = 0.0 => Range::at_least(0.0),
+        /// Decay of the mean of gradients.
+        beta1: f64 = 0.9 => Range::from_below(0.0, 1.0),
+        /// Decay of the mean of squared gradients.
+        beta2: f64 = 0.999 => Range::from_below(0.0, 1.0),
+        /// Added to the root of the squared-gradient mean.
+        adam_epsilon: f64 = 1e-8 => Range::above(0.0),
+        /// Global gradient norm above which gradients are scaled down; 0: never.
+        max_grad_norm: f64 = 1.0 => Range::at_least(0.0),
+        /// What the model learns to write.
+        target: TargetName = TargetName::Cot,
+        /// Whether the order of the options is drawn anew each time an item is seen.
+        permute_options: bool = false,
+        /// Steps between checkpoints; 0: only at the end.
+        save_every: usize = 100,
+        /// Checkpoints kept, the newest; 0: all.
+        keep_checkpoints: usize = 2,
+        /// Steps between evaluations; 0: never.
+        eval_every: usize = 0,
+        /// Which parts of the model train.
+        parts: TrainParts = TrainParts::default(),
+        /// GRPO, for the recipes `grpo` and `at_grpo`.
+        grpo: GrpoSettings = GrpoSettings::default(),
+        /// The adversary in training, for the recipes `at_sft` and `at_grpo`.
+        adversary: AdversaryConfig = AdversaryConfig::default(),
+    }
+}
+
+section! {
+    /// `[train.parts]`: which parts of the model train.
+    pub struct TrainParts {
+        /// The vision tower.
+        vision: bool = true,
+        /// The merger between vision and text.
+        merger: bool = true,
+        /// The text decoder.
+        text: bool = true,
+    }
+}
+
+section! {
+    /// `[train.grpo]`: group-relative policy optimisation (Shao et al. 2024).
+    pub struct GrpoSettings {
+        /// Completions sampled for one question.
+        group_size: usize = 8 => Range::at_least(2.0),
+        /// Sampling temperature; log-probabilities are those of the tempered distribution.
+        temperature: f64 = 1.0 => Range::above(0.0),
+        /// The ratio is clipped below 1 - `clip_low`.
+        clip_low: f64 = 0.2 => Range::closed(0.0, 1.0),
+        /// The ratio is clipped above 1 + `clip_high`.
+        clip_high: f64 = 0.2 => Range::at_least(0.0),
+        /// Weight of the k3 estimate of the divergence from the reference policy; 0: no reference is kept.
+        kl_coef: f64 = 0.0 => Range::at_least(0.0),
+        /// The image that the reference policy sees.
+        kl_image: KlImage = KlImage::Adversarial,
+        /// How token losses become one number.
+        loss_type: LossType = LossType::Grpo,
+        /// What advantages are divided by.
+        scale_rewards: ScaleRewards = ScaleRewards::Group,
+        /// Optimiser steps on one set of completions.
+        num_updates: usize = 1 => Range::at_least(1.0),
+        /// Weight of the accuracy reward.
+        accuracy_weight: f64 = 1.0 => Range::at_least(0.0),
+        /// Weight of the format reward.
+        format_weight: f64 = 1.0 => Range::at_least(0.0),
+        /// Whether accuracy is graded: half for the right letter among further text.
+        graded: bool = false,
+    }
+}
+
+section! {
+    /// `[train.adversary]`: the attack inside adversarial training.
+    pub struct AdversaryConfig {
+        /// The norm that bounds the change.
+        norm: NormName = NormName::Linf,
+        /// Full budget, in units of pixel values in [0, 1].
+        epsilon: f64 = 8.0 / 255.0 => Range::at_least(0.0),
+        /// Length of one step, in the units of `epsilon`; absent: 2.5 x the current budget / `num_steps`.
+        step_size: Option<f64> = None => Range::at_least(0.0),
+        /// Gradient steps of one start.
+        num_steps: usize = 3,
+        /// Whether it begins at a random point of the ball.
+        random_start: bool = true,
+        /// What is maximised.
+        objective: ObjectiveName = ObjectiveName::Completion,
+        /// Share of questions left clean.
+        clean_fraction: f64 = 0.25 => Range::closed(0.0, 1.0),
+        /// Budget of the first step, as a share of `epsilon`.
+        epsilon_start_fraction: f64 = 0.25 => Range::closed(0.0, 1.0),
+        /// Share of the steps over which the budget rises linearly to `epsilon`.
+        ramp_fraction: f64 = 0.3 => Range::closed(0.0, 1.0),
+    }
+}
+
+impl RecipeName {
+    /// Whether it samples completions and rewards them.
+    pub const fn is_grpo(self) -> bool {
+        matches!(self, Self::Grpo | Self::AtGrpo)
+    }
+
+    /// Whether it trains on attacked images.
+    pub const fn is_adversarial(self) -> bool {
+        matches!(self, Self::AtSft | Self::AtGrpo)
+    }
+}
+
+impl Dtype {
+    /// candle's name for it.
+    pub const fn to_candle(self) -> candle_core::DType {
+        match self {
+            Self::F32 => candle_core::DType::F32,
+            Self::Bf16 => candle_core::DType::BF16,
+            Self::F16 => candle_core::DType::F16,
+        }
+    }
+}
+
+impl AttackConfig {
+    /// The length of one step: `step_size`, else 2.5 x `epsilon` / `num_steps`.
+    pub fn resolved_step_size(&self) -> f64 {
+        self.step_size.unwrap_or_else(|| 2.5 * self.epsilon / self.num_steps.max(1) as f64)
+    }
+}
+
+impl RunConfig {
+    /// Joins defaults, `file` and `overrides` (each wins over those before it), then checks everything for `command`.
+    ///
+    /// # Errors
+    /// [`Error::Config`] with every problem found; [`Error::Io`] when the file cannot be read.
+    pub fn load(command: Command, file: Option<&Path>, overrides: &[Override]) -> Result<Self> {
+        layers::load(Some(command), file, overrides)
+    }
+
+    /// The same without a command in mind: whatever only one command requires may be absent.
+    pub fn load_any(file: Option<&Path>, overrides: &[Override]) -> Result<Self> {
+        layers::load(None, file, overrides)
+    }
+
+    /// Checks what holds between keys.
+    pub fn problems(&self, command: Option<Command>) -> Vec<ConfigError> {
+        let mut problems = Vec::new();
+        self.attack_problems(command, &mut problems);
+        if let (Some(_), Some(_)) = (&self.data.omnimedvqa, &self.data.data) {
+            problems.push(
+                ConfigError::new("data.data", "both `omnimedvqa` and `data` are given")
+                    .with_help("keep the one that should be read"),
+            );
+        }
+        if command == Some(Command::Certify) && self.certify.sigma.is_none() {
+            problems.push(
+                ConfigError::new("certify.sigma", "`sigma` is required")
+                    .with_help("say how much noise, for example `--sigma 0.25`"),
+            );
+        }
+        if self.certify.target_radius.is_some() && self.certify.mode != CertifyMode::Sequential {
+            problems.push(
+                ConfigError::new("certify.target_radius", "`target_radius` has no effect with mode `cohen`")
+                    .with_help("add `--mode sequential`, or leave `target_radius` out"),
+            );
+        }
+        if self.train.warmup_steps > self.train.num_steps {
+            let (warmup, steps) = (self.train.warmup_steps, self.train.num_steps);
+            problems.push(
+                ConfigError::new(
+                    "train.warmup_steps",
+                    format!("`warmup_steps` {warmup} exceeds `num_steps` {steps}"),
+                )
+                .with_help("the learning rate would never reach its peak: lower `warmup_steps`"),
+            );
+        }
+        if let Some(micro) = self.train.micro_batch_size
+            && micro > self.train.batch_size
+        {
+            problems.push(ConfigError::new(
+                "train.micro_batch_size",
+                format!("`micro_batch_size` {micro} exceeds `batch_size` {}", self.train.batch_size),
+            ));
+        }
+        problems
+    }
+
+    fn attack_problems(&self, command: Option<Command>, problems: &mut Vec<ConfigError>) {
+        let train = &self.train.adversary;
+        let attack = &self.attack;
+        for (section, norm, epsilon, step_size) in [
+            ("attack", attack.norm, attack.epsilon, attack.step_size),
+            ("train.adversary", train.norm, train.epsilon, train.step_size),
+        ] {
+            let counts = command.is_none_or(|command| self.sections(command).contains(&section));
+            if norm == NormName::Linf && epsilon > 1.0 && counts {
+                problems.push(
+                    ConfigError::new(
+                        format!("{section}.epsilon"),
+                        format!(
+                            "`epsilon` {epsilon} is out of range: at least 0 and at most 1 for norm `linf`"
+                        ),
+                    )
+                    .with_help(format!(
+                        "pixel values lie in [0, 1]: write {epsilon}/255 if 8-bit levels were meant"
+                    )),
+                );
+            } else if let Some(step_size) = step_size
+                && step_size > 2.0 * epsilon
+                && counts
+            {
+                problems.push(
+                    ConfigError::new(
+                        format!("{section}.step_size"),
+                        format!("`step_size` {step_size} exceeds 2 x `epsilon` {epsilon}"),
+                    )
+                    .with_help("such a step leaves the ball from any point of it: lower it or leave it out"),
+                );
+            }
+        }
+    }
+
+    /// The sections (dotted) whose keys matter to `command`; keys of the top level always do.
+    pub fn sections(&self, command: Command) -> Vec<&'static str> {
+        match command {
+            Command::Demo | Command::Predict => vec!["attack", "certify"],
+            Command::Eval => vec!["data"],
+            Command::Attack => vec!["data", "attack"],
+            Command::Certify => vec!["data", "certify"],
+            Command::Train => {
+                let recipe = self.train.recipe;
+                let mut sections = vec!["data", "train", "train.parts"];
+                sections.extend(recipe.is_grpo().then_some("train.grpo"));
+                sections.extend(recipe.is_adversarial().then_some("train.adversary"));
+                sections
+            }
+        }
+    }
+
+    /// The resolved configuration as TOML: loading it again gives `self`, as far as `command` can tell.
+    /// Numbers that were derived (the step size) are written out.
+    pub fn to_toml(&self, command: Command) -> Result<String> {
+        let mut resolved = self.clone();
+        if command == Command::Attack {
+            resolved.attack.step_size = Some(resolved.attack.resolved_step_size());
+        }
+        let mut table = toml::Table::try_from(&resolved).map_err(anyhow::Error::from)?;
+        keep_sections(&mut table, "", &self.sections(command));
+        Ok(toml::to_string(&table).map_err(anyhow::Error::from)?)
+    }
+
+    /// The resolved configuration without what changes no result (threads, batch size of inference, pictures, run
+    /// directory): two runs with the same identity may continue each other.
+    pub fn identity(&self, command: Command) -> Result<String> {
+        let neutral = Self {
+            threads: None,
+            batch_size: Self::default().batch_size,
+            out: None,
+            images: true,
+            ..self.clone()
+        };
+        neutral.to_toml(command)
+    }
+
+    /// Every key, for documentation and checks.
+    pub fn keys() -> Vec<Key> {
+        match Self::node() {
+            Node::Section(keys) => keys,
+            Node::Leaf(_) => Vec::new(),
+        }
+    }
+
+    /// The JSON schema of a configuration file.
+    pub fn schema() -> serde_json::Value {
+        layers::schema(&Self::keys())
+    }
+
+    /// The device asked for.
+    pub fn backend(&self) -> crate::backend::Backend {
+        self.device.0
+    }
+
+    /// `sigma`, or the error that it is missing.
+    pub fn sigma(&self) -> Result<f64> {
+        self.certify.sigma.ok_or_else(|| {
+            Error::usage("`sigma` is required\n   = help: say how much noise, for example `--sigma 0.25`")
+        })
+    }
+}
+
+fn keep_sections(table: &mut toml::Table, prefix: &str, sections: &[&str]) {
+    table.retain(|name, value| {
+        let Some(inner) = value.as_table_mut() else { return true };
+        let path = if prefix.is_empty() { name.to_owned() } else { format!("{prefix}.{name}") };
+        let kept = sections.contains(&path.as_str());
+        keep_sections(inner, &path, sections);
+        kept
+    });
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,52 @@
+//! How a recipe says how far it is. Recipes never print: whoever calls them decides what becomes of these calls.
+
+use std::cell::RefCell;
+
+/// A listener for the progress of one run. All methods take `&self`, so that closures deep in a recipe can report.
+pub trait Progress {
+    /// A phase of `total` items or steps begins.
+    fn start(&self, total: usize, what: &str);
+
+    /// `done` of the phase are done; `figures` are running numbers such as `("accuracy", 0.93)`.
+    fn tick(&self, done: usize, figures: &[(&str, f64)]);
+
+    /// The phase is over.
+    fn finish(&self) {}
+
+    /// Something a reader should know: items skipped, a control that is not at chance.
+    fn note(&self, text: &str);
+
+    /// One row of the result table, as soon as it is known. The first row of a table is its head.
+    fn row(&self, cells: &[String]);
+}
+
+/// Listens to nothing.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Silent;
+
+impl Progress for Silent {
+    fn start(&self, _total: usize, _what: &str) {}
+    fn tick(&self, _done: usize, _figures: &[(&str, f64)]) {}
+    fn note(&self, _text: &str) {}
+    fn row(&self, _cells: &[String]) {}
+}
+
+/// Keeps notes and rows, for tests and for callers that show them later.
+#[derive(Debug, Default)]
+pub struct Kept {
+    /// Notes in order.
+    pub notes: RefCell<Vec<String>>,
+    /// Rows in order.
+    pub rows: RefCell<Vec<Vec<String>>>,
+}
+
+impl Progress for Kept {
+    fn start(&self, _total: usize, _what: &str) {}
+    fn tick(&self, _done: usize, _figures: &[(&str, f64)]) {}
+    fn note(&self, text: &str) {
+        self.notes.borrow_mut().push(text.to_owned());
+    }
+    fn row(&self, cells: &[String]) {
+        self.rows.borrow_mut().push(cells.to_vec());
+    }
+}
