@@ -104,6 +104,23 @@ impl Backend {
     }
 }
 
+/// Runs `work` on a pool of `threads` threads (absent: one for each processor), itself one of them.
+///
+/// Inside the pool a parallel operation starts without waking another thread first, which matters for small models;
+/// the stacks are large enough for the backward pass of deep graphs. The number of threads changes no result.
+///
+/// # Errors
+/// When threads cannot be started, and whatever `work` returns.
+pub fn with_threads<T: Send>(threads: Option<usize>, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    const STACK_BYTES: usize = 256 << 20;
+    let pool = rayon::ThreadPoolBuilder::new()
+        .num_threads(threads.unwrap_or(0))
+        .stack_size(STACK_BYTES)
+        .build()
+        .map_err(|error| Error::usage(format!("cannot start {threads:?} threads: {error}")))?;
+    pool.install(work)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

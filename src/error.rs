@@ -138,6 +138,20 @@ impl Error {
         Self::Io { message: message.into(), path: path.to_path_buf(), source }
     }
 
+    /// Says where an error of data or numbers happened: items, a step. Other errors stay as they are.
+    #[must_use]
+    pub fn at(self, place: &str) -> Self {
+        let add = |text: String| match text.split_once("\n   = help") {
+            Some((what, help)) => format!("{what}\n  --> {place}\n   = help{help}"),
+            None => format!("{text}\n  --> {place}"),
+        };
+        match self {
+            Self::Data(text) => Self::Data(add(text)),
+            Self::NonFinite(text) => Self::NonFinite(add(text)),
+            other => other,
+        }
+    }
+
     /// The exit status this error stands for.
     pub fn status(&self) -> ExitStatus {
         match self {

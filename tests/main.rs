@@ -1,1 +1,20 @@
 //! Behaviour tests: one line per module says what belongs there.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
+/// Floors (imports go down only); every module documented.
+mod architecture;
+/// Help, statuses, what goes to which stream.
+mod cli;
+/// `eval`, `predict`, `data`, `export`, `merge`: their files, and what they refuse.
+mod commands;
+/// A bad file and the exact message.
+mod config_errors;
+/// The network itself: gradients against differences, independence of neighbours, generation with and without a cache.
+mod network;
+/// The program, run in a directory of its own.
+mod support;
+/// A tiny checkpoint and drawn questions, for any test.
+mod tiny;
+/// Training, attacking and certifying a tiny model: what is learnt, what is logged, and that no kill, thread or batch
+/// changes a byte.
+mod training;

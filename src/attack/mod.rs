@@ -1,1 +1,32 @@
-//! (placeholder)
+//! Adversarial perturbations of pixels: budgets, projected gradient steps, rounding to eight bits.
+//!
+//! An attack knows pixels in [0, 1], a loss and its gradient ([`Objective`]); what the loss says of which model is
+//! the business of the floors above. So is measuring robust accuracy, and leaving out items that are wrong anyway.
+
+pub mod ball;
+pub mod config;
+pub mod lattice;
+pub mod pgd;
+
+pub use ball::{Ball, Norm};
+pub use config::{AttackConfig, Fraction, Method, PgdOutput};
+pub use pgd::{Adversarial, Iterate, Problem, pgd};
+
+use crate::error::Result;
+use candle_core::Tensor;
+
+/// What an attack drives up.
+///
+/// Rows must not influence one another: then an image's result depends neither on the batch nor on its place in it.
+pub trait Objective {
+    /// Loss per item (higher is worse for the model) and its gradient by the pixels, of the pixels' shape.
+    ///
+    /// `pixels` [b, 3, h, w] in [0, 1] are candidates for the rows `items` of the problem.
+    fn loss_and_gradient(&self, pixels: &Tensor, items: &[usize]) -> Result<(Vec<f32>, Tensor)>;
+
+    /// Loss per item without the gradient.
+    fn loss(&self, pixels: &Tensor, items: &[usize]) -> Result<Vec<f32>>;
+
+    /// Whether the model's own answer on these pixels is wrong, per item.
+    fn is_broken(&self, pixels: &Tensor, items: &[usize]) -> Result<Vec<bool>>;
+}

@@ -127,8 +127,7 @@ impl DatasetConfig {
         }
         let (mut dataset, problems) = self.read_checked()?;
         if let Some(split) = &self.split {
-            dataset.samples =
-                select::by_split(dataset.samples, &self.locate(split, &dataset.root), &problems)?;
+            dataset.samples = select::by_split(dataset.samples, &locate(split, &dataset.root), &problems)?;
         }
         select::by_modality(&mut dataset.samples, self.modality.as_deref())?;
         select::by_question_type(&mut dataset.samples, self.question_type.as_deref())?;
@@ -193,14 +192,6 @@ impl DatasetConfig {
         Ok((dataset, reading.problems))
     }
 
-    fn locate(&self, split: &Path, root: &Path) -> PathBuf {
-        if split.exists() {
-            return split.to_path_buf();
-        }
-        let under_root = root.join(split);
-        if under_root.exists() { under_root } else { split.to_path_buf() }
-    }
-
     fn drop_missing_images(&self, dataset: &mut Dataset) -> Result<()> {
         let missing = select::missing_images(&dataset.root, &dataset.samples);
         let problems: Vec<Problem> = dataset
@@ -222,6 +213,12 @@ impl DatasetConfig {
         dataset.skipped.extend(problems);
         Ok(())
     }
+}
+
+/// A file as it is given, else under the data root.
+fn locate(file: &Path, root: &Path) -> PathBuf {
+    let under_root = root.join(file);
+    if !file.exists() && under_root.exists() { under_root } else { file.to_path_buf() }
 }
 
 /// What a reader found: good records and problems side by side.
@@ -254,16 +251,13 @@ impl Reading {
                 return;
             }
         };
-        match self.first_seen.get(&sample.id) {
-            Some((file, record)) => {
-                let message = format!("id stands twice: also {}: record {record}", file.display());
-                self.problems.push(collector.problem(index, message));
-            }
-            None => {
-                self.first_seen.insert(sample.id.clone(), (collector.file().to_path_buf(), index + 1));
-                self.samples.push(sample);
-            }
+        if let Some((file, record)) = self.first_seen.get(&sample.id) {
+            let message = format!("id stands twice: also {}: record {record}", file.display());
+            self.problems.push(collector.problem(index, message));
+            return;
         }
+        self.first_seen.insert(sample.id.clone(), (collector.file().to_path_buf(), index + 1));
+        self.samples.push(sample);
     }
 }
 

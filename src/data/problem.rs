@@ -1,6 +1,6 @@
 //! What is wrong with a record, where it stands, and how all of it is said at once.
 
-use std::fmt;
+use std::fmt::{self, Write as _};
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
@@ -66,7 +66,7 @@ pub fn refuse(problems: &[Problem]) -> Result<()> {
         text.push_str(&problem.to_string());
     }
     if problems.len() > LISTED {
-        text.push_str(&format!("\n  and {} more", problems.len() - LISTED));
+        let _ = write!(text, "\n  and {} more", problems.len() - LISTED);
     }
     text.push_str(
         "\n   = help: repair the files, or set `skip_invalid` to leave these records out and count them",

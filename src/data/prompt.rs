@@ -137,7 +137,9 @@ impl PromptTemplate {
                 format!(" {}", parts.join(", "))
             }
             Self::Plain | Self::Phantom | Self::PhantomCot => {
-                lettered.map(|(letter, option)| format!("\n{letter}) {option}")).collect()
+                let lines: Vec<String> =
+                    lettered.map(|(letter, option)| format!("\n{letter}) {option}")).collect();
+                lines.concat()
             }
         }
     }

@@ -397,7 +397,7 @@ fn questions(images: usize, per_image: usize) -> Vec<Sample> {
     let config = |n: usize, q: usize| {
         with(
             record(&format!("{n}_{q}"), &format!("Images/{n}.png")),
-            &[("modality_type", json!(if n % 3 == 0 { "CT" } else { "MRI" }))],
+            &[("modality_type", json!(if n.is_multiple_of(3) { "CT" } else { "MRI" }))],
         )
     };
     let records: Vec<Value> =

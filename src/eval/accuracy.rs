@@ -81,6 +81,11 @@ pub fn report(outcomes: &[Outcome<'_>]) -> Result<AccuracyReport> {
     })
 }
 
+/// The accuracy of each group as a plain number in [0, 1].
+pub fn shares(groups: &BTreeMap<String, Accuracy>) -> BTreeMap<&str, f64> {
+    groups.iter().map(|(name, group)| (name.as_str(), group.accuracy)).collect()
+}
+
 fn of<'a>(outcomes: impl Iterator<Item = &'a Outcome<'a>>) -> Option<Accuracy> {
     let (mut correct, mut unparsable, mut n) = (0, 0, 0);
     for outcome in outcomes {
@@ -124,6 +129,7 @@ mod tests {
         assert_eq!(report.by_modality["CT"].accuracy, 0.5);
         assert_eq!(report.by_question_type["y"].accuracy, 1.0 / 3.0);
         assert_eq!(report.by_question_type["y"].accuracy_interval, wilson(1, 3, Z_95));
+        assert_eq!(shares(&report.by_modality), BTreeMap::from([("CT", 0.5), ("MRI", 0.5)]));
         let json = serde_json::to_value(&report).unwrap();
         assert_eq!(json["accuracy"], 0.5);
         assert_eq!(json["by_modality"]["MRI"]["unparsable"], 0);

@@ -4,3 +4,4 @@
 
 pub mod accuracy;
 pub mod controls;
+pub mod report;

@@ -216,6 +216,7 @@ fn template_text(value: Option<&Value>) -> Option<String> {
 }
 
 /// Python's `json.dumps(value, ensure_ascii=False)`: a space after commas and colons, nothing escaped for HTML.
+#[expect(clippy::needless_pass_by_value, reason = "the form of a filter's arguments")]
 fn to_json(
     value: &minijinja::Value,
     options: Kwargs,

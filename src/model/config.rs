@@ -43,6 +43,7 @@ pub struct VlmConfig {
 
 /// The decoder.
 #[derive(Debug, Clone, PartialEq)]
+#[expect(clippy::struct_excessive_bools, reason = "independent features of a checkpoint, not a state")]
 pub struct TextConfig {
     /// Rows of the embedding table; may exceed the tokenizer's size.
     pub vocab_size: usize,
@@ -375,6 +376,11 @@ fn text_config(model_type: &str, text: &Section<'_>) -> Result<TextConfig> {
     let num_heads = text.required_size("num_attention_heads")?;
     let head_dim =
         if is_third { text.size("head_dim", 128)? } else { hidden_size.checked_div(num_heads).unwrap_or(0) };
+    // Written as null it means one per query head; left out, the class's default.
+    let num_kv_heads = match text.values.get("num_key_value_heads") {
+        Some(Value::Null) => num_heads,
+        _ => text.size("num_key_value_heads", if is_third { 32 } else { 8 })?,
+    };
     let default_theta = if is_third { 500_000.0 } else { 1_000_000.0 };
     let outer_theta = text.number("rope_theta", default_theta)?;
     let section = rope.sizes("mrope_section", if is_third { &[24, 20, 20] } else { &[16, 24, 24] })?;
@@ -388,7 +394,7 @@ fn text_config(model_type: &str, text: &Section<'_>) -> Result<TextConfig> {
         intermediate_size: text.required_size("intermediate_size")?,
         num_layers: text.required_size("num_hidden_layers")?,
         num_heads,
-        num_kv_heads: text.size("num_key_value_heads", num_heads)?,
+        num_kv_heads,
         head_dim,
         rms_norm_eps: text.number("rms_norm_eps", if is_third { 1e-6 } else { 1e-5 })?,
         rope_theta: rope.number("rope_theta", outer_theta)?,
@@ -756,10 +762,12 @@ impl VlmConfig {
     /// # Errors
     /// A data error when the sizes do not fit each other.
     pub fn new_qwen3_vl(sizes: &ModelSizes, ids: SpecialIds) -> Result<Self> {
-        let third = sizes.head_dim / 2 / 3;
+        let half = sizes.head_dim / 2;
+        // As many as the turns `t h w t h w …` give each.
+        let (height, width) = ((half + 1) / 3, half / 3);
         let text = TextConfig {
             rope_theta: 5_000_000.0,
-            mrope_section: [(sizes.head_dim / 2).saturating_sub(2 * third), third, third],
+            mrope_section: [half - height - width, height, width],
             mrope_interleaved: true,
             qk_norm: true,
             attention_bias: false,
@@ -985,6 +993,8 @@ mod tests {
     fn the_tie_flag_counts_at_either_level_and_sizes_may_be_lists() {
         let mut file = VlmConfig::new_qwen2_5_vl(&sizes(), IDS).unwrap().to_json();
         file["vision_config"]["patch_size"] = json!([14, 14]);
+        file["text_config"]["num_key_value_heads"] = Value::Null;
+        assert_eq!(VlmConfig::from_json(file.clone()).unwrap().text.num_kv_heads, 4);
         for (outer, inner, tied) in [(true, false, true), (false, true, true), (false, false, false)] {
             file["tie_word_embeddings"] = json!(outer);
             file["text_config"]["tie_word_embeddings"] = json!(inner);

@@ -3,13 +3,16 @@
 //! What is sampled for a completion depends on its own seed and its own rows alone, never on its neighbours: rows are
 //! computed to the same bytes in any batch.
 
+use super::config::VlmConfig;
 use super::kv_cache::KvCache;
+use super::positions::{Grid, prompt_positions};
 use super::vlm::{Batch, Features, Vlm};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::nn::attention::{Block, Layout};
 use crate::nn::rows;
 use candle_core::{DType, Tensor};
 use candle_transformers::generation::{LogitsProcessor, Sampling};
+use std::collections::BTreeSet;
 use std::ops::Range;
 
 /// How tokens are chosen.
@@ -23,6 +26,9 @@ pub struct Decoding {
     pub top_k: Option<usize>,
     /// Keep only the most likely tokens of this total probability.
     pub top_p: Option<f64>,
+    /// Divides positive and multiplies negative logits of every token that stands in the prompt or in the completion so
+    /// far, before the temperature, as transformers does; 1 changes nothing.
+    pub repetition_penalty: f64,
     /// Tokens that end a completion.
     pub stop_ids: Vec<u32>,
     /// Tokens that are never chosen: vision placeholders.
@@ -30,6 +36,30 @@ pub struct Decoding {
 }
 
 impl Decoding {
+    /// The best token at each step.
+    pub fn greedy(max_new_tokens: usize, stop_ids: Vec<u32>) -> Self {
+        Self {
+            max_new_tokens,
+            temperature: 0.0,
+            top_k: None,
+            top_p: None,
+            repetition_penalty: 1.0,
+            stop_ids,
+            suppressed_ids: Vec::new(),
+        }
+    }
+
+    /// Refuses what no sampler can do.
+    fn check(&self) -> Result<()> {
+        let penalty = self.repetition_penalty;
+        if penalty > 0.0 && penalty.is_finite() {
+            return Ok(());
+        }
+        Err(Error::usage(format!(
+            "the repetition penalty must be a positive number, found {penalty}\n   = help: 1 switches it off"
+        )))
+    }
+
     fn sampling(&self) -> Sampling {
         let temperature = self.temperature;
         match (temperature > 0.0, self.top_k, self.top_p) {
@@ -54,6 +84,18 @@ pub struct Prompt {
 }
 
 impl Prompt {
+    /// The prompt of these tokens, placeholders expanded, about images of these grids.
+    ///
+    /// # Errors
+    /// A data error when placeholders and grids do not match.
+    pub fn of_ids(config: &VlmConfig, ids: Vec<u32>, grids: &[Grid]) -> Result<Self> {
+        let merge = config.vision.spatial_merge_size;
+        let positions = prompt_positions(&ids, config.image_token_id, grids, merge)?.ids;
+        let is_image = |(row, &id): (usize, &u32)| (id == config.image_token_id).then_some(row as u32);
+        let image_rows = ids.iter().enumerate().filter_map(is_image).collect();
+        Ok(Self { ids, positions, image_rows })
+    }
+
     /// Position, on every axis, of the first token after the prompt.
     pub fn next_position(&self) -> i64 {
         self.positions.iter().flatten().max().map_or(0, |last| last + 1)
@@ -93,7 +135,7 @@ pub(crate) fn prompt_batch(vlm: &Vlm, prompts: &[Prompt]) -> Result<(Batch, Vec<
 /// `features` hold the images' tokens in the order of the prompts; none for prompts without images.
 ///
 /// # Errors
-/// When a logit is not a number, or features and placeholders do not match.
+/// When a logit is not a number, features and placeholders do not match, or a setting of `decoding` is impossible.
 pub fn generate(
     vlm: &Vlm,
     prompts: &[Prompt],
@@ -101,6 +143,7 @@ pub fn generate(
     seeds: &[Vec<u64>],
     decoding: &Decoding,
 ) -> Result<Vec<Vec<Completion>>> {
+    decoding.check()?;
     let (batch, ranges) = prompt_batch(vlm, prompts)?;
     let prompt_rows = batch.input_ids.len();
     let total: usize = seeds.iter().map(Vec::len).sum();
@@ -128,7 +171,7 @@ pub fn generate(
         }
     }
     for sequence in &mut sequences {
-        sequence.choose(&first[sequence.prompt], decoding)?;
+        sequence.choose(&first[sequence.prompt], &prompts[sequence.prompt].ids, decoding)?;
     }
     for step in 1..decoding.max_new_tokens {
         let mut live: Vec<&mut Sequence> =
@@ -139,7 +182,7 @@ pub fn generate(
         let (batch, places) = step_batch(vlm, &live, &ranges, step)?;
         let hidden = vlm.forward_cached(None, &batch, &cache, &places)?;
         for (sequence, logits) in live.iter_mut().zip(logits_of(vlm, &hidden, decoding)?) {
-            sequence.choose(&logits, decoding)?;
+            sequence.choose(&logits, &prompts[sequence.prompt].ids, decoding)?;
         }
     }
     let mut groups: Vec<Vec<Completion>> = seeds.iter().map(|_| Vec::new()).collect();
@@ -159,11 +202,28 @@ struct Sequence {
 }
 
 impl Sequence {
-    fn choose(&mut self, logits: &Tensor, decoding: &Decoding) -> Result<()> {
-        let token = self.sampler.sample(logits)?;
+    fn choose(&mut self, logits: &Tensor, prompt: &[u32], decoding: &Decoding) -> Result<()> {
+        let token = if decoding.repetition_penalty == 1.0 {
+            self.sampler.sample(logits)?
+        } else {
+            let mut values: Vec<f32> = logits.to_vec1()?;
+            let seen = prompt.iter().chain(&self.completion.ids);
+            penalize(&mut values, seen.copied(), decoding.repetition_penalty as f32);
+            self.sampler.sample(&Tensor::new(values, &candle_core::Device::Cpu)?)?
+        };
         self.completion.ids.push(token);
         self.completion.is_finished = decoding.stop_ids.contains(&token);
         Ok(())
+    }
+}
+
+/// Makes the tokens `seen` less likely (more likely below 1): once each, however often they occur.
+fn penalize(logits: &mut [f32], seen: impl Iterator<Item = u32>, penalty: f32) {
+    let seen: BTreeSet<u32> = seen.collect();
+    for id in seen {
+        if let Some(value) = logits.get_mut(id as usize) {
+            *value = if *value < 0.0 { *value * penalty } else { *value / penalty };
+        }
     }
 }
 
@@ -196,7 +256,7 @@ fn logits_of(vlm: &Vlm, hidden: &Tensor, decoding: &Decoding) -> Result<Vec<Tens
     let mut values: Vec<f32> = logits.flatten_all()?.to_vec1()?;
     for row in values.chunks_exact_mut(vocab) {
         if let Some(bad) = row.iter().find(|value| !value.is_finite()) {
-            return Err(crate::error::Error::NonFinite(format!(
+            return Err(Error::NonFinite(format!(
                 "a logit is {bad} while sampling\n   = help: check the weights with `safemed doctor` and the image's pixels"
             )));
         }
@@ -208,4 +268,27 @@ fn logits_of(vlm: &Vlm, hidden: &Tensor, decoding: &Decoding) -> Result<Vec<Tens
     }
     let all = Tensor::from_vec(values, (count, vocab), &candle_core::Device::Cpu)?;
     (0..count).map(|row| Ok(all.get(row)?)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_penalty_counts_each_token_once_and_moves_it_away_from_being_chosen() {
+        let mut logits = [2.0, -2.0, 3.0, f32::NEG_INFINITY, 0.0];
+        penalize(&mut logits, [0, 1, 0, 3, 4, 99].into_iter(), 1.25);
+        assert_eq!(logits, [1.6, -2.5, 3.0, f32::NEG_INFINITY, 0.0]);
+        penalize(&mut logits, [2, 2, 2].into_iter(), 0.5);
+        assert_eq!(logits[2], 6.0);
+    }
+
+    #[test]
+    fn impossible_penalties_are_refused() {
+        for penalty in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+            let decoding = Decoding { repetition_penalty: penalty, ..Decoding::greedy(4, vec![]) };
+            assert!(decoding.check().is_err(), "{penalty}");
+        }
+        assert!(Decoding::greedy(4, vec![]).check().is_ok());
+    }
 }

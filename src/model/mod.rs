@@ -1,12 +1,17 @@
 //! The vision-language model: files, tokens, positions, pixels and the network itself.
 
+pub mod assistant;
 pub mod chat;
 pub mod config;
 pub mod generate;
+pub mod initialise;
 pub mod kv_cache;
+pub mod loader;
 pub mod parameters;
 pub mod patches;
 pub mod positions;
+pub mod processor;
+pub mod resize;
 pub mod text;
 pub mod tokenizer;
 pub mod vision;

@@ -37,7 +37,9 @@ impl PromptPositions {
     pub fn extend_text(&mut self, count: usize) {
         for index in self.len()..self.len() + count {
             let position = index as i64 + self.rope_delta;
-            self.ids.iter_mut().for_each(|axis| axis.push(position));
+            for axis in &mut self.ids {
+                axis.push(position);
+            }
         }
     }
 }
@@ -66,7 +68,9 @@ pub fn prompt_positions(
     let mut images = grids.iter();
     while index < input_ids.len() {
         if input_ids[index] != image_token_id {
-            ids.iter_mut().for_each(|axis| axis.push(next));
+            for axis in &mut ids {
+                axis.push(next);
+            }
             next += 1;
             index += 1;
             continue;

@@ -29,12 +29,27 @@ impl Gradients {
         self.0.get(&tensor.id())
     }
 
+    /// Adds the gradients of another part of the same loss.
+    ///
+    /// # Errors
+    /// When two gradients of one tensor differ in shape.
+    pub fn add(&mut self, other: Self) -> Result<()> {
+        for (id, gradient) in other.0 {
+            let sum = match self.0.remove(&id) {
+                Some(old) => (old + gradient)?,
+                None => gradient,
+            };
+            self.0.insert(id, sum);
+        }
+        Ok(())
+    }
+
     fn take_from(&mut self, store: &GradStore, wanted: &[Tensor]) -> Result<()> {
         for tensor in wanted {
             if let Some(grad) = store.get(tensor) {
                 let sum = match self.0.remove(&tensor.id()) {
-                    Some(old) => (old + grad)?,
-                    None => grad.clone(),
+                    Some(old) => (old + grad.detach())?,
+                    None => grad.detach(),
                 };
                 self.0.insert(tensor.id(), sum);
             }
@@ -129,8 +144,10 @@ fn as_variables(state: &[Tensor], tracks: &[bool]) -> Result<(Vec<Option<Tensor>
     Ok((variables, tensors))
 }
 
+/// The gradients of `variables`, as plain numbers: with their history, the weights that they were computed from would
+/// get gradients of gradients when they seed the stage before.
 fn collect(store: &GradStore, variables: &[Option<Tensor>]) -> Vec<Option<Tensor>> {
-    variables.iter().map(|v| v.as_ref().and_then(|v| store.get(v)).cloned()).collect()
+    variables.iter().map(|v| v.as_ref().and_then(|v| store.get(v)).map(Tensor::detach)).collect()
 }
 
 #[cfg(test)]

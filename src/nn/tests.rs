@@ -28,6 +28,7 @@ fn check_close(name: &str, ours: &Tensor, theirs: &Tensor, tolerance: f32) {
     }
 }
 
+type RowOp<'a> = Box<dyn Fn(&Tensor, usize) -> Result<Tensor> + 'a>;
 type Op<'a> = &'a dyn Fn(&[Tensor]) -> Result<Tensor>;
 
 /// Values and every gradient of `fused` equal those of `reference`; gradients equal central differences along random
@@ -269,7 +270,6 @@ fn a_row_is_the_same_bytes_alone_and_in_a_batch() {
     let frozen = Linear::frozen(&weight, None).unwrap();
     let trained = Linear::of_tensor(&weight, None);
     let targets: Vec<u32> = (0..n as u32).map(|i| i % 70).collect();
-    type RowOp<'a> = Box<dyn Fn(&Tensor, usize) -> Result<Tensor> + 'a>;
     let ops: Vec<(&str, RowOp<'_>)> = vec![
         ("frozen", Box::new(|x, _| frozen.forward(x))),
         ("trained", Box::new(|x, _| trained.forward(x))),

@@ -3,6 +3,34 @@
 //! Recipes never print and know no command line: they report through `progress` and leave their numbers in the run
 //! directory.
 
+pub mod aims;
+pub mod answers;
+pub mod attack;
+pub mod audit;
+mod board;
+pub mod certify;
 pub mod config;
+pub mod data;
+pub mod demo;
+pub mod doctor;
+pub mod eval;
+pub mod export;
+pub mod fit;
+pub mod grpo;
+pub mod inputs;
+pub mod items;
+pub mod job;
+pub mod lesson;
+pub mod merge;
+pub mod parity;
+pub mod parity_io;
+pub mod predict;
+pub mod presets;
 pub mod progress;
+pub mod radius;
+pub mod records;
+pub mod report;
 pub mod run;
+pub mod scratch;
+pub mod sft;
+pub mod train;

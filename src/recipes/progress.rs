@@ -1,9 +1,9 @@
 //! How a recipe says how far it is. Recipes never print: whoever calls them decides what becomes of these calls.
 
-use std::cell::RefCell;
+use std::sync::Mutex;
 
 /// A listener for the progress of one run. All methods take `&self`, so that closures deep in a recipe can report.
-pub trait Progress {
+pub trait Progress: Sync {
     /// A phase of `total` items or steps begins.
     fn start(&self, total: usize, what: &str);
 
@@ -35,18 +35,18 @@ impl Progress for Silent {
 #[derive(Debug, Default)]
 pub struct Kept {
     /// Notes in order.
-    pub notes: RefCell<Vec<String>>,
+    pub notes: Mutex<Vec<String>>,
     /// Rows in order.
-    pub rows: RefCell<Vec<Vec<String>>>,
+    pub rows: Mutex<Vec<Vec<String>>>,
 }
 
 impl Progress for Kept {
     fn start(&self, _total: usize, _what: &str) {}
     fn tick(&self, _done: usize, _figures: &[(&str, f64)]) {}
     fn note(&self, text: &str) {
-        self.notes.borrow_mut().push(text.to_owned());
+        self.notes.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(text.to_owned());
     }
     fn row(&self, cells: &[String]) {
-        self.rows.borrow_mut().push(cells.to_vec());
+        self.rows.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(cells.to_vec());
     }
 }

@@ -82,16 +82,12 @@ impl ChoicePrior {
 
 /// Predicts every choice of `choices` from the counts of `train`, or of `choices` themselves with each left out.
 pub fn predict_all(train: Option<&[Choice<'_>]>, choices: &[Choice<'_>]) -> (Vec<usize>, PriorSource) {
-    match train {
-        Some(train) => {
-            let prior = ChoicePrior::fit(train.iter().copied());
-            (choices.iter().map(|choice| prior.predict(choice)).collect(), PriorSource::Train)
-        }
-        None => {
-            let prior = ChoicePrior::fit(choices.iter().copied());
-            (choices.iter().map(|choice| prior.predict_left_out(choice)).collect(), PriorSource::LeaveOneOut)
-        }
+    if let Some(train) = train {
+        let prior = ChoicePrior::fit(train.iter().copied());
+        return (choices.iter().map(|choice| prior.predict(choice)).collect(), PriorSource::Train);
     }
+    let prior = ChoicePrior::fit(choices.iter().copied());
+    (choices.iter().map(|choice| prior.predict_left_out(choice)).collect(), PriorSource::LeaveOneOut)
 }
 
 #[cfg(test)]

@@ -233,7 +233,8 @@ pub(crate) fn gemm_new(a: View<'_>, b: View<'_>, bias: Option<&[f32]>) -> Vec<f3
 }
 
 /// As [`gemm`], on the calling thread only; `scratch` is reused between calls.
-pub(crate) fn gemm_serial(
+#[cfg(test)]
+fn gemm_serial(
     a: View<'_>,
     b: View<'_>,
     c: &mut [f32],

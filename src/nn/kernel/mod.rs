@@ -43,15 +43,6 @@ pub(crate) fn isa() -> Isa {
     })
 }
 
-/// Name of the instructions in use, for `doctor` and provenance.
-pub fn isa_name() -> &'static str {
-    match isa() {
-        Isa::Avx512 => "avx512",
-        Isa::Avx2 => "avx2+fma",
-        Isa::Baseline => "baseline",
-    }
-}
-
 /// The elements of a contiguous float32 operand.
 pub(crate) fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
     let all = storage.as_slice::<f32>()?;

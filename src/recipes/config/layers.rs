@@ -21,6 +21,15 @@ pub struct Override {
     pub text: String,
     /// What set it, for messages: `--set`, `--epsilon` or `SAFEMED_EPSILON`.
     pub origin: String,
+    /// Whether it gives way to any other source of the same key.
+    pub weak: bool,
+}
+
+impl Override {
+    /// `key` set to `text` by `origin`.
+    pub fn new(key: impl Into<String>, text: impl Into<String>, origin: impl Into<String>) -> Self {
+        Self { key: key.into(), text: text.into(), origin: origin.into(), weak: false }
+    }
 }
 
 /// Where the value of a key came from.
@@ -93,7 +102,7 @@ impl Layers<'_> {
             let path = join(prefix, name.get_ref());
             let origin = origin_at(text, name.span().start);
             let Some(key) = keys.iter().find(|key| key.name == name.get_ref().as_ref()) else {
-                let problem = unknown(&path, keys);
+                let problem = unknown(&path, name.get_ref(), keys);
                 self.push_at(problem, &origin);
                 continue;
             };
@@ -111,6 +120,9 @@ impl Layers<'_> {
     }
 
     fn add_override(&mut self, item: &Override, keys: &[Key]) {
+        if item.weak && self.origins.contains_key(&item.key) {
+            return;
+        }
         let origin = Origin::Outside { origin: item.origin.clone(), text: item.text.clone() };
         match find(keys, &item.key) {
             Some(key) => match &key.node {
@@ -125,7 +137,7 @@ impl Layers<'_> {
                     self.push_at(problem, &origin);
                 }
             },
-            None => self.push_at(unknown(&item.key, keys), &origin),
+            None => self.push_at(unknown(&item.key, &item.key, keys), &origin),
         }
     }
 
@@ -197,18 +209,22 @@ fn typed(leaf: &Leaf, text: &str) -> Value {
     }
 }
 
-fn unknown(path: &str, keys: &[Key]) -> ConfigError {
+/// An unknown key, with the keys that may have been meant: those of the same name elsewhere, else near misses here, else
+/// near misses anywhere.
+fn unknown(path: &str, shown: &str, keys: &[Key]) -> ConfigError {
     let name = path.rsplit('.').next().unwrap_or(path);
     let all = paths(&RunConfig::keys(), "");
-    let same_name = all.iter().filter(|known| known.rsplit('.').next() == Some(name)).map(String::as_str);
-    let mut help: Vec<&str> = same_name.collect();
+    let all = || all.iter().map(String::as_str);
+    let same_name: Vec<&str> = all().filter(|known| known.rsplit('.').next() == Some(name)).collect();
+    let nearest = near_misses(path, same_name.iter().copied());
+    let mut help = if nearest.is_empty() { same_name } else { nearest };
     if help.is_empty() {
         help = near_misses(name, keys.iter().map(|key| key.name));
     }
     if help.is_empty() {
-        help = near_misses(path, all.iter().map(String::as_str));
+        help = near_misses(path, all());
     }
-    let problem = ConfigError::new(path, format!("unknown key `{name}`"));
+    let problem = ConfigError::new(path, format!("unknown key `{shown}`"));
     if help.is_empty() {
         problem.with_help(format!("known here: {}", choices(keys.iter().map(|key| key.name))))
     } else {

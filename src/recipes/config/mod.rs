@@ -5,11 +5,15 @@
 
 pub mod keys;
 mod layers;
+mod show;
 mod values;
 
 pub use layers::Override;
-pub use values::{DeviceWord, Shard};
+pub use show::show;
+pub use values::DeviceWord;
 
+use crate::data::prompt::PromptTemplate;
+use crate::data::{DatasetConfig, Shard};
 use crate::error::{ConfigError, Error, Result};
 use keys::{Key, Node, Range, Setting, section, words};
 use std::path::{Path, PathBuf};
@@ -90,6 +94,8 @@ words! {
         /// Negative log-likelihood of the answer letter alone: masked in chain-of-thought models, where the letter is
         /// copied from the finished reasoning.
         Answer = "answer",
+        /// Negative log-likelihood of the right reasoning: the tokens that carry what is seen.
+        Finding = "finding",
         /// Best wrong option minus the right one.
         Margin = "margin",
         /// Each of them in turn, on survivors.
@@ -202,7 +208,7 @@ section! {
         dtype: Dtype = Dtype::F32,
         /// Threads of the processor; absent: all. Changes no result.
         threads: Option<usize> = None => Range::at_least(1.0),
-        /// Checkpoint: a Hugging Face directory, or an id on the hub.
+        /// Checkpoint: a Hugging Face directory, or an id on the hub; `scratch:tiny` trains a tiny model from scratch.
         model: Option<String> = None,
         /// LoRA adapter directory in PEFT's layout, applied over `model`.
         adapter: Option<PathBuf> = None,
@@ -232,9 +238,9 @@ section! {
 section! {
     /// `[data]`: which questions are read.
     pub struct DataConfig {
-        /// Root of an OmniMedVQA tree. Excludes `data`.
+        /// Root of an OmniMedVQA tree; beside `data`, the root of that file's images.
         omnimedvqa: Option<PathBuf> = None,
-        /// A data set in any supported format, detected. Excludes `omnimedvqa`.
+        /// A data set in any supported format, detected.
         data: Option<PathBuf> = None,
         /// JSON list of the question ids to keep.
         split: Option<PathBuf> = None,
@@ -248,6 +254,8 @@ section! {
         limit: Option<usize> = None => Range::at_least(1.0),
         /// `I/N`: every N-th item from the I-th on, I from 0; the parts are joined by `safemed merge`.
         shard: Option<Shard> = None,
+        /// Whether records with a problem are left out and counted, instead of refusing the data.
+        skip_invalid: bool = false,
     }
 }
 
@@ -304,7 +312,8 @@ section! {
         num_steps: usize = 1000 => Range::at_least(1.0),
         /// Questions of one optimiser step (groups, for GRPO).
         batch_size: usize = 16 => Range::at_least(1.0),
-        /// Questions of one forward pass; absent: `batch_size`.
+        /// Questions of one forward pass, for `sft` and `at_sft`; absent: `batch_size`. Gradients add up to those of
+        /// the whole batch, to rounding.
         micro_batch_size: Option<usize> = None => Range::at_least(1.0),
         /// Peak learning rate.
         learning_rate: f64 = 1e-5 => Range::at_least(0.0),
@@ -328,12 +337,13 @@ section! {
         target: TargetName = TargetName::Cot,
         /// Whether the order of the options is drawn anew each time an item is seen.
         permute_options: bool = false,
+        /// Whether the first words say what is seen and no image is shown: teaches a model from scratch to read
+        /// options before it learns to see. A question without a reasoning is told its modality and right option.
+        captions: bool = false,
         /// Steps between checkpoints; 0: only at the end.
         save_every: usize = 100,
         /// Checkpoints kept, the newest; 0: all.
         keep_checkpoints: usize = 2,
-        /// Steps between evaluations; 0: never.
-        eval_every: usize = 0,
         /// Which parts of the model train.
         parts: TrainParts = TrainParts::default(),
         /// GRPO, for the recipes `grpo` and `at_grpo`.
@@ -432,6 +442,23 @@ impl Dtype {
     }
 }
 
+impl DataConfig {
+    /// The same as the data reader wants it.
+    pub fn dataset(&self) -> DatasetConfig {
+        DatasetConfig {
+            omnimedvqa: self.omnimedvqa.clone(),
+            data: self.data.clone(),
+            split: self.split.clone(),
+            train_split: self.train_split.clone(),
+            modality: self.modality.clone(),
+            question_type: self.question_type.clone(),
+            limit: self.limit,
+            shard: self.shard,
+            skip_invalid: self.skip_invalid,
+        }
+    }
+}
+
 impl AttackConfig {
     /// The length of one step: `step_size`, else 2.5 x `epsilon` / `num_steps`.
     pub fn resolved_step_size(&self) -> f64 {
@@ -457,11 +484,10 @@ impl RunConfig {
     pub fn problems(&self, command: Option<Command>) -> Vec<ConfigError> {
         let mut problems = Vec::new();
         self.attack_problems(command, &mut problems);
-        if let (Some(_), Some(_)) = (&self.data.omnimedvqa, &self.data.data) {
-            problems.push(
-                ConfigError::new("data.data", "both `omnimedvqa` and `data` are given")
-                    .with_help("keep the one that should be read"),
-            );
+        if let Err(error) = self.prompt.parse::<PromptTemplate>() {
+            let text = error.to_string();
+            let (message, help) = text.split_once("\n   = help: ").unwrap_or((&text, ""));
+            problems.push(ConfigError::new("prompt", message).with_help(help));
         }
         if command == Some(Command::Certify) && self.certify.sigma.is_none() {
             problems.push(
@@ -493,7 +519,54 @@ impl RunConfig {
                 format!("`micro_batch_size` {micro} exceeds `batch_size` {}", self.train.batch_size),
             ));
         }
+        if command.is_none_or(|command| command == Command::Train) {
+            self.train_problems(&mut problems);
+        }
         problems
+    }
+
+    fn train_problems(&self, problems: &mut Vec<ConfigError>) {
+        let train = &self.train;
+        let recipe = train.recipe;
+        if train.micro_batch_size.is_some_and(|micro| micro < train.batch_size) && recipe.is_grpo() {
+            problems.push(
+                ConfigError::new(
+                    "train.micro_batch_size",
+                    format!("recipe `{recipe}` takes its whole batch in one pass"),
+                )
+                .with_help("leave `micro_batch_size` out, or lower `batch_size` or `grpo.group_size`"),
+            );
+        }
+        if train.captions && recipe != RecipeName::Sft {
+            problems.push(
+                ConfigError::new("train.captions", format!("recipe `{recipe}` needs images, not captions"))
+                    .with_help("`captions` is for recipe `sft`"),
+            );
+        }
+        if recipe.is_adversarial() && train.adversary.objective == ObjectiveName::All {
+            problems.push(
+                ConfigError::new(
+                    "train.adversary.objective",
+                    "an adversary in training has one objective, not `all` in turn",
+                )
+                .with_help("use `completion`"),
+            );
+        }
+        if !(train.parts.vision || train.parts.merger || train.parts.text) {
+            problems.push(
+                ConfigError::new("train.parts", "no parameter would train")
+                    .with_help("set one of `vision`, `merger` and `text` to true"),
+            );
+        }
+        if train.captions && !train.parts.text {
+            problems.push(
+                ConfigError::new(
+                    "train.captions",
+                    "captions reach the text decoder only, which does not train",
+                )
+                .with_help("set `parts.text` to true"),
+            );
+        }
     }
 
     fn attack_problems(&self, command: Option<Command>, problems: &mut Vec<ConfigError>) {

@@ -10,7 +10,7 @@ fn load(text: &str) -> (tempfile::TempDir, Result<RunConfig>) {
 }
 
 fn set(key: &str, text: &str, origin: &str) -> Override {
-    Override { key: key.to_owned(), text: text.to_owned(), origin: origin.to_owned() }
+    Override::new(key, text, origin)
 }
 
 fn problems(result: Result<RunConfig>) -> Vec<ConfigError> {
@@ -48,6 +48,17 @@ fn later_layers_win_over_earlier_ones() {
     assert_eq!(config.attack.norm, NormName::L2);
     assert_eq!(config.model.as_deref(), Some("123"));
     assert_eq!(config.data.shard, Some(Shard { index: 1, count: 3 }));
+}
+
+#[test]
+fn a_weak_override_gives_way_to_the_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("run.toml");
+    fs::write(&path, "[data]\nomnimedvqa = \"a\"\n").unwrap();
+    let weak = [Override { weak: true, ..set("data.omnimedvqa", "b", "--omnimedvqa") }];
+    let root = |file| RunConfig::load_any(file, &weak).unwrap().data.omnimedvqa;
+    assert_eq!(root(Some(&*path)), Some(PathBuf::from("a")));
+    assert_eq!(root(None), Some(PathBuf::from("b")));
 }
 
 #[test]
@@ -109,9 +120,15 @@ fn numbers_out_of_range_say_the_range_and_the_reason() {
         ("[attack]\nstep_size = \"20/255\"", "attack.step_size", "exceeds 2 x `epsilon`", "leaves the ball"),
         ("[certify]\nsigma = 0", "certify.sigma", "out of range: above 0", ""),
         ("[certify]\ntarget_radius = 0.5", "certify.target_radius", "no effect", "sequential"),
-        ("[data]\nshard = \"4/4\"", "data.shard", "does not exist", "0/4 to 3/4"),
+        ("[data]\nshard = \"4/4\"", "data.shard", "does not exist", ""),
         ("device = \"gpu\"", "device", "unknown device `gpu`", ""),
         ("[train]\nwarmup_steps = 2000", "train.warmup_steps", "exceeds `num_steps` 1000", "peak"),
+        (
+            "prompt = \"med_r1_thnk\"",
+            "prompt",
+            "unknown prompt `med_r1_thnk`",
+            "did you mean `med_r1_think`?",
+        ),
         ("seed = 1.5", "seed", "expected a whole number of at least 0, found the number 1.5", ""),
         ("attack = 3", "attack", "is a section, found the whole number 3", "[attack]"),
     ];
@@ -183,4 +200,12 @@ fn the_schema_describes_every_key_with_its_default_and_range() {
     assert!(epsilon["description"].as_str().unwrap().contains("Madry"));
     assert_eq!(schema["properties"]["attack"]["properties"]["norm"]["enum"][1], "l2");
     assert_eq!(schema["properties"]["train"]["properties"]["grpo"]["additionalProperties"], false);
+}
+
+#[test]
+fn a_configuration_shown_loads_as_itself() {
+    let overrides = [set("attack.epsilon", "4/255", "--set"), set("model", "a \"b\"", "--model")];
+    let config = RunConfig::load_any(None, &overrides).unwrap();
+    let (_dir, again) = load(&show(&config).unwrap());
+    assert_eq!(again.unwrap(), config);
 }

@@ -96,6 +96,21 @@ impl Run {
         Ok(run)
     }
 
+    /// Refuses what [`Run::open`] would refuse, without touching the directory: for the time before weights are read.
+    ///
+    /// # Errors
+    /// Those of [`Run::open`], but for a directory in use.
+    pub fn check(command: Command, config: &RunConfig, resume: bool) -> Result<()> {
+        let dir = directory(command, config, resume)?;
+        if dir.exists() && !dir.is_dir() {
+            return Err(usage_at("the run directory is a file", &dir, "name another with `--out`"));
+        }
+        if dir.exists() && !is_empty(&dir)? {
+            refuse_foreign(&dir, command, config, resume)?;
+        }
+        Ok(())
+    }
+
     /// The directory.
     pub fn dir(&self) -> &Path {
         &self.dir

@@ -14,8 +14,10 @@ impl Stop {
         use signal_hook::consts::{SIGINT, SIGTERM};
         let stop = Self::default();
         let install = || -> std::io::Result<()> {
-            // The order matters: the flag is still down when the first signal comes by here.
-            signal_hook::flag::register_conditional_shutdown(SIGINT, 130, Arc::clone(&stop.0))?;
+            // The order matters: when the first SIGINT comes by here, it has not been noted yet.
+            let interrupted = Arc::new(AtomicBool::new(false));
+            signal_hook::flag::register_conditional_shutdown(SIGINT, 130, Arc::clone(&interrupted))?;
+            signal_hook::flag::register(SIGINT, interrupted)?;
             signal_hook::flag::register(SIGINT, Arc::clone(&stop.0))?;
             signal_hook::flag::register(SIGTERM, Arc::clone(&stop.0))?;
             #[cfg(unix)]
@@ -39,5 +41,23 @@ impl Stop {
     /// [`Error::Stopped`] when someone asked to stop. Call it where everything is saved.
     pub fn check(&self) -> Result<()> {
         if self.requested() { Err(Error::Stopped) } else { Ok(()) }
+    }
+}
+
+#[cfg(all(test, unix))]
+mod tests {
+    use super::*;
+    use crate::error::ExitStatus;
+
+    #[test]
+    fn each_signal_that_asks_to_stop_raises_the_flag() {
+        for signal in
+            [signal_hook::consts::SIGTERM, signal_hook::consts::SIGUSR1, signal_hook::consts::SIGINT]
+        {
+            let stop = Stop::on_signals().unwrap();
+            assert!(stop.check().is_ok());
+            signal_hook::low_level::raise(signal).unwrap();
+            assert_eq!(stop.check().unwrap_err().status(), ExitStatus::Stopped, "signal {signal}");
+        }
     }
 }

@@ -1,0 +1,237 @@
+//! Audit of our own records: every field that follows from the counts is computed again.
+
+use super::{AuditReport, MAX_PROBLEMS, Pair};
+use crate::certify::radius::radius;
+use crate::error::{Error, Result};
+use serde_json::{Map, Value};
+use std::path::Path;
+
+/// Relative difference between a recorded number and ours that another machine's logarithm may explain.
+const TOLERANCE: f64 = 1e-12;
+/// The class of answers that cannot be read: last in order, and never right.
+const UNPARSABLE: &str = "none";
+
+/// Recomputes every line of a `records.jsonl`. A torn last line is left out, as on resuming.
+pub(super) fn audit(text: &str, path: &Path) -> Result<AuditReport> {
+    let (mut rows, mut exact) = (0, 0);
+    let (mut problems, mut notes) = (Vec::new(), Vec::new());
+    let mut pairs: Vec<Pair> = Vec::new();
+    let num_lines = text.lines().count();
+    for (index, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
+        let value = match serde_json::from_str::<Value>(line) {
+            Err(_) if index + 1 == num_lines && !text.ends_with('\n') => {
+                notes.push(format!("line {}: torn, left out", index + 1));
+                continue;
+            }
+            other => other,
+        };
+        rows += 1;
+        let verdict = match value {
+            Ok(Value::Object(record)) => recompute(&record),
+            Ok(_) => Err("is not a JSON object".to_owned()),
+            Err(error) => Err(format!("is not JSON: {error}")),
+        };
+        match verdict {
+            Ok(pair) => {
+                exact += 1;
+                if !pairs.contains(&pair) {
+                    pairs.push(pair);
+                }
+            }
+            Err(problem) if problems.len() < MAX_PROBLEMS => {
+                problems.push(format!("line {}: {problem}", index + 1));
+            }
+            Err(_) => {}
+        }
+    }
+    if rows == 0 {
+        return Err(Error::data(format!("nothing to audit: no record\n  --> {}", path.display())));
+    }
+    pairs.sort_by(|a, b| a.n.cmp(&b.n).then(a.alpha.total_cmp(&b.alpha)));
+    let pass = exact == rows;
+    if !pass {
+        pairs.clear();
+    }
+    let smallest_n = pairs.first().map(|pair| pair.n);
+    Ok(AuditReport { rows, exact, consistent: pairs, pass, smallest_n, sigma: None, problems, notes })
+}
+
+/// Checks one record; says what does not hold.
+fn recompute(record: &Map<String, Value>) -> std::result::Result<Pair, String> {
+    if let Some(mode) = record.get("mode").and_then(Value::as_str).filter(|&mode| mode != "cohen") {
+        return Err(format!("mode `{mode}` cannot be recomputed by this version"));
+    }
+    let (n0, n) = (whole(record, "n0")?, whole(record, "n")?);
+    let (alpha, sigma) = (number(record, "alpha")?, number(record, "sigma")?);
+    let (selection, counts) = (class_counts(record, "counts_selection")?, class_counts(record, "counts")?);
+    for (key, counts, draws) in [("counts_selection", &selection, n0), ("counts", &counts, n)] {
+        let sum: u64 = counts.iter().map(|(_, count)| count).sum();
+        if sum != draws {
+            return Err(format!("`{key}` add up to {sum}, not to the {draws} draws stated"));
+        }
+    }
+    check_draws(record, n0, n)?;
+    // The lowest of equals, as CERTIFY chooses.
+    let selected = selection
+        .iter()
+        .fold(None::<&(String, u64)>, |best, item| best.filter(|b| b.1 >= item.1).or(Some(item)))
+        .map(|(class, _)| class.clone())
+        .ok_or("`counts_selection` is empty")?;
+    let count = counts.iter().find(|(class, _)| *class == selected).map_or(0, |&(_, count)| count);
+    let row = radius(count, n, alpha, sigma).map_err(|error| error.to_string())?;
+    for (key, expected) in [("p_lower", row.p_lower), ("radius", row.radius)] {
+        let recorded = number(record, key)?;
+        if (recorded - expected).abs() > TOLERANCE * expected.abs() {
+            return Err(format!("`{key}` is {recorded}, but {count} of {n} draws give {expected}"));
+        }
+    }
+    check_answer(record, (!row.abstain).then_some(selected.as_str()))?;
+    Ok(Pair { n, alpha })
+}
+
+/// Checks `abstained`, `prediction` and `correct` against the class that the counts certify.
+fn check_answer(record: &Map<String, Value>, expected: Option<&str>) -> std::result::Result<(), String> {
+    let text = |key: &str| record.get(key).filter(|value| !value.is_null()).map(class_name);
+    if record.get("abstained").and_then(Value::as_bool) != Some(expected.is_none()) {
+        return Err(format!("`abstained` should be {}", expected.is_none()));
+    }
+    if text("prediction").as_deref() != expected {
+        return Err(format!("`prediction` should be {}", expected.unwrap_or("null")));
+    }
+    if let Some(answer) = text("answer") {
+        let correct = expected == Some(answer.as_str()) && expected != Some(UNPARSABLE);
+        if record.get("correct").and_then(Value::as_bool) != Some(correct) {
+            return Err(format!("`correct` should be {correct}"));
+        }
+    }
+    Ok(())
+}
+
+/// Checks that the two ranges of draws are as long as stated and share no draw.
+fn check_draws(record: &Map<String, Value>, n0: u64, n: u64) -> std::result::Result<(), String> {
+    let range = |key: &str, draws: u64| {
+        let ends = record
+            .get(key)
+            .and_then(Value::as_array)
+            .map(|ends| ends.iter().map(Value::as_u64).collect::<Vec<_>>());
+        match ends.as_deref() {
+            Some(&[Some(from), Some(to)]) if to.checked_sub(from) == Some(draws) => Ok((from, to)),
+            _ => Err(format!("`{key}` should be [from, to] with {draws} draws between")),
+        }
+    };
+    let (selection, estimation) = (range("draws_selection", n0)?, range("draws_estimation", n)?);
+    if selection.0 < estimation.1 && estimation.0 < selection.1 {
+        return Err("selection and estimation share draws: the bound does not hold".to_owned());
+    }
+    Ok(())
+}
+
+/// Counts by class, in the order of classes: letters first, the unreadable answer last.
+fn class_counts(record: &Map<String, Value>, key: &str) -> std::result::Result<Vec<(String, u64)>, String> {
+    let bad = || format!("`{key}` should map classes to counts");
+    let mut counts = match record.get(key) {
+        Some(Value::Object(map)) => {
+            map.iter().map(|(class, count)| (class.clone(), count.as_u64())).collect::<Vec<_>>()
+        }
+        Some(Value::Array(list)) => {
+            list.iter().enumerate().map(|(class, c)| (class.to_string(), c.as_u64())).collect()
+        }
+        _ => return Err(bad()),
+    };
+    if matches!(record.get(key), Some(Value::Object(_))) {
+        counts.sort_by(|a, b| (a.0 == UNPARSABLE).cmp(&(b.0 == UNPARSABLE)).then_with(|| a.0.cmp(&b.0)));
+    }
+    counts.into_iter().map(|(class, count)| count.map(|count| (class, count)).ok_or_else(bad)).collect()
+}
+
+fn class_name(value: &Value) -> String {
+    value.as_str().map_or_else(|| value.to_string(), str::to_owned)
+}
+
+fn number(record: &Map<String, Value>, key: &str) -> std::result::Result<f64, String> {
+    record.get(key).and_then(Value::as_f64).ok_or_else(|| format!("`{key}` is missing or no number"))
+}
+
+fn whole(record: &Map<String, Value>, key: &str) -> std::result::Result<u64, String> {
+    record.get(key).and_then(Value::as_u64).ok_or_else(|| format!("`{key}` is missing or no whole number"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::certify::{Certificate, SmoothingConfig};
+    use serde_json::json;
+
+    fn record(selection: [u64; 3], estimation: [u64; 3]) -> Value {
+        let config = SmoothingConfig { n0: 10, n: 100, ..SmoothingConfig::new(0.25) };
+        let c = Certificate::from_counts(&config, selection.to_vec(), estimation.to_vec()).unwrap();
+        let letters = ["A", "B", "none"];
+        let map = |counts: &[u64]| {
+            letters.iter().zip(counts).map(|(l, &c)| ((*l).to_owned(), c.into())).collect::<Map<_, _>>()
+        };
+        json!({"id": "x", "answer": "B", "prediction": c.prediction.map(|p| letters[p]), "abstained": c.prediction.is_none(),
+            "correct": c.prediction == Some(1), "radius": c.radius, "p_lower": c.p_lower, "sigma": 0.25, "mode": "cohen",
+            "n0": 10, "n": 100, "alpha": 0.001, "counts_selection": map(&c.counts_selection), "counts": map(&c.counts),
+            "draws_selection": [0, 10], "draws_estimation": [10, 110]})
+    }
+
+    fn audited(records: &[Value]) -> AuditReport {
+        let text = records.iter().fold(String::new(), |text, record| text + &record.to_string() + "\n");
+        audit(&text, Path::new("records.jsonl")).unwrap()
+    }
+
+    #[test]
+    fn true_records_recompute() {
+        let records = [
+            record([0, 10, 0], [1, 98, 1]),
+            record([5, 5, 0], [2, 98, 0]),
+            record([0, 0, 10], [0, 0, 100]),
+            record([9, 1, 0], [100, 0, 0]),
+        ];
+        let report = audited(&records);
+        assert_eq!((report.rows, report.exact, report.pass, report.problems.len()), (4, 4, true, 0));
+        assert_eq!(report.consistent, [Pair { n: 100, alpha: 0.001 }]);
+    }
+
+    #[test]
+    fn every_tampered_field_is_found() {
+        let good = record([0, 10, 0], [1, 98, 1]);
+        let radius = good["radius"].as_f64().unwrap();
+        for (key, value) in [
+            ("radius", json!(radius * (1.0 + 1e-10))),
+            ("p_lower", json!(0.9)),
+            ("prediction", json!("A")),
+            ("prediction", json!(null)),
+            ("abstained", json!(true)),
+            ("correct", json!(false)),
+            ("answer", json!("A")),
+            ("sigma", json!(0.5)),
+            ("n", json!(101)),
+            ("n0", json!(11)),
+            ("alpha", json!(0.01)),
+            ("counts", json!({"A": 0, "B": 99, "none": 1})),
+            ("counts", json!({"A": 2, "B": 98, "none": 1})),
+            ("counts", json!({"A": 0, "B": 98, "none": 1})),
+            ("counts_selection", json!({"A": 6, "B": 4, "none": 0})),
+            ("draws_estimation", json!([9, 109])),
+            ("draws_selection", json!([0, 9])),
+            ("mode", json!("sequential")),
+        ] {
+            let mut bad = good.clone();
+            bad[key] = value;
+            let report = audited(&[good.clone(), bad]);
+            assert_eq!((report.rows, report.exact, report.pass), (2, 1, false), "{key}");
+            assert!(report.problems[0].starts_with("line 2: "), "{:?}", report.problems);
+            assert!(report.consistent.is_empty());
+        }
+    }
+
+    #[test]
+    fn a_torn_last_line_is_left_out_and_a_broken_one_is_not() {
+        let line = record([0, 10, 0], [1, 98, 1]).to_string();
+        let report = audit(&format!("{line}\n{}", &line[..50]), Path::new("r")).unwrap();
+        assert_eq!((report.rows, report.pass, report.notes.len()), (1, true, 1));
+        let report = audit(&format!("{}\n{line}\n", &line[..50]), Path::new("r")).unwrap();
+        assert_eq!((report.rows, report.exact, report.pass), (2, 1, false));
+    }
+}

@@ -1,0 +1,199 @@
+//! One line for each command: from its words to the function that does it.
+
+use super::args::{
+    AuditArgs, CertifyArgs, Cli, CliCommand, CommonArgs, ConfigArgs, ConfigCommand, DataCommand, DemoArgs,
+    DirArgs, ExportArgs, ParityArgs, PredictArgs, RadiusArgs, ReportArgs, RunArgs,
+};
+use super::overrides::overrides;
+use super::terminal::Terminal;
+use crate::backend::with_threads;
+use crate::certify::audit::AuditOptions;
+use crate::data::phantom::PhantomConfig;
+use crate::error::{Error, Result};
+use crate::recipes::config::{Command, RunConfig, show};
+use crate::recipes::job::{Job, Outcome};
+use crate::recipes::progress::Progress;
+use crate::recipes::run::Stop;
+use crate::recipes::{self, doctor, parity, presets, report};
+use clap::ArgMatches;
+use serde_json::json;
+
+/// Calls the command.
+pub(super) fn dispatch(cli: &Cli, matches: &ArgMatches, terminal: &Terminal) -> Result<Outcome> {
+    let matches = matches.subcommand().map_or(matches, |(_, matches)| matches);
+    let call = Call { matches, terminal };
+    match &cli.command {
+        CliCommand::Demo(args) => demo(&call.job(Command::Demo, &args.config, &args.common)?, args),
+        CliCommand::Train(args) => train(&call.run(Command::Train, args)?),
+        CliCommand::Eval(args) => eval(&call.run(Command::Eval, args)?),
+        CliCommand::Attack(args) => attack(&call.run(Command::Attack, &args.run)?),
+        CliCommand::Certify(CertifyArgs { run, .. }) => certify(&call.run(Command::Certify, run)?),
+        CliCommand::Predict(args) => predict(&call.job(Command::Predict, &args.config, &args.common)?, args),
+        CliCommand::Report(args) => make_report(args, terminal),
+        CliCommand::Audit(args) => audit(args),
+        CliCommand::Radius(args) => radius(args),
+        CliCommand::Parity(args) => parity(args, terminal),
+        CliCommand::Data(args) => data(&args.command, matches, terminal),
+        CliCommand::Export(args) => export(args, terminal),
+        CliCommand::Merge(args) => merge(args, terminal),
+        CliCommand::Doctor => Ok(doctor::doctor()),
+        CliCommand::Config(args) => config(&args.command, matches),
+    }
+}
+
+struct Call<'a> {
+    matches: &'a ArgMatches,
+    terminal: &'a Terminal,
+}
+
+impl<'a> Call<'a> {
+    fn run(&self, command: Command, args: &RunArgs) -> Result<Job<'a>> {
+        self.job(command, &args.config, &args.common)
+    }
+
+    /// Resolves the configuration; everything expensive comes after it. Signals are listened to from here on.
+    fn job(&self, command: Command, config: &ConfigArgs, common: &CommonArgs) -> Result<Job<'a>> {
+        let overrides = overrides(command, self.matches)?;
+        let config = RunConfig::load(command, config.config.as_deref(), &overrides)?;
+        Ok(Job {
+            command,
+            config,
+            resume: common.resume,
+            command_line: std::env::args().collect(),
+            stop: Stop::on_signals()?,
+            progress: self.terminal,
+        })
+    }
+}
+
+fn demo(job: &Job<'_>, args: &DemoArgs) -> Result<Outcome> {
+    with_threads(job.config.threads, || recipes::demo::demo(job, args.quick))
+}
+
+fn train(job: &Job<'_>) -> Result<Outcome> {
+    with_threads(job.config.threads, || recipes::train::train(job))
+}
+
+fn eval(job: &Job<'_>) -> Result<Outcome> {
+    with_threads(job.config.threads, || recipes::eval::eval(job))
+}
+
+fn attack(job: &Job<'_>) -> Result<Outcome> {
+    with_threads(job.config.threads, || recipes::attack::attack(job))
+}
+
+fn certify(job: &Job<'_>) -> Result<Outcome> {
+    with_threads(job.config.threads, || recipes::certify::certify(job))
+}
+
+fn predict(job: &Job<'_>, args: &PredictArgs) -> Result<Outcome> {
+    with_threads(job.config.threads, || {
+        recipes::predict::predict(job, &args.image, &args.question, &args.options)
+    })
+}
+
+fn audit(args: &AuditArgs) -> Result<Outcome> {
+    let options = AuditOptions {
+        sigma: args.sigma,
+        n: args.n.into_iter().collect(),
+        alpha: args.alpha.into_iter().collect(),
+    };
+    with_threads(None, || recipes::audit::audit(&args.file, &options))
+}
+
+fn radius(args: &RadiusArgs) -> Result<Outcome> {
+    match (args.count, args.n, args.alpha, args.sigma) {
+        (Some(count), Some(n), Some(alpha), Some(sigma)) => recipes::radius::one(count, n, alpha, sigma),
+        _ => recipes::radius::table(std::io::stdin().lock()),
+    }
+}
+
+fn parity(args: &ParityArgs, progress: &dyn Progress) -> Result<Outcome> {
+    with_threads(args.threads, || {
+        let device = args.device.device()?;
+        let report = parity::parity(&args.dir, &device, &mut |what| progress.note(what))?;
+        parity::render::outcome(&report)
+    })
+}
+
+fn merge(args: &DirArgs, progress: &dyn Progress) -> Result<Outcome> {
+    recipes::merge::merge(&args.dir, progress)
+}
+
+fn export(args: &ExportArgs, _progress: &dyn Progress) -> Result<Outcome> {
+    with_threads(None, || recipes::export::export(&args.model, args.adapter.as_deref(), &args.out))
+}
+
+fn data(command: &DataCommand, matches: &ArgMatches, terminal: &Terminal) -> Result<Outcome> {
+    let matches = matches.subcommand().map_or(matches, |(_, matches)| matches);
+    let call = Call { matches, terminal };
+    match command {
+        DataCommand::Check(args) => {
+            let job = call.run(Command::Eval, args)?;
+            with_threads(job.config.threads, || recipes::data::check(&job))
+        }
+        DataCommand::Stats(args) => {
+            recipes::data::stats(&call.run(Command::Eval, &args.run)?, args.train.as_deref())
+        }
+        DataCommand::Split(args) => {
+            let job = call.run(Command::Eval, &args.run)?;
+            with_threads(job.config.threads, || {
+                recipes::data::split(&job, args.test_share, args.validation_share)
+            })
+        }
+        DataCommand::Phantom(args) => {
+            let config = PhantomConfig {
+                seed: args.seed,
+                size: args.size,
+                contrast: args.contrast as f32,
+                train: args.train_items,
+                validation: args.validation_items,
+                test: args.test_items,
+            };
+            recipes::data::phantom(&config, &args.out, terminal)
+        }
+        DataCommand::Convert(args) => {
+            recipes::data::convert(&call.run(Command::Eval, &args.run)?, args.to.as_deref())
+        }
+    }
+}
+
+fn make_report(args: &ReportArgs, progress: &dyn Progress) -> Result<Outcome> {
+    let options =
+        report::ReportOptions { out: args.out.clone(), title: args.title.clone(), images: !args.no_images };
+    report::report(&args.runs, &options, progress)
+}
+
+fn config(command: &ConfigCommand, matches: &ArgMatches) -> Result<Outcome> {
+    let matches = matches.subcommand().map_or(matches, |(_, matches)| matches);
+    match command {
+        ConfigCommand::Schema => {
+            let schema = RunConfig::schema();
+            let text = serde_json::to_string_pretty(&schema).map_err(anyhow::Error::from)?;
+            Ok(Outcome::new(schema, text + "\n"))
+        }
+        ConfigCommand::Check { files } => {
+            let mut problems = Vec::new();
+            for file in files {
+                match RunConfig::load_any(Some(file), &[]) {
+                    Ok(_) => {}
+                    Err(Error::Config(found)) => problems.extend(found),
+                    Err(other) => return Err(other),
+                }
+            }
+            if !problems.is_empty() {
+                return Err(Error::Config(problems));
+            }
+            let names: Vec<String> = files.iter().map(|file| file.display().to_string()).collect();
+            let text = names.join(": ok\n") + ": ok\n";
+            Ok(Outcome::new(json!({"command": "config check", "files": names, "pass": true}), text))
+        }
+        ConfigCommand::Show(args) => {
+            let config = RunConfig::load_any(args.config.as_deref(), &overrides(Command::Eval, matches)?)?;
+            let summary = serde_json::to_value(&config).map_err(anyhow::Error::from)?;
+            Ok(Outcome::new(summary, show(&config)?))
+        }
+        ConfigCommand::Preset { name: None } => Ok(presets::list()),
+        ConfigCommand::Preset { name: Some(name) } => presets::preset(name),
+    }
+}

@@ -1,0 +1,158 @@
+//! A model with everything needed to show it an image, ask it, and read what it says.
+
+use super::chat::{ChatTemplate, Message, RenderOptions};
+use super::config::VlmConfig;
+use super::generate::{Completion, Decoding, Prompt};
+use super::loader::{self, Processor};
+use super::positions::Grid;
+use super::processor::{ImageProcessorConfig, ProcessedImage};
+use super::tokenizer::Tokenizer;
+use super::vlm::Vlm;
+use super::weights;
+use crate::error::{Error, Result};
+use crate::pixels::RgbImage8;
+use candle_core::{Device, Tensor};
+use std::path::Path;
+
+/// A checkpoint, loaded.
+#[derive(Debug, Clone)]
+pub struct Assistant {
+    /// The network.
+    pub vlm: Vlm,
+    /// Text to tokens.
+    pub tokenizer: Tokenizer,
+    /// Conversations to text.
+    pub chat: ChatTemplate,
+    /// Images to the network's input.
+    pub image_processor: ImageProcessorConfig,
+}
+
+impl Assistant {
+    /// Loads a Hugging Face directory; parameters whose name `trains` accepts get gradients.
+    ///
+    /// # Errors
+    /// A data error for what is missing, damaged or does not fit; a non-finite error that names the weight.
+    pub fn load(dir: &Path, trains: &dyn Fn(&str) -> bool, device: &Device) -> Result<Self> {
+        let (vlm, Processor { tokenizer, chat, image_processor }) = loader::load_vlm(dir, trains, device)?;
+        Ok(Self { vlm, tokenizer, chat, image_processor })
+    }
+
+    /// Puts the parts together around weights from `source`.
+    ///
+    /// # Errors
+    /// When the parts do not fit each other.
+    pub fn new(
+        config: &VlmConfig,
+        tokenizer: Tokenizer,
+        chat: ChatTemplate,
+        image_processor: ImageProcessorConfig,
+        source: super::parameters::Source<'_>,
+        trains: &dyn Fn(&str) -> bool,
+        device: &Device,
+    ) -> Result<Self> {
+        let patchify = loader::patchify_of(config, &image_processor)?;
+        let vlm = Vlm::new(config, patchify, source, trains, device)?;
+        Ok(Self { vlm, tokenizer, chat, image_processor })
+    }
+
+    /// The same assistant over the same weights without gradients.
+    #[must_use]
+    pub fn detached(&self) -> Self {
+        Self { vlm: self.vlm.detached(), ..self.clone() }
+    }
+
+    /// Writes a Hugging Face directory that transformers loads.
+    ///
+    /// # Errors
+    /// When a file cannot be written.
+    pub fn save(&self, dir: &Path) -> Result<()> {
+        std::fs::create_dir_all(dir).map_err(|error| Error::io("cannot create the directory", dir, error))?;
+        let mut tensors = self.vlm.parameters().tensors()?;
+        tensors.sort_by(|a, b| a.0.cmp(&b.0));
+        weights::save(dir, &tensors)?;
+        let config = self.vlm.config();
+        let text = serde_json::to_string_pretty(&config.to_json()).map_err(anyhow::Error::from)?;
+        super::tokenizer::write_text(&dir.join("config.json"), &(text + "\n"))?;
+        self.tokenizer.save(dir)?;
+        self.image_processor.save(dir, &config.model_type, self.chat.source())
+    }
+
+    /// An image as the network takes it.
+    ///
+    /// # Errors
+    /// When the image cannot be resized to what the network takes.
+    pub fn process(&self, image: &RgbImage8) -> Result<ProcessedImage> {
+        self.image_processor.process(image)
+    }
+
+    /// The pixels of a processed image, `[1, 3, height, width]` in [0, 1].
+    ///
+    /// # Errors
+    /// When the device has no room.
+    pub fn pixels(&self, image: &ProcessedImage) -> Result<Tensor> {
+        Ok(image.resized.to_tensor(self.vlm.device())?.unsqueeze(0)?)
+    }
+
+    /// The prompt of one image and a text about it; no grid, no image.
+    ///
+    /// # Errors
+    /// When the text contains an image placeholder of its own.
+    pub fn prompt(&self, user_text: &str, grid: Option<Grid>) -> Result<Prompt> {
+        let message = match grid {
+            Some(_) => Message::image_question(user_text),
+            None => Message::text("user", user_text),
+        };
+        let options = RenderOptions { add_generation_prompt: true, add_vision_id: false };
+        let text = self.chat.render(&[message], options)?;
+        let config = self.vlm.config();
+        let grids: Vec<Grid> = grid.into_iter().collect();
+        loader::expanded_prompt(&self.tokenizer, config, &text, &grids)
+    }
+
+    /// Tokens of a completion to be learnt or scored, with the token that ends a turn.
+    ///
+    /// # Errors
+    /// When the tokenizer has no such token.
+    pub fn target(&self, text: &str) -> Result<Vec<u32>> {
+        let mut ids = self.tokenizer.encode(text)?;
+        ids.push(self.end_of_turn()?);
+        Ok(ids)
+    }
+
+    /// The token that ends a turn.
+    ///
+    /// # Errors
+    /// When the tokenizer has none.
+    pub fn end_of_turn(&self) -> Result<u32> {
+        self.tokenizer.require("<|im_end|>")
+    }
+
+    /// How to sample from this model.
+    pub fn decoding(&self, max_new_tokens: usize, temperature: f64) -> Decoding {
+        let config = self.vlm.config();
+        let suppressed_ids = vec![
+            config.image_token_id,
+            config.video_token_id,
+            config.vision_start_token_id,
+            config.vision_end_token_id,
+        ];
+        Decoding {
+            max_new_tokens,
+            temperature,
+            top_k: None,
+            top_p: None,
+            stop_ids: self.tokenizer.stop_ids().to_vec(),
+            suppressed_ids,
+            repetition_penalty: 1.0,
+        }
+    }
+
+    /// What a completion says, without the stop token.
+    ///
+    /// # Errors
+    /// When the tokenizer refuses an id.
+    pub fn text_of(&self, completion: &Completion) -> Result<String> {
+        let end = completion.ids.len() - usize::from(completion.is_finished);
+        self.tokenizer.decode(&completion.ids[..end], false)
+    }
+}

@@ -1,0 +1,200 @@
+//! A checkpoint directory to a model and what prepares its input.
+//!
+//! This is the one place where `config.json`, the weights and the processor's files meet, and where they are checked
+//! against each other. Where a directory comes from (a path or a hub id) is [`super::weights::locate`]'s business.
+
+use super::chat::{ChatTemplate, RenderOptions, expand_image_tokens};
+use super::config::VlmConfig;
+use super::generate::Prompt;
+use super::patches::Patchify;
+use super::positions::{Grid, image_tokens};
+use super::processor::ImageProcessorConfig;
+use super::tokenizer::Tokenizer;
+use super::vlm::Vlm;
+use super::weights::Weights;
+use crate::error::{Error, Result};
+use candle_core::{Device, Tensor};
+use serde_json::Value;
+use std::path::Path;
+
+/// What turns conversations and pictures into a model's input.
+#[derive(Debug, Clone)]
+pub struct Processor {
+    /// Text to tokens.
+    pub tokenizer: Tokenizer,
+    /// Conversations to text.
+    pub chat: ChatTemplate,
+    /// Pictures to the model's size.
+    pub image_processor: ImageProcessorConfig,
+}
+
+impl Processor {
+    /// Reads the processor of a checkpoint directory.
+    ///
+    /// # Errors
+    /// A data error when a file is missing or damaged.
+    pub fn load(dir: &Path) -> Result<Self> {
+        Ok(Self {
+            tokenizer: Tokenizer::load(dir)?,
+            chat: ChatTemplate::load(dir)?,
+            image_processor: ImageProcessorConfig::load(dir)?,
+        })
+    }
+
+    /// The rendered text and the prompt of a conversation (in the form of transformers' `apply_chat_template`) about
+    /// pictures of these grids, the assistant's turn opened.
+    ///
+    /// # Errors
+    /// A data error when the template refuses the conversation, or placeholders and pictures do not match.
+    pub fn prompt(&self, config: &VlmConfig, messages: &Value, grids: &[Grid]) -> Result<(String, Prompt)> {
+        let options = RenderOptions { add_generation_prompt: true, add_vision_id: false };
+        let text = self.chat.render_json(messages, options)?;
+        let prompt = expanded_prompt(&self.tokenizer, config, &text, grids)?;
+        Ok((text, prompt))
+    }
+}
+
+/// The prompt of a rendered text about pictures of these grids: tokens, each picture's placeholder repeated.
+///
+/// # Errors
+/// A data error when placeholders and pictures do not match.
+pub fn expanded_prompt(
+    tokenizer: &Tokenizer,
+    config: &VlmConfig,
+    text: &str,
+    grids: &[Grid],
+) -> Result<Prompt> {
+    let merge = config.vision.spatial_merge_size;
+    let counts: Vec<usize> = grids.iter().map(|&grid| image_tokens(grid, merge)).collect();
+    let ids = expand_image_tokens(&tokenizer.encode(text)?, config.image_token_id, &counts)?;
+    Prompt::of_ids(config, ids, grids)
+}
+
+/// Loads a checkpoint directory; parameters whose canonical name `trains` accepts get gradients.
+///
+/// # Errors
+/// A data error when something is missing, damaged, or does not fit the rest; a non-finite error when a weight is no
+/// finite number.
+pub fn load_vlm(dir: &Path, trains: &dyn Fn(&str) -> bool, device: &Device) -> Result<(Vlm, Processor)> {
+    let config = VlmConfig::load(dir)?;
+    let processor = Processor::load(dir)?;
+    let patchify = patchify_of(&config, &processor.image_processor).map_err(|error| match error {
+        Error::Data(message) => Error::data(format!("{message}\n  --> {}", dir.display())),
+        other => other,
+    })?;
+    let weights = Weights::open(dir)?;
+    let source = |name: &str, shape: &[usize]| finite_tensor(&weights, name, shape);
+    let vlm = Vlm::new(&config, patchify, &source, trains, device)?;
+    Ok((vlm, processor))
+}
+
+/// How pixels in [0, 1] become patches: the processor's numbers for the network's geometry.
+///
+/// # Errors
+/// A data error when processor and network disagree about the geometry.
+pub fn patchify_of(config: &VlmConfig, processor: &ImageProcessorConfig) -> Result<Patchify> {
+    let vision = &config.vision;
+    let network = [vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size];
+    let pictures = [processor.patch_size, processor.temporal_patch_size, processor.merge_size];
+    if network != pictures {
+        return Err(Error::data(format!(
+            "config.json has (patch size, temporal patch size, merge size) {network:?}, the image processor {pictures:?}\n   = help: config.json and preprocessor_config.json may be of different models"
+        )));
+    }
+    // A processor may scale levels by another factor than 1/255: (level · factor - mean) / std.
+    let scale = 255.0 * processor.rescale_factor;
+    let scaled = |values: [f32; 3]| values.map(|value| (f64::from(value) / scale) as f32);
+    Ok(Patchify {
+        patch_size: vision.patch_size,
+        temporal_patch_size: vision.temporal_patch_size,
+        spatial_merge_size: vision.spatial_merge_size,
+        mean: scaled(processor.image_mean),
+        std: scaled(processor.image_std),
+    })
+}
+
+/// Tensor `name`, refused when it holds a number that is not finite.
+fn finite_tensor(weights: &Weights, name: &str, shape: &[usize]) -> Result<Tensor> {
+    let values = weights.values(name, shape)?;
+    if let Some(place) = values.iter().position(|value| !value.is_finite()) {
+        return Err(Error::NonFinite(format!(
+            "weight `{name}` holds {} at position {place}\n  --> {}\n   = help: the checkpoint is damaged or comes from a run that diverged",
+            values[place],
+            weights.dir().display()
+        )));
+    }
+    Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::test_support::fixtures;
+    use crate::model::weights::{TensorFile, save_file};
+    use serde_json::json;
+
+    fn copy_of(name: &str) -> Option<tempfile::TempDir> {
+        let dir = tempfile::tempdir().unwrap();
+        for entry in std::fs::read_dir(fixtures()?.join("checkpoints").join(name)).unwrap() {
+            let path = entry.unwrap().path();
+            std::fs::write(dir.path().join(path.file_name().unwrap()), std::fs::read(&path).unwrap())
+                .unwrap();
+        }
+        Some(dir)
+    }
+
+    #[test]
+    fn a_rescale_factor_is_folded_into_mean_and_deviation() {
+        let Some(dir) = copy_of("qwen2_vl") else { return };
+        let config = VlmConfig::load(dir.path()).unwrap();
+        let mut processor = ImageProcessorConfig::load(dir.path()).unwrap();
+        assert_eq!(patchify_of(&config, &processor).unwrap().mean, processor.image_mean);
+        processor.rescale_factor = 1.0 / 127.5;
+        let patchify = patchify_of(&config, &processor).unwrap();
+        let (level, mean, std) = (200f32, processor.image_mean[1], processor.image_std[1]);
+        let wanted = (level / 127.5 - mean) / std;
+        assert!(((level / 255.0 - patchify.mean[1]) / patchify.std[1] - wanted).abs() < 1e-5);
+        processor.patch_size += 2;
+        let message = patchify_of(&config, &processor).unwrap_err().to_string();
+        assert!(message.contains("patch size"), "{message}");
+    }
+
+    #[test]
+    fn a_weight_that_is_no_number_is_refused_by_name() {
+        let Some(dir) = copy_of("qwen2_vl") else { return };
+        let path = dir.path().join("model.safetensors");
+        let file = TensorFile::open(&path).unwrap();
+        let broken = "model.norm.weight";
+        let tensors: Vec<(String, Tensor)> = file
+            .names()
+            .into_iter()
+            .map(|name| {
+                let mut values = file.floats(&name).unwrap();
+                if name == broken {
+                    values[3] = f32::NAN;
+                }
+                let shape = file.shape(&name).unwrap().to_vec();
+                (name, Tensor::from_vec(values, shape, &Device::Cpu).unwrap())
+            })
+            .collect();
+        save_file(&path, &tensors, &[]).unwrap();
+        let error = load_vlm(dir.path(), &|_| false, &Device::Cpu).unwrap_err();
+        assert!(matches!(error, Error::NonFinite(_)), "{error}");
+        assert!(
+            error.to_string().contains("model.language_model.norm.weight") && error.to_string().contains('3')
+        );
+    }
+
+    #[test]
+    fn a_prompt_holds_a_placeholder_for_every_merged_patch() {
+        let Some(dir) = copy_of("qwen3_vl") else { return };
+        let (vlm, processor) = load_vlm(dir.path(), &|name| name == "lm_head.weight", &Device::Cpu).unwrap();
+        assert_eq!(vlm.parameters().trained().len(), 1);
+        let messages =
+            json!([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Normal?"}]}]);
+        let (text, prompt) = processor.prompt(vlm.config(), &messages, &[[1, 4, 6]]).unwrap();
+        assert!(text.contains("Normal?") && text.ends_with("assistant\n"));
+        assert_eq!(prompt.image_rows.len(), 6);
+        assert!(processor.prompt(vlm.config(), &messages, &[]).is_err());
+    }
+}

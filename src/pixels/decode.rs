@@ -1,0 +1,247 @@
+//! Image files to 8-bit RGB, with the conventions of Pillow and transformers.
+//!
+//! The format is told by content, never by the name. Gray is repeated, palettes are looked up, transparency is laid
+//! over white. Sixteen-bit gray is *clipped* at 255, as `convert("RGB")` does, not scaled: 12-bit pictures turn
+//! nearly white, and should be windowed to 8 bits beforehand. Sixteen-bit colour keeps its high bytes. EXIF
+//! orientation is not applied. JPEG decoders differ by a level or two.
+
+use super::RgbImage8;
+use crate::error::{Error, Result};
+use image::codecs::png::PngEncoder;
+use image::{DynamicImage, ExtendedColorType, ImageDecoder, ImageEncoder, ImageFormat, ImageReader, Limits};
+use std::io::Cursor;
+use std::path::Path;
+
+/// Most pixels an image may have; Pillow's limit for a decompression bomb.
+const MAX_PIXELS: u64 = 178_956_970;
+
+/// Reads and decodes an image file.
+///
+/// # Errors
+/// A data error with the path when the content is no supported image, truncated, empty or absurdly large; an I/O
+/// error when it cannot be read.
+pub fn decode_file(path: &Path) -> Result<RgbImage8> {
+    let bytes = std::fs::read(path).map_err(|error| Error::io("cannot read the image", path, error))?;
+    decode_bytes(&bytes).map_err(|error| match error {
+        Error::Data(message) => Error::data(match message.split_once("\n   = help") {
+            Some((what, help)) => format!("{what}\n  --> {}\n   = help{help}", path.display()),
+            None => format!("{message}\n  --> {}", path.display()),
+        }),
+        other => other,
+    })
+}
+
+/// Decodes an image file's content.
+///
+/// # Errors
+/// As [`decode_file`], without the path.
+pub fn decode_bytes(bytes: &[u8]) -> Result<RgbImage8> {
+    let damaged = |error: image::ImageError| Error::data(format!("the image cannot be decoded: {error}"));
+    if bytes.is_empty() {
+        return Err(Error::data("the image file is empty"));
+    }
+    if bytes.get(128..132) == Some(b"DICM") {
+        return Err(Error::data(
+            "DICOM files are not read\n   = help: export the window you want to see as an 8-bit PNG",
+        ));
+    }
+    let format = image::guess_format(bytes).map_err(|_| {
+        Error::data("the file is not a known image\n   = help: PNG, JPEG, BMP, TIFF, GIF, WebP and PNM are")
+    })?;
+    if format == ImageFormat::Jpeg && is_truncated_jpeg(bytes) {
+        return Err(Error::data("the JPEG file is truncated"));
+    }
+    let mut reader = ImageReader::with_format(Cursor::new(bytes), format);
+    let mut limits = Limits::default();
+    // Room for sixteen-bit RGBA at the pixel limit.
+    limits.max_alloc = Some(MAX_PIXELS * 8);
+    reader.limits(limits);
+    let decoder = reader.into_decoder().map_err(damaged)?;
+    let (width, height) = decoder.dimensions();
+    if width == 0 || height == 0 {
+        return Err(Error::data("the image has no pixels"));
+    }
+    if u64::from(width) * u64::from(height) > MAX_PIXELS {
+        return Err(Error::data(format!(
+            "the image claims {width} by {height} pixels, more than the {MAX_PIXELS} allowed"
+        )));
+    }
+    let image = DynamicImage::from_decoder(decoder).map_err(damaged)?;
+    RgbImage8::new(width as usize, height as usize, rgb_levels(image))
+}
+
+/// Whether the entropy-coded data of the last scan goes on to the end of the file; the decoder would fill up with gray.
+fn is_truncated_jpeg(bytes: &[u8]) -> bool {
+    let last = |marker: [u8; 2]| bytes.windows(2).rposition(|pair| pair == marker);
+    match (last([0xff, 0xda]), last([0xff, 0xd9])) {
+        (Some(scan), Some(end)) => end < scan,
+        _ => true,
+    }
+}
+
+fn rgb_levels(image: DynamicImage) -> Vec<u8> {
+    let high = |level: u16| (level >> 8) as u8;
+    match image {
+        DynamicImage::ImageRgb8(image) => image.into_raw(),
+        DynamicImage::ImageLuma8(image) => {
+            image.into_raw().into_iter().flat_map(|level| [level; 3]).collect()
+        }
+        DynamicImage::ImageLumaA8(image) => {
+            image.pixels().flat_map(|pixel| over_white([pixel.0[0]; 3], pixel.0[1])).collect()
+        }
+        DynamicImage::ImageRgba8(image) => image
+            .pixels()
+            .flat_map(|pixel| over_white([pixel.0[0], pixel.0[1], pixel.0[2]], pixel.0[3]))
+            .collect(),
+        DynamicImage::ImageLuma16(image) => {
+            image.into_raw().into_iter().flat_map(|level| [level.min(255) as u8; 3]).collect()
+        }
+        DynamicImage::ImageLumaA16(image) => {
+            image.pixels().flat_map(|pixel| over_white([high(pixel.0[0]); 3], high(pixel.0[1]))).collect()
+        }
+        DynamicImage::ImageRgb16(image) => image.into_raw().into_iter().map(high).collect(),
+        DynamicImage::ImageRgba16(image) => image
+            .pixels()
+            .flat_map(|pixel| {
+                over_white([high(pixel.0[0]), high(pixel.0[1]), high(pixel.0[2])], high(pixel.0[3]))
+            })
+            .collect(),
+        // Float pictures, from TIFF: clipped like sixteen-bit gray.
+        other => {
+            other.to_rgb32f().into_raw().into_iter().map(|value| value.clamp(0.0, 255.0) as u8).collect()
+        }
+    }
+}
+
+/// `colour` of opacity `alpha` over white, rounded as Pillow's `alpha_composite` does.
+fn over_white(colour: [u8; 3], alpha: u8) -> [u8; 3] {
+    let alpha = u32::from(alpha);
+    colour.map(|level| {
+        let sum = ((u32::from(level) * alpha + 255 * (255 - alpha)) << 7) + (0x80 << 7);
+        ((((sum >> 8) + sum) >> 8) >> 7) as u8
+    })
+}
+
+/// The image as a PNG file: lossless, the same bytes for the same image.
+///
+/// # Errors
+/// An unexpected error when the encoder fails.
+pub fn encode_png(image: &RgbImage8) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    PngEncoder::new(&mut bytes)
+        .write_image(&image.data, image.width as u32, image.height as u32, ExtendedColorType::Rgb8)
+        .map_err(|error| Error::Other(anyhow::anyhow!("the image cannot be written as PNG: {error}")))?;
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use image::{GrayAlphaImage, GrayImage, ImageBuffer, Luma, Rgb, RgbaImage};
+
+    fn written(image: impl Into<DynamicImage>, format: ImageFormat) -> Vec<u8> {
+        let mut bytes = Cursor::new(Vec::new());
+        image.into().write_to(&mut bytes, format).unwrap();
+        bytes.into_inner()
+    }
+
+    fn picture() -> RgbImage8 {
+        let data = (0..9 * 7 * 3).map(|index| (index * 37 % 256) as u8).collect();
+        RgbImage8::new(9, 7, data).unwrap()
+    }
+
+    fn failure(bytes: &[u8]) -> String {
+        let error = decode_bytes(bytes).unwrap_err();
+        assert!(matches!(error, Error::Data(_)), "{error}");
+        error.to_string()
+    }
+
+    #[test]
+    fn png_gives_back_every_level_and_the_same_bytes() {
+        let image = picture();
+        let bytes = encode_png(&image).unwrap();
+        assert_eq!(decode_bytes(&bytes).unwrap(), image);
+        assert_eq!(encode_png(&image).unwrap(), bytes);
+    }
+
+    #[test]
+    fn every_format_is_told_by_content_whatever_the_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let image = picture();
+        let rgb = image::RgbImage::from_raw(9, 7, image.data.clone()).unwrap();
+        let path = dir.path().join("SCAN.JPG");
+        let formats =
+            [ImageFormat::Png, ImageFormat::Bmp, ImageFormat::Tiff, ImageFormat::WebP, ImageFormat::Pnm];
+        for format in formats {
+            std::fs::write(&path, written(rgb.clone(), format)).unwrap();
+            assert_eq!(decode_file(&path).unwrap(), image, "{format:?}");
+        }
+        let smooth = image::RgbImage::from_fn(32, 32, |x, y| Rgb([x as u8 * 4, y as u8 * 4, 90]));
+        std::fs::write(&path, written(smooth.clone(), ImageFormat::Jpeg)).unwrap();
+        let found = decode_file(&path).unwrap();
+        let worst = found.data.iter().zip(smooth.as_raw()).map(|(&a, &b)| a.abs_diff(b)).max();
+        assert!(worst < Some(12), "{worst:?}");
+    }
+
+    #[test]
+    fn gray_is_repeated_and_sixteen_bits_follow_pillow() {
+        let gray = GrayImage::from_raw(2, 1, vec![7, 200]).unwrap();
+        assert_eq!(decode_bytes(&written(gray, ImageFormat::Png)).unwrap().data, [7, 7, 7, 200, 200, 200]);
+        let deep = ImageBuffer::<Luma<u16>, _>::from_raw(3, 1, vec![9u16, 255, 4000]).unwrap();
+        let found = decode_bytes(&written(deep, ImageFormat::Png)).unwrap();
+        assert_eq!(found.data, [9, 9, 9, 255, 255, 255, 255, 255, 255]);
+        let colour = ImageBuffer::<Rgb<u16>, _>::from_raw(1, 1, vec![0x12ffu16, 0x8000, 0xffff]).unwrap();
+        assert_eq!(decode_bytes(&written(colour, ImageFormat::Png)).unwrap().data, [0x12, 0x80, 0xff]);
+    }
+
+    #[test]
+    fn transparency_is_laid_over_white() {
+        let rgba = RgbaImage::from_raw(3, 1, vec![10, 20, 30, 255, 10, 20, 30, 0, 0, 100, 200, 128]).unwrap();
+        let found = decode_bytes(&written(rgba, ImageFormat::Png)).unwrap();
+        // 0·128/255 + 255·127/255 = 127, 100 -> 177.2, 200 -> 227.4
+        assert_eq!(found.data, [10, 20, 30, 255, 255, 255, 127, 177, 227]);
+        let gray = GrayAlphaImage::from_raw(1, 1, vec![50, 0]).unwrap();
+        assert_eq!(decode_bytes(&written(gray, ImageFormat::Png)).unwrap().data, [255; 3]);
+        for level in 0..=255u8 {
+            for alpha in 0..=255u8 {
+                let exact = (f64::from(level) * f64::from(alpha) + 255.0 * f64::from(255 - alpha)) / 255.0;
+                assert!((f64::from(over_white([level; 3], alpha)[0]) - exact).abs() <= 0.5 + 1e-9);
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_no_image_or_only_part_of_one_is_refused() {
+        let png = encode_png(&picture()).unwrap();
+        for length in [8, 20, 40, png.len() / 2, png.len() - 20] {
+            assert!(failure(&png[..length]).contains("decoded"), "{length}");
+        }
+        let jpeg =
+            written(image::RgbImage::from_fn(64, 64, |x, y| Rgb([(x * y) as u8, 3, 9])), ImageFormat::Jpeg);
+        assert!(decode_bytes(&jpeg).is_ok());
+        assert!(failure(&jpeg[..jpeg.len() / 2]).contains("truncated"));
+        assert!(failure(b"").contains("empty"));
+        assert!(failure(b"<html>not found</html>").contains("known image"));
+        let dicom = [vec![0; 128], b"DICM....".to_vec()].concat();
+        assert!(failure(&dicom).contains("DICOM"));
+    }
+
+    #[test]
+    fn absurd_and_empty_sizes_are_refused_before_decoding() {
+        let sized = |width: u32, height: u32| format!("P6\n{width} {height}\n255\n").into_bytes();
+        let text = failure(&sized(60_000, 60_000));
+        assert!(text.contains("60000"), "{text}");
+        decode_bytes(&sized(0, 4)).unwrap_err();
+    }
+
+    #[test]
+    fn errors_of_files_name_the_path() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.png");
+        let text = decode_file(&path).unwrap_err().to_string();
+        assert!(text.contains("x.png"), "{text}");
+        std::fs::write(&path, "nonsense").unwrap();
+        let text = decode_file(&path).unwrap_err().to_string();
+        assert!(text.contains("x.png\n   = help"), "{text}");
+    }
+}

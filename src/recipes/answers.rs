@@ -1,0 +1,184 @@
+//! Asking a model questions about images, and reading what it answers: by free generation and the shared parser, or by
+//! the likelihood of each option's letter.
+
+use super::config::{RunConfig, Scoring};
+use super::items;
+use crate::data::Sample;
+use crate::data::prompt::PromptTemplate;
+use crate::error::{Error, Result};
+use crate::model::assistant::Assistant;
+use crate::model::generate::Prompt;
+use crate::model::processor::ProcessedImage;
+use crate::reward::answer::parse_answer;
+use crate::roles::classifier::most_likely;
+use crate::roles::policy;
+use candle_core::Tensor;
+use std::ops::Range;
+use std::sync::Arc;
+
+/// How questions are put and answers read.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Asking {
+    /// The words around a question.
+    pub template: PromptTemplate,
+    /// How the answer is obtained.
+    pub scoring: Scoring,
+    /// Longest completion, in tokens.
+    pub max_new_tokens: usize,
+}
+
+/// What a model answers.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Answer {
+    /// Index of the option; `None` when the completion cannot be read.
+    pub prediction: Option<usize>,
+    /// Its words; with likelihoods, the completion that is most likely.
+    pub completion: String,
+    /// Probability of each option's completion among the options', in order; `None` after free generation.
+    pub probabilities: Option<Vec<f64>>,
+}
+
+impl Asking {
+    /// As a configuration says.
+    ///
+    /// # Errors
+    /// A usage error when there is no such prompt.
+    pub fn of(config: &RunConfig) -> Result<Self> {
+        Ok(Self {
+            template: config.prompt.parse()?,
+            scoring: config.scoring,
+            max_new_tokens: config.max_new_tokens,
+        })
+    }
+
+    /// The answers about one image each.
+    ///
+    /// # Errors
+    /// As [`Self::about_pixels`].
+    pub fn about_images(
+        &self,
+        assistant: &Assistant,
+        samples: &[&Sample],
+        images: &[Arc<ProcessedImage>],
+    ) -> Result<Vec<Answer>> {
+        self.about_pixels(assistant, samples, &items::stack(assistant, images)?)
+    }
+
+    /// The answers about pixels, one image for each sample, in order.
+    ///
+    /// # Shapes
+    /// - `pixels`: each `[n, 3, height, width]` in [0, 1], at the model's resolution
+    ///
+    /// # Errors
+    /// A data error when a question holds an image placeholder; a non-finite error when the model's output does.
+    pub fn about_pixels(
+        &self,
+        assistant: &Assistant,
+        samples: &[&Sample],
+        pixels: &[Tensor],
+    ) -> Result<Vec<Answer>> {
+        let grids = policy::grids_of(assistant, pixels)?;
+        let prompts = samples
+            .iter()
+            .zip(grids)
+            .map(|(sample, grid)| {
+                let prompt = assistant.prompt(&self.template.user_text(sample), Some(grid));
+                prompt.map_err(|error| with_items(error, &[sample]))
+            })
+            .collect::<Result<Vec<Prompt>>>()?;
+        let answers = match self.scoring {
+            Scoring::Generate => self.generated(assistant, samples, &prompts, pixels),
+            Scoring::Likelihood => self.likeliest(assistant, samples, &prompts, pixels),
+        };
+        answers.map_err(|error| with_items(error, samples))
+    }
+
+    fn generated(
+        &self,
+        assistant: &Assistant,
+        samples: &[&Sample],
+        prompts: &[Prompt],
+        pixels: &[Tensor],
+    ) -> Result<Vec<Answer>> {
+        let completions = policy::answers(assistant, prompts, pixels, self.max_new_tokens)?;
+        let answer = |(completion, sample): (_, &&Sample)| {
+            let completion = assistant.text_of(completion)?;
+            let prediction = parse_answer(&completion, sample.options.len());
+            Ok(Answer { prediction, completion, probabilities: None })
+        };
+        completions.iter().zip(samples).map(answer).collect()
+    }
+
+    /// Scores `<answer> X</answer>` (or whatever the template takes as an answer without reasoning) for every option.
+    fn likeliest(
+        &self,
+        assistant: &Assistant,
+        samples: &[&Sample],
+        prompts: &[Prompt],
+        pixels: &[Tensor],
+    ) -> Result<Vec<Answer>> {
+        let texts: Vec<Vec<String>> = samples.iter().map(|sample| self.option_completions(sample)).collect();
+        let completions = texts
+            .iter()
+            .map(|texts| texts.iter().map(|text| assistant.target(text)).collect())
+            .collect::<Result<Vec<Vec<Vec<u32>>>>>()?;
+        let scoring = policy::Scoring::new(assistant, prompts, &completions)?;
+        let features = policy::encode(assistant, pixels)?;
+        let log_probs = scoring.evaluate(assistant, Some(&features), 1.0)?;
+        if let Some(bad) = log_probs.iter().find(|value| !value.is_finite()) {
+            return Err(Error::NonFinite(format!(
+                "a log-probability is {bad} while scoring options\n   = help: the weights or the image's pixels hold numbers that are not finite"
+            )));
+        }
+        let answer = |(spans, mut texts): (&Vec<Range<usize>>, Vec<String>)| {
+            let best = most_likely(spans, &log_probs);
+            Answer {
+                prediction: Some(best),
+                completion: texts.swap_remove(best),
+                probabilities: Some(shares(spans, &log_probs)),
+            }
+        };
+        Ok(scoring.spans.iter().zip(texts).map(answer).collect())
+    }
+
+    /// The completion that would answer with each option.
+    pub fn option_completions(&self, sample: &Sample) -> Vec<String> {
+        let with = |answer| self.template.target(&Sample { answer, ..sample.clone() }, false);
+        (0..sample.options.len()).map(with).collect()
+    }
+}
+
+/// Softmax of the completions' log-probabilities.
+fn shares(spans: &[Range<usize>], log_probs: &[f32]) -> Vec<f64> {
+    let sums: Vec<f64> =
+        spans.iter().map(|span| log_probs[span.clone()].iter().map(|v| f64::from(*v)).sum()).collect();
+    let largest = sums.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let weights: Vec<f64> = sums.iter().map(|sum| (sum - largest).exp()).collect();
+    let total: f64 = weights.iter().sum();
+    weights.iter().map(|weight| weight / total).collect()
+}
+
+/// Adds to an error of data or numbers which items it is about.
+pub(super) fn with_items(error: Error, samples: &[&Sample]) -> Error {
+    match &error {
+        Error::Data(text) | Error::NonFinite(text) if !text.contains("--> items") => {
+            let ids: Vec<String> = samples.iter().map(|sample| format!("`{}`", sample.id)).collect();
+            error.at(&format!("items {}", ids.join(", ")))
+        }
+        _ => error,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shares_are_probabilities_even_of_very_unlikely_completions() {
+        let log_probs = [-1000.0, -1.0, -1000.0, -1.0, -1002.0, -1.0];
+        let shares = shares(&[0..2, 2..4, 4..6], &log_probs);
+        assert!((shares.iter().sum::<f64>() - 1.0).abs() < 1e-15);
+        assert_eq!(shares[0], shares[1]);
+        assert!((shares[2] / shares[0] - (-2.0f64).exp()).abs() < 1e-12);
+    }
+}

@@ -1,0 +1,161 @@
+//! Several parts at once: who may start, one progress for all.
+//!
+//! A small model gains little from a second thread inside an operation, so independent parts run side by side, each
+//! on one thread. Results do not depend on it: a part computes the same bytes on any number of threads.
+
+use super::progress::Progress;
+use crate::backend::with_threads;
+use crate::error::{Error, Result};
+use std::sync::{Condvar, Mutex, PoisonError};
+
+/// What a part does, telling its own progress.
+pub(super) type Work<'a> = Box<dyn Fn(&dyn Progress) -> Result<()> + Sync + 'a>;
+
+/// One part of a larger job.
+pub(super) struct Part<'a> {
+    /// What it is called in the progress.
+    pub(super) name: String,
+    /// The part that must be done first, by its place in the list.
+    pub(super) after: Option<usize>,
+    /// Expected cost, in any unit.
+    pub(super) weight: f64,
+    /// The work.
+    pub(super) work: Work<'a>,
+}
+
+struct State {
+    started: Vec<bool>,
+    done: Vec<bool>,
+    share: Vec<f64>,
+    total: Vec<usize>,
+    figure: Vec<Option<(String, f64)>>,
+    failed: Option<Error>,
+}
+
+struct Board<'a> {
+    parts: &'a [Part<'a>],
+    state: Mutex<State>,
+    changed: Condvar,
+    listener: &'a dyn Progress,
+}
+
+/// Steps of the common progress.
+const STEPS: usize = 1000;
+
+/// Runs all parts on `workers` threads, earlier ones first.
+///
+/// # Errors
+/// The first failure; parts under way are finished or stopped, none is started after it.
+pub(super) fn run_all(parts: &[Part<'_>], workers: usize, listener: &dyn Progress, what: &str) -> Result<()> {
+    let count = parts.len();
+    let board = Board {
+        parts,
+        state: Mutex::new(State {
+            started: vec![false; count],
+            done: vec![false; count],
+            share: vec![0.0; count],
+            total: vec![1; count],
+            figure: vec![None; count],
+            failed: None,
+        }),
+        changed: Condvar::new(),
+        listener,
+    };
+    listener.start(STEPS, what);
+    std::thread::scope(|scope| {
+        for _ in 0..workers.max(1) {
+            scope.spawn(|| {
+                while let Some(index) = board.next() {
+                    let result = with_threads(Some(1), || {
+                        (board.parts[index].work)(&Listener { board: &board, index })
+                    });
+                    board.finish(index, result);
+                }
+            });
+        }
+    });
+    listener.finish();
+    let state = board.state.into_inner().unwrap_or_else(PoisonError::into_inner);
+    state.failed.map_or(Ok(()), Err)
+}
+
+impl Board<'_> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The next part that may start; waits while one may become ready, none when all are taken.
+    fn next(&self) -> Option<usize> {
+        let mut state = self.lock();
+        loop {
+            if state.failed.is_some() || state.started.iter().all(|started| *started) {
+                return None;
+            }
+            let is_ready =
+                |i: &usize| !state.started[*i] && self.parts[*i].after.is_none_or(|after| state.done[after]);
+            if let Some(index) = (0..self.parts.len()).find(is_ready) {
+                state.started[index] = true;
+                return Some(index);
+            }
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn finish(&self, index: usize, result: Result<()>) {
+        {
+            let mut state = self.lock();
+            state.done[index] = true;
+            state.share[index] = 1.0;
+            state.figure[index] = None;
+            if let Err(error) = result {
+                state.failed.get_or_insert(error);
+            }
+        }
+        self.changed.notify_all();
+        self.show();
+    }
+
+    fn show(&self) {
+        let (done, figures) = {
+            let state = self.lock();
+            let total: f64 = self.parts.iter().map(|part| part.weight).sum();
+            let done: f64 =
+                self.parts.iter().zip(&state.share).map(|(part, share)| part.weight * share).sum();
+            let figures: Vec<(String, f64)> = state.figure.iter().flatten().cloned().collect();
+            ((STEPS as f64 * done / total) as usize, figures)
+        };
+        let figures: Vec<(&str, f64)> = figures.iter().map(|(name, value)| (name.as_str(), *value)).collect();
+        self.listener.tick(done, &figures);
+    }
+}
+
+/// One part's progress, as a share of the whole.
+struct Listener<'a> {
+    board: &'a Board<'a>,
+    index: usize,
+}
+
+impl Progress for Listener<'_> {
+    fn start(&self, total: usize, _what: &str) {
+        self.board.lock().total[self.index] = total.max(1);
+    }
+
+    fn tick(&self, done: usize, figures: &[(&str, f64)]) {
+        {
+            let mut state = self.board.lock();
+            state.share[self.index] = (done as f64 / state.total[self.index] as f64).min(1.0);
+            let name = &self.board.parts[self.index].name;
+            state.figure[self.index] =
+                figures.last().map(|(figure, value)| (format!("[{name}] {figure}"), *value));
+        }
+        self.board.show();
+    }
+
+    fn note(&self, text: &str) {
+        self.board.listener.note(&format!("{}: {text}", self.board.parts[self.index].name));
+    }
+
+    fn row(&self, cells: &[String]) {
+        self.board.listener.row(cells);
+    }
+}

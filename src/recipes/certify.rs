@@ -1,0 +1,287 @@
+//! Certified accuracy by randomised smoothing, each certificate with its evidence.
+//!
+//! Noise is added to the pixels at the model's resolution, in [0, 1], before normalisation; it is not clipped. The
+//! certified function is the model's greedy generation read by the parser of clean evaluation (an answer that cannot
+//! be read is a class of its own), or the letter of highest likelihood when `scoring = likelihood`.
+
+use super::answers::with_items;
+use super::config::{CertifyMode, Command, RunConfig, Scoring};
+use super::inputs;
+use super::items::{self, Images};
+use super::job::{Job, Outcome};
+use super::progress::Progress;
+use super::records::{self, CertifyRecord};
+use super::report::{self, ReportOptions};
+use super::run::Run;
+use crate::certify::{self, BaseClassifier, Certificate, Curve, SmoothingConfig};
+use crate::data::prompt::PromptTemplate;
+use crate::data::{Dataset, Sample};
+use crate::error::{Error, Result};
+use crate::eval::accuracy;
+use crate::model::assistant::Assistant;
+use crate::reward::answer::parse_answer;
+use crate::rng;
+use crate::roles::classifier::{QuestionClassifier, Reading};
+use serde_json::{Map, Value, json};
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::path::Path;
+
+/// Radii at which certified accuracy is reported, in multiples of `sigma`.
+const RADII: [f64; 9] = [0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5];
+
+/// How a model is smoothed and asked.
+#[derive(Debug, Clone)]
+pub struct Setting {
+    /// Noise and draws.
+    pub smoothing: SmoothingConfig,
+    /// How questions are asked.
+    pub template: PromptTemplate,
+    /// How the class is read.
+    pub scoring: Scoring,
+    /// Longest completion.
+    pub max_new_tokens: usize,
+    /// Hash of the weights, for the records.
+    pub model_sha256: String,
+}
+
+/// `safemed certify`.
+///
+/// # Errors
+/// Whatever is wrong with settings, data or weights, before the first item.
+pub fn certify(job: &Job<'_>) -> Result<Outcome> {
+    let config = &job.config;
+    smoothing_of(config)?;
+    inputs::check_job(job)?;
+    let (dataset, _) = inputs::open_questions(config)?;
+    items::require_some(&dataset, "certify")?;
+    let model = inputs::open_model(config)?;
+    let setting = setting_with(config, model.sha256.clone())?;
+    let mut run = job.open_run()?;
+    inputs::note_model(&mut run, &model)?;
+    let summary = smoothed(&model.assistant, &dataset, &setting, &mut run, job.progress)?;
+    let options = ReportOptions { images: config.images, ..ReportOptions::default() };
+    report::report(&[run.dir().to_path_buf()], &options, job.progress)?;
+    let mut text = String::from("radius  certified accuracy\n");
+    for point in summary["certified_accuracy"].as_array().into_iter().flatten() {
+        let number = |i: usize| point[i].as_f64().unwrap_or(f64::NAN);
+        let _ = writeln!(text, "{:6.3}  {:.4}", number(0), number(1));
+    }
+    let _ = writeln!(text, "abstained {:.4}", summary["abstention_rate"].as_f64().unwrap_or(f64::NAN));
+    Ok(Outcome::new(summary, text))
+}
+
+/// Noise and draws that a configuration describes.
+///
+/// # Errors
+/// A usage error when the settings can never certify anything.
+fn smoothing_of(config: &RunConfig) -> Result<SmoothingConfig> {
+    if config.certify.mode == CertifyMode::Sequential {
+        return Err(Error::usage("sequential certificates are not there yet\n   = help: use `--mode cohen`"));
+    }
+    let smoothing = SmoothingConfig {
+        n0: config.certify.n0 as u64,
+        n: config.certify.n as u64,
+        alpha: config.certify.alpha,
+        batch_size: config.batch_size,
+        seed: config.seed,
+        ..SmoothingConfig::new(config.sigma()?)
+    };
+    smoothing.check()?;
+    Ok(smoothing)
+}
+
+/// The setting that a configuration and a model's directory describe.
+///
+/// # Errors
+/// When the settings can never certify anything, or the weights cannot be read.
+pub fn setting_of(config: &RunConfig, model: &Path) -> Result<Setting> {
+    setting_with(config, inputs::model_sha256(model)?)
+}
+
+fn setting_with(config: &RunConfig, model_sha256: String) -> Result<Setting> {
+    Ok(Setting {
+        smoothing: smoothing_of(config)?,
+        template: config.prompt.parse()?,
+        scoring: config.scoring,
+        max_new_tokens: config.max_new_tokens,
+        model_sha256,
+    })
+}
+
+/// Certifies every question of `dataset`; leaves records and the summary in the run directory.
+///
+/// # Errors
+/// When an image or an answer cannot be had.
+pub fn smoothed(
+    assistant: &Assistant,
+    dataset: &Dataset,
+    setting: &Setting,
+    run: &mut Run,
+    progress: &dyn Progress,
+) -> Result<Value> {
+    inputs::note_questions(run, dataset, None, setting.template)?;
+    let images = Images::new(&dataset.root);
+    let samples = inputs::in_item_order(&dataset.samples);
+    progress.start(samples.len(), "certify");
+    let (mut done, mut certified) = (0, 0);
+    for record in run.records()? {
+        done += 1;
+        certified += usize::from(record["correct"] == json!(true));
+    }
+    for &sample in &samples {
+        if run.done_ids().contains(&sample.id) {
+            continue;
+        }
+        run.check_stop()?;
+        let record =
+            certify_one(assistant, &images, sample, setting).map_err(|error| with_items(error, &[sample]))?;
+        done += 1;
+        certified += usize::from(record.correct);
+        run.record(&record)?;
+        progress.tick(done, &[("certified", certified as f64 / done as f64)]);
+    }
+    progress.finish();
+    let order: Vec<String> = samples.iter().map(|sample| sample.id.clone()).collect();
+    let records = run.finish_records(&order)?;
+    let summary = summarize(&records, run.seconds())?;
+    run.summary(&summary)?;
+    Ok(summary)
+}
+
+fn certify_one(
+    assistant: &Assistant,
+    images: &Images,
+    sample: &Sample,
+    setting: &Setting,
+) -> Result<CertifyRecord> {
+    let original = images.original(&sample.image)?;
+    let processed = assistant.process(&original)?;
+    let prompt = items::prompt_of(assistant, setting.template, sample, &processed)?;
+    let reading = match setting.scoring {
+        Scoring::Generate => {
+            Reading::Generation { max_new_tokens: setting.max_new_tokens, parse: &parse_answer }
+        }
+        Scoring::Likelihood => {
+            Reading::Likelihood { completions: letters_of(assistant, sample, setting.template)? }
+        }
+    };
+    let classifier =
+        QuestionClassifier { assistant, prompt: &prompt, num_options: sample.options.len(), reading };
+    let pixels = processed.resized.to_tensor(assistant.vlm.device())?;
+    let certificate = certify::certify(&classifier, &pixels, rng::key_of(&sample.id), &setting.smoothing)?;
+    Ok(record_of(sample, &certificate, &classifier, setting, original.sha256()))
+}
+
+/// Each option's shortest right completion.
+fn letters_of(assistant: &Assistant, sample: &Sample, template: PromptTemplate) -> Result<Vec<Vec<u32>>> {
+    (0..sample.options.len())
+        .map(|option| {
+            let sample = Sample { answer: option, ..sample.clone() };
+            assistant.target(&template.target(&sample, false))
+        })
+        .collect()
+}
+
+fn record_of(
+    sample: &Sample,
+    certificate: &Certificate,
+    classifier: &dyn BaseClassifier,
+    setting: &Setting,
+    image_sha256: String,
+) -> CertifyRecord {
+    let options = classifier.num_classes() - 1;
+    let by_letter = |counts: &[u64]| -> BTreeMap<String, u64> {
+        let name = |class: usize| records::letter((class < options).then_some(class));
+        counts.iter().enumerate().map(|(class, count)| (name(class), *count)).collect()
+    };
+    let prediction = certificate.prediction.map(|class| records::letter((class < options).then_some(class)));
+    let draws = |range: &std::ops::Range<u64>| [range.start, range.end];
+    let smoothing = &setting.smoothing;
+    CertifyRecord {
+        id: sample.id.clone(),
+        answer: sample.answer_letter().to_string(),
+        abstained: prediction.is_none(),
+        correct: certificate.prediction == Some(sample.answer),
+        prediction,
+        radius: certificate.radius,
+        p_lower: certificate.p_lower,
+        sigma: smoothing.sigma,
+        mode: CertifyMode::Cohen.word().to_owned(),
+        target_radius: None,
+        n0: smoothing.n0,
+        n: smoothing.n,
+        n_max: smoothing.n,
+        alpha: smoothing.alpha,
+        seed: smoothing.seed,
+        counts_selection: by_letter(&certificate.counts_selection),
+        counts: by_letter(&certificate.counts),
+        draws_selection: draws(&certificate.draws_selection),
+        draws_estimation: draws(&certificate.draws_estimation),
+        image_sha256,
+        model_sha256: setting.model_sha256.clone(),
+        more: Map::from_iter([
+            ("modality".to_owned(), json!(sample.modality)),
+            ("question_type".to_owned(), json!(sample.question_type)),
+        ]),
+    }
+}
+
+/// `summary.json` from the records alone.
+///
+/// # Errors
+/// A data error when there are no records, or one is none of `certify`.
+pub fn summarize(records: &[Value], seconds: f64) -> Result<Value> {
+    let records: Vec<CertifyRecord> = records.iter().map(read_record).collect::<Result<_>>()?;
+    let judged: Vec<accuracy::Outcome<'_>> = records
+        .iter()
+        .map(|record| {
+            let [modality, question_type] = records::groups_of(&record.more);
+            // 0 is right, 1 is wrong; the smoothed model gives no answer where it abstains or certifies "none".
+            let answers = record.prediction.as_deref().is_some_and(|prediction| prediction != records::NONE);
+            let prediction = answers.then_some(usize::from(!record.correct));
+            accuracy::Outcome { modality, question_type, answer: 0, prediction }
+        })
+        .collect();
+    let report = accuracy::report(&judged)?;
+    let curve = Curve::new(
+        records
+            .iter()
+            .map(|record| certify::Outcome {
+                abstained: record.abstained,
+                correct: record.correct,
+                radius: record.radius,
+            })
+            .collect(),
+    );
+    let first = &records[0];
+    let radii: Vec<f64> = RADII.iter().map(|multiple| multiple * first.sigma).collect();
+    let draws: u64 = records.iter().map(|record| record.n0 + record.n).sum();
+    Ok(json!({
+        "command": Command::Certify.word(),
+        "n": records.len(),
+        "seconds": seconds,
+        "sigma": first.sigma,
+        "mode": first.mode,
+        "n0": first.n0,
+        "n_max": first.n_max,
+        "alpha": first.alpha,
+        "accuracy": report.all.accuracy,
+        "accuracy_interval": report.all.accuracy_interval,
+        "by_modality": accuracy::shares(&report.by_modality),
+        "by_question_type": accuracy::shares(&report.by_question_type),
+        "modality_details": report.by_modality,
+        "question_type_details": report.by_question_type,
+        "certified_accuracy": curve.points(&radii),
+        "average_certified_radius": curve.average_certified_radius(),
+        "abstention_rate": curve.abstention_rate(),
+        "draws": draws,
+        "note": "an L2 certificate says nothing about an L-inf budget: the L-inf ball reaches epsilon * sqrt(values)",
+    }))
+}
+
+fn read_record(value: &Value) -> Result<CertifyRecord> {
+    serde_json::from_value(value.clone()).map_err(|error| {
+        Error::data(format!("record `{}` is none of `certify`: {error}", value["id"].as_str().unwrap_or("?")))
+    })
+}

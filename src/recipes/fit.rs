@@ -1,0 +1,206 @@
+//! What changes while a model is trained: weights, the optimiser's moments, the step; saved and found again.
+//!
+//! Everything random is drawn from streams named by the step, so the step number is the whole state of the data order
+//! and of every generator.
+
+use super::config::{ScheduleName, TrainConfig};
+use crate::error::{Error, Result};
+use crate::model::assistant::Assistant;
+use crate::model::weights::{self, TensorFile};
+use crate::nn::recompute::Gradients;
+use crate::train::optimizer::{self, AdamWConfig, Moments};
+use crate::train::schedule::{Schedule, ScheduleKind};
+use candle_core::{Device, Tensor, Var};
+use serde_json::json;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// A model in training.
+#[derive(Debug)]
+pub struct Fit {
+    /// The model.
+    pub assistant: Assistant,
+    /// The same weights without gradients.
+    pub frozen: Assistant,
+    parameters: Vec<(String, Var)>,
+    moments: Vec<Moments>,
+    /// Optimiser updates applied so far.
+    pub updates: u64,
+    /// Steps done.
+    pub step: u64,
+}
+
+/// What one update did.
+#[derive(Debug, Clone, Copy)]
+pub struct Update {
+    /// Norm of all gradients before clipping.
+    pub grad_norm: f64,
+    /// Learning rate applied.
+    pub learning_rate: f64,
+}
+
+impl Fit {
+    /// A model at the beginning of its training.
+    ///
+    /// # Errors
+    /// When no parameter trains.
+    pub fn new(assistant: Assistant) -> Result<Self> {
+        let parameters = assistant.vlm.parameters().trained();
+        if parameters.is_empty() {
+            return Err(Error::usage(
+                "no parameter would train\n   = help: set one of train.parts.{vision,merger,text} to true",
+            ));
+        }
+        let moments =
+            parameters.iter().map(|(_, var)| Moments::zeros(var.as_tensor().elem_count())).collect();
+        Ok(Self { frozen: assistant.detached(), assistant, parameters, moments, updates: 0, step: 0 })
+    }
+
+    /// The tensors whose gradients are wanted.
+    pub fn wanted(&self) -> Vec<Tensor> {
+        self.parameters.iter().map(|(_, var)| var.as_tensor().clone()).collect()
+    }
+
+    /// One AdamW update with clipped gradients. Parameters without a gradient stay as they are.
+    ///
+    /// # Errors
+    /// When a gradient is not finite: the tensor is named.
+    pub fn update(&mut self, gradients: &Gradients, config: &TrainConfig) -> Result<Update> {
+        let mut values: Vec<Option<Vec<f32>>> = Vec::with_capacity(self.parameters.len());
+        for (_, var) in &self.parameters {
+            let gradient = gradients.get(var.as_tensor());
+            values.push(gradient.map(|g| g.flatten_all()?.to_vec1::<f32>()).transpose()?);
+        }
+        let named: Vec<(&str, &[f32])> = self
+            .parameters
+            .iter()
+            .zip(&values)
+            .filter_map(|((name, _), values)| values.as_ref().map(|v| (name.as_str(), v.as_slice())))
+            .collect();
+        let grad_norm = optimizer::global_norm(named)?;
+        let scale = if config.max_grad_norm > 0.0 {
+            optimizer::clip_factor(grad_norm, config.max_grad_norm)
+        } else {
+            1.0
+        };
+        self.updates += 1;
+        let learning_rate = learning_rate_at(config, self.step);
+        let adamw = AdamWConfig {
+            beta1: config.beta1,
+            beta2: config.beta2,
+            adam_epsilon: config.adam_epsilon,
+            weight_decay: config.weight_decay,
+        };
+        for (((_, var), gradient), moments) in self.parameters.iter().zip(values).zip(&mut self.moments) {
+            let Some(mut gradient) = gradient else { continue };
+            if scale < 1.0 {
+                for value in &mut gradient {
+                    *value *= scale;
+                }
+            }
+            let mut weights: Vec<f32> = var.as_tensor().flatten_all()?.to_vec1()?;
+            adamw.step(self.updates, learning_rate, &mut weights, &gradient, moments)?;
+            var.set(&Tensor::from_vec(weights, var.as_tensor().shape(), var.as_tensor().device())?)?;
+        }
+        Ok(Update { grad_norm, learning_rate })
+    }
+
+    /// Writes `checkpoints/step-N`: a complete Hugging Face directory, the optimiser and the step; the directory
+    /// appears only once it is whole.
+    ///
+    /// # Errors
+    /// When a file cannot be written; the last checkpoint is untouched then.
+    pub fn save(&self, root: &Path, keep: usize) -> Result<PathBuf> {
+        let dir = root.join(format!("step-{}", self.step));
+        let partial = root.join(format!(".step-{}.partial", self.step));
+        let io = |what: &str, path: &Path| {
+            let (what, path) = (what.to_owned(), path.to_path_buf());
+            move |error| Error::io(what, &path, error)
+        };
+        if partial.exists() {
+            fs::remove_dir_all(&partial).map_err(io("cannot remove", &partial))?;
+        }
+        self.assistant.save(&partial)?;
+        let mut tensors = Vec::with_capacity(2 * self.moments.len());
+        for ((name, var), moments) in self.parameters.iter().zip(&self.moments) {
+            let shape = var.as_tensor().shape();
+            for (kind, values) in [("m", &moments.m), ("v", &moments.v)] {
+                let tensor = Tensor::from_slice(values, shape, &Device::Cpu)?;
+                tensors.push((format!("{kind}.{name}"), tensor));
+            }
+        }
+        tensors.sort_by(|a, b| a.0.cmp(&b.0));
+        weights::save_file(&partial.join("optimizer.safetensors"), &tensors, &[("format", "pt")])?;
+        let state = json!({"step": self.step, "updates": self.updates});
+        let path = partial.join("state.json");
+        fs::write(&path, format!("{state:#}\n")).map_err(io("cannot write", &path))?;
+        if dir.exists() {
+            fs::remove_dir_all(&dir).map_err(io("cannot remove", &dir))?;
+        }
+        fs::rename(&partial, &dir).map_err(io("cannot complete", &dir))?;
+        if keep > 0 {
+            let mut steps = saved_steps(root);
+            steps.sort_unstable();
+            for old in steps.iter().rev().skip(keep) {
+                let old = root.join(format!("step-{old}"));
+                fs::remove_dir_all(&old).map_err(io("cannot remove", &old))?;
+            }
+        }
+        Ok(dir)
+    }
+
+    /// Takes up the newest checkpoint below `root`, if there is one.
+    ///
+    /// # Errors
+    /// When it is damaged.
+    pub fn resume(&mut self, root: &Path) -> Result<bool> {
+        let Some(newest) = saved_steps(root).into_iter().max() else { return Ok(false) };
+        let dir = root.join(format!("step-{newest}"));
+        let saved = weights::Weights::open(&dir)?;
+        let optimizer = TensorFile::open(&dir.join("optimizer.safetensors"))?;
+        for ((name, var), moments) in self.parameters.iter().zip(&mut self.moments) {
+            var.set(&saved.get(name, var.as_tensor().dims())?.to_device(var.as_tensor().device())?)?;
+            moments.m = optimizer.floats(&format!("m.{name}"))?;
+            moments.v = optimizer.floats(&format!("v.{name}"))?;
+            if moments.m.len() != var.as_tensor().elem_count() || moments.v.len() != moments.m.len() {
+                return Err(Error::data(format!(
+                    "the optimiser's state of `{name}` has another size\n  --> {}",
+                    dir.display()
+                )));
+            }
+        }
+        let path = dir.join("state.json");
+        let text = fs::read(&path).map_err(|error| Error::io("cannot read", &path, error))?;
+        let state: serde_json::Value = serde_json::from_slice(&text)
+            .map_err(|error| Error::data(format!("not valid JSON: {error}\n  --> {}", path.display())))?;
+        let number = |key: &str| {
+            state[key].as_u64().ok_or_else(|| {
+                Error::data(format!("`{key}` is missing or no whole number\n  --> {}", path.display()))
+            })
+        };
+        self.step = number("step")?;
+        self.updates = number("updates")?;
+        Ok(true)
+    }
+}
+
+fn saved_steps(root: &Path) -> Vec<u64> {
+    let Ok(entries) = fs::read_dir(root) else { return Vec::new() };
+    let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    names.filter_map(|name| name.strip_prefix("step-")?.parse().ok()).collect()
+}
+
+/// The learning rate of step `step` (from 0).
+pub fn learning_rate_at(config: &TrainConfig, step: u64) -> f64 {
+    let kind = match config.schedule {
+        ScheduleName::Constant => ScheduleKind::Constant,
+        ScheduleName::Linear => ScheduleKind::Linear,
+        ScheduleName::Cosine => ScheduleKind::Cosine,
+    };
+    let schedule = Schedule {
+        kind,
+        warmup_steps: config.warmup_steps as u64,
+        final_fraction: config.min_learning_rate_ratio,
+    };
+    config.learning_rate * schedule.factor(step, config.num_steps as u64)
+}

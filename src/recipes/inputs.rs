@@ -1,0 +1,214 @@
+//! What every command that asks a model opens first, cheapest check first: settings, questions, checkpoint.
+//!
+//! Also the hashes that provenance keeps of them. No model is run here.
+
+use super::config::{Dtype, RunConfig};
+use super::job::Job;
+use super::run::Run;
+use crate::data::prompt::PromptTemplate;
+use crate::data::{Dataset, ImageCheck, Sample};
+use crate::error::{Error, Result};
+use crate::model::assistant::Assistant;
+use crate::model::weights::{self, Weights};
+use rayon::prelude::*;
+use serde_json::{Map, Value, json};
+use sha2::{Digest, Sha256};
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+/// A checkpoint with where it came from.
+#[derive(Debug, Clone)]
+pub struct OpenModel {
+    /// Its directory.
+    pub dir: PathBuf,
+    /// The model, loaded without gradients.
+    pub assistant: Assistant,
+    /// Hash of the weights: see [`model_sha256`].
+    pub sha256: String,
+}
+
+/// The settings about the model that can be refused without opening anything.
+///
+/// # Errors
+/// A usage error when no model is named, an adapter is, the element type is not computed with, or there is no such
+/// prompt or device.
+pub fn check_settings(config: &RunConfig) -> Result<PromptTemplate> {
+    let template: PromptTemplate = config.prompt.parse()?;
+    if config.model.is_none() {
+        return Err(Error::usage(
+            "no model is named\n   = help: give `--model DIR`, a Hugging Face directory, or an id on the hub",
+        ));
+    }
+    refuse_adapter(config.adapter.as_deref())?;
+    if config.dtype != Dtype::F32 {
+        return Err(Error::usage(format!(
+            "dtype `{}` is not computed with: this build computes in float32, whatever the checkpoint's own type\n   = help: leave `--dtype` out, or use `--dtype f32`",
+            config.dtype.word()
+        )));
+    }
+    config.backend().device()?;
+    Ok(template)
+}
+
+/// As [`check_settings`], and that the run directory can be used.
+///
+/// # Errors
+/// Those of [`check_settings`] and of [`Run::check`].
+pub fn check_job(job: &Job<'_>) -> Result<PromptTemplate> {
+    let template = check_settings(&job.config)?;
+    Run::check(job.command, &job.config, job.resume)?;
+    Ok(template)
+}
+
+/// Refuses an adapter rather than leaving it out silently.
+///
+/// # Errors
+/// A usage error when there is one.
+pub fn refuse_adapter(adapter: Option<&Path>) -> Result<()> {
+    match adapter {
+        None => Ok(()),
+        Some(adapter) => Err(Error::usage(format!(
+            "adapters are not supported yet\n  --> {}\n   = help: merge it into its model with PEFT's `merge_and_unload`, and name the merged directory with `--model`",
+            adapter.display()
+        ))),
+    }
+}
+
+/// Opens the checkpoint of `config`; [`check_settings`] has passed.
+///
+/// # Errors
+/// What is missing or wrong in the directory.
+pub fn open_model(config: &RunConfig) -> Result<OpenModel> {
+    let dir = weights::locate(config.model.as_deref().unwrap_or_default())?;
+    let device = config.backend().device()?;
+    let assistant = Assistant::load(&dir, &|_| false, &device)?;
+    let sha256 = model_sha256(&dir)?;
+    Ok(OpenModel { dir, assistant, sha256 })
+}
+
+/// The questions of `config`, and those that the option prior counts when a training split is named.
+///
+/// # Errors
+/// Those of [`DatasetConfig::load`].
+pub fn open_questions(config: &RunConfig) -> Result<(Dataset, Option<Dataset>)> {
+    let data = config.data.dataset();
+    let dataset = data.load(ImageCheck::Exist)?;
+    Ok((dataset, data.load_train()?))
+}
+
+/// The samples in the order in which every run works and writes: by id, so that neither the order of the files nor
+/// shards change a byte.
+pub fn in_item_order(samples: &[Sample]) -> Vec<&Sample> {
+    let mut sorted: Vec<&Sample> = samples.iter().collect();
+    sorted.sort_unstable_by(|a, b| a.id.cmp(&b.id));
+    sorted
+}
+
+/// Notes what the numbers depend on besides the settings: questions, images, prompt, training questions, and how
+/// many items the whole run has (which `merge` looks at).
+///
+/// # Errors
+/// A usage error when a resumed run began with others; a data error when an image cannot be read.
+pub fn note_questions(
+    run: &mut Run,
+    dataset: &Dataset,
+    train: Option<&Dataset>,
+    template: PromptTemplate,
+) -> Result<()> {
+    run.provenance("items", json!(dataset.population().len()))?;
+    run.provenance("data_sha256", json!(questions_sha256(dataset.population())?))?;
+    if let Some(train) = train {
+        run.provenance("train_data_sha256", json!(questions_sha256(&train.samples)?))?;
+    }
+    if !dataset.skipped.is_empty() {
+        run.provenance("skipped_problems", json!(dataset.skipped.len()))?;
+    }
+    run.provenance("images_sha256", json!(images_sha256(dataset)?))?;
+    run.provenance("prompt_sha256", json!(hex(&Sha256::digest(template.wording()))))
+}
+
+/// Notes the checkpoint: a hash of each of its files, and of the weights as a whole.
+///
+/// # Errors
+/// As [`note_questions`].
+pub fn note_model(run: &mut Run, model: &OpenModel) -> Result<()> {
+    run.provenance("model_sha256", json!(model.sha256))?;
+    run.provenance("model_files", Value::Object(model_files(&model.dir)?))?;
+    run.provenance("chat_template_sha256", json!(hex(&Sha256::digest(model.assistant.chat.source()))))
+}
+
+/// The hash of a checkpoint's weights: what `sha256sum model.safetensors` prints; of several files the hash of the
+/// lines that it prints for them in the order of their names.
+///
+/// # Errors
+/// When a file cannot be read.
+pub fn model_sha256(dir: &Path) -> Result<String> {
+    let mut paths: Vec<PathBuf> = Weights::open(dir)?.paths().map(Path::to_path_buf).collect();
+    paths.sort();
+    let hashes: Vec<String> = paths.par_iter().map(|path| file_sha256(path)).collect::<Result<_>>()?;
+    if let [only] = hashes.as_slice() {
+        return Ok(only.clone());
+    }
+    let mut hasher = Sha256::new();
+    for (hash, path) in hashes.iter().zip(&paths) {
+        hasher.update(format!("{hash}  {}\n", file_name(path)));
+    }
+    Ok(hex(&hasher.finalize()))
+}
+
+/// The hashes of the small files that decide what a checkpoint says.
+fn model_files(dir: &Path) -> Result<Map<String, Value>> {
+    const FILES: [&str; 8] = [
+        "chat_template.jinja",
+        "chat_template.json",
+        "config.json",
+        "generation_config.json",
+        "preprocessor_config.json",
+        "processor_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ];
+    let present = FILES.into_iter().filter(|name| dir.join(name).is_file());
+    present.map(|name| Ok((name.to_owned(), json!(file_sha256(&dir.join(name))?)))).collect()
+}
+
+/// Hash of the questions as records, in the order of their ids.
+fn questions_sha256(samples: &[Sample]) -> Result<String> {
+    let mut hasher = Sha256::new();
+    for sample in in_item_order(samples) {
+        hasher.update(serde_json::to_vec(sample).map_err(anyhow::Error::from)?);
+        hasher.update(b"\n");
+    }
+    Ok(hex(&hasher.finalize()))
+}
+
+/// Hash of the image files of this process's share, in the order of their paths.
+fn images_sha256(dataset: &Dataset) -> Result<String> {
+    let paths: BTreeSet<&PathBuf> = dataset.samples.iter().map(|sample| &sample.image).collect();
+    let paths: Vec<&PathBuf> = paths.into_iter().collect();
+    let hashes: Vec<String> =
+        paths.par_iter().map(|path| file_sha256(&dataset.root.join(path))).collect::<Result<_>>()?;
+    Ok(hex(&Sha256::digest(hashes.join("\n"))))
+}
+
+/// SHA-256 of a file's content, in hexadecimal.
+///
+/// # Errors
+/// When it cannot be read.
+pub fn file_sha256(path: &Path) -> Result<String> {
+    let failed = |error| Error::io("cannot read", path, error);
+    let mut file = File::open(path).map_err(failed)?;
+    let mut hasher = Sha256::new();
+    std::io::copy(&mut file, &mut hasher).map_err(failed)?;
+    Ok(hex(&hasher.finalize()))
+}
+
+fn hex(bytes: &[u8]) -> String {
+    let digit = |value: u8| char::from(b"0123456789abcdef"[usize::from(value)]);
+    bytes.iter().flat_map(|byte| [digit(byte >> 4), digit(byte & 15)]).collect()
+}
+
+fn file_name(path: &Path) -> String {
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+}

@@ -1,0 +1,175 @@
+//! Questions ready for the model: images decoded and resized once, prompts and targets in tokens.
+
+use crate::data::prompt::PromptTemplate;
+use crate::data::{Dataset, Sample};
+use crate::error::{Error, Result};
+use crate::model::assistant::Assistant;
+use crate::model::generate::Prompt;
+use crate::model::processor::ProcessedImage;
+use crate::nn::rows;
+use crate::pixels::{RgbImage8, decode};
+use candle_core::Tensor;
+use rayon::prelude::*;
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Bytes of decoded images kept in memory.
+const CACHE_BYTES: usize = 2 << 30;
+
+/// Decoded and processed images of a data set.
+#[derive(Debug)]
+pub struct Images {
+    root: PathBuf,
+    cache: Mutex<(HashMap<PathBuf, Arc<ProcessedImage>>, usize)>,
+}
+
+impl Images {
+    /// The images below `root`.
+    pub fn new(root: &Path) -> Self {
+        Self { root: root.to_path_buf(), cache: Mutex::default() }
+    }
+
+    /// The file as it is, in eight bits.
+    ///
+    /// # Errors
+    /// When it is missing or damaged.
+    pub fn original(&self, image: &Path) -> Result<RgbImage8> {
+        decode::decode_file(&self.root.join(image))
+    }
+
+    /// The image at the model's resolution.
+    ///
+    /// # Errors
+    /// When it is missing, damaged, or cannot be resized.
+    pub fn processed(&self, assistant: &Assistant, image: &Path) -> Result<Arc<ProcessedImage>> {
+        let locked = || self.cache.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(found) = locked().0.get(image) {
+            return Ok(found.clone());
+        }
+        let processed = Arc::new(assistant.process(&self.original(image)?)?);
+        let mut cache = locked();
+        if cache.1 + processed.resized.data.len() <= CACHE_BYTES {
+            cache.1 += processed.resized.data.len();
+            cache.0.insert(image.to_path_buf(), processed.clone());
+        }
+        Ok(processed)
+    }
+
+    /// The images of `samples`, in order, decoded in parallel.
+    ///
+    /// # Errors
+    /// As [`Images::processed`], for the first sample that fails.
+    pub fn of_samples<'a>(
+        &self,
+        assistant: &Assistant,
+        samples: impl IntoParallelIterator<Item = &'a Sample, Iter: IndexedParallelIterator>,
+    ) -> Result<Vec<Arc<ProcessedImage>>> {
+        samples.into_par_iter().map(|sample| self.processed(assistant, &sample.image)).collect()
+    }
+}
+
+/// Pixels of images in order, neighbours of one size in one tensor `[n, 3, height, width]` in [0, 1].
+///
+/// # Errors
+/// When the device has no room.
+pub fn stack(assistant: &Assistant, images: &[Arc<ProcessedImage>]) -> Result<Vec<Tensor>> {
+    let mut tensors = Vec::new();
+    for run in images.chunk_by(|a, b| same_size(a, b)) {
+        let (height, width) = (run[0].resized.height, run[0].resized.width);
+        let plane = height * width;
+        let mut values = vec![0f32; run.len() * 3 * plane];
+        values.par_chunks_mut(3 * plane).zip(run).for_each(|(out, image)| {
+            for (i, rgb) in image.resized.data.chunks_exact(3).enumerate() {
+                for (c, value) in rgb.iter().enumerate() {
+                    out[c * plane + i] = f32::from(*value) / 255.0;
+                }
+            }
+        });
+        tensors.push(Tensor::from_vec(values, (run.len(), 3, height, width), assistant.vlm.device())?);
+    }
+    Ok(tensors)
+}
+
+/// The images at the places `keep` (ascending) of a list of tensors `[n, 3, height, width]`, in order.
+///
+/// # Errors
+/// When the device has no room.
+pub fn pick(pixels: &[Tensor], keep: &[usize]) -> Result<Vec<Tensor>> {
+    let mut picked = Vec::new();
+    let mut start = 0;
+    for tensor in pixels {
+        let count = tensor.dim(0)?;
+        let own: Vec<u32> = keep
+            .iter()
+            .filter(|&&g| (start..start + count).contains(&g))
+            .map(|&g| (g - start) as u32)
+            .collect();
+        if !own.is_empty() {
+            let (_, channels, height, width) = tensor.dims4()?;
+            let flat = rows::select(&tensor.reshape((count, ()))?, &own)?;
+            picked.push(flat.reshape((own.len(), channels, height, width))?);
+        }
+        start += count;
+    }
+    Ok(picked)
+}
+
+fn same_size(a: &ProcessedImage, b: &ProcessedImage) -> bool {
+    (a.resized.height, a.resized.width) == (b.resized.height, b.resized.width)
+}
+
+/// The prompt of a sample about its image.
+///
+/// # Errors
+/// When the question contains an image placeholder.
+pub fn prompt_of(
+    assistant: &Assistant,
+    template: PromptTemplate,
+    sample: &Sample,
+    image: &ProcessedImage,
+) -> Result<Prompt> {
+    assistant.prompt(&template.user_text(sample), Some(image.grid))
+}
+
+/// The prompt of a sample with what is seen in words instead of the image.
+///
+/// # Errors
+/// As [`prompt_of`].
+pub fn caption_prompt_of(assistant: &Assistant, template: PromptTemplate, sample: &Sample) -> Result<Prompt> {
+    assistant.prompt(&format!("{}\n{}", sample.caption(), template.user_text(sample)), None)
+}
+
+/// Questions and images of a data set, or a clear refusal of an empty one.
+///
+/// # Errors
+/// When there is no question.
+pub fn require_some(dataset: &Dataset, what: &str) -> Result<()> {
+    if dataset.samples.is_empty() {
+        return Err(Error::data(format!(
+            "no question to {what}\n  --> {}\n   = help: loosen --split, --modality, --question-type or --limit",
+            dataset.root.display()
+        )));
+    }
+    Ok(())
+}
+
+impl super::config::RunConfig {
+    /// Which questions are read, for the data floor.
+    pub fn dataset(&self) -> crate::data::DatasetConfig {
+        let data = self.data.clone();
+        crate::data::DatasetConfig {
+            omnimedvqa: data.omnimedvqa,
+            data: data.data,
+            split: data.split,
+            train_split: data.train_split,
+            modality: data.modality,
+            question_type: data.question_type,
+            limit: data.limit,
+            shard: data
+                .shard
+                .map(|shard| crate::data::select::Shard { index: shard.index, count: shard.count }),
+            ..crate::data::DatasetConfig::default()
+        }
+    }
+}

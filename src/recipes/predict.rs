@@ -1,0 +1,181 @@
+//! `safemed predict`: one answer to one question; with `sigma` smoothed, and then it may abstain.
+
+use super::answers::Asking;
+use super::config::{RunConfig, Scoring};
+use super::inputs;
+use super::job::{Job, Outcome};
+use super::records::{counts_by_letter, letter};
+use crate::certify::{self, SmoothingConfig};
+use crate::data::Sample;
+use crate::data::sample::UNKNOWN;
+use crate::error::{Error, Result};
+use crate::model::assistant::Assistant;
+use crate::pixels::{RgbImage8, decode};
+use crate::reward::answer::parse_answer;
+use crate::rng;
+use crate::roles::classifier::{QuestionClassifier, Reading};
+use serde_json::{Value, json};
+use std::fmt::Write as _;
+use std::path::Path;
+
+/// Answers `question` about the image, choosing among `options`.
+///
+/// # Errors
+/// A usage error for fewer than two options or more than five; a data error for a damaged image.
+pub fn predict(job: &Job<'_>, image: &Path, question: &str, options: &[String]) -> Result<Outcome> {
+    let config = &job.config;
+    let sample = sample(image, question, options)?;
+    inputs::check_settings(config)?;
+    let smoothing = config.certify.sigma.map(|sigma| smoothing(config, sigma)).transpose()?;
+    let picture = decode::decode_file(image)?;
+    let assistant = inputs::open_model(config)?.assistant;
+    let asking = Asking::of(config)?;
+    match smoothing {
+        Some(smoothing) => smoothed(&assistant, &asking, &sample, &picture, &smoothing),
+        None => plain(&assistant, &asking, &sample, &picture),
+    }
+}
+
+fn sample(image: &Path, question: &str, options: &[String]) -> Result<Sample> {
+    if !(2..=5).contains(&options.len()) || options.iter().any(|option| option.trim().is_empty()) {
+        return Err(Error::usage(format!(
+            "{} option(s): a question has two to five, none of them blank\n   = help: give each with `--option TEXT`, in order",
+            options.len()
+        )));
+    }
+    if question.trim().is_empty() {
+        return Err(Error::usage("the question is blank\n   = help: give it with `--question TEXT`"));
+    }
+    Ok(Sample {
+        id: image.display().to_string(),
+        dataset: UNKNOWN.to_owned(),
+        modality: UNKNOWN.to_owned(),
+        modality_raw: UNKNOWN.to_owned(),
+        question_type: UNKNOWN.to_owned(),
+        question: question.to_owned(),
+        options: options.to_vec(),
+        // Nobody knows it; nothing that is asked depends on it.
+        answer: 0,
+        image: image.to_path_buf(),
+        reasoning: None,
+    })
+}
+
+/// The summary's fields that both ways of answering share.
+fn summary(sample: &Sample, prediction: Option<usize>) -> Value {
+    json!({
+        "command": "predict",
+        "image": sample.id,
+        "question": sample.question,
+        "options": sample.options,
+        "prediction": letter(prediction),
+        "text": prediction.map(|option| &sample.options[option]),
+    })
+}
+
+fn plain(assistant: &Assistant, asking: &Asking, sample: &Sample, picture: &RgbImage8) -> Result<Outcome> {
+    let image = assistant.process(picture)?.into();
+    let answers = asking.about_images(assistant, &[sample], &[image])?;
+    let answer = answers.into_iter().next().ok_or_else(|| anyhow::anyhow!("the model gave no answer"))?;
+    let mut summary = summary(sample, answer.prediction);
+    summary["completion"] = json!(answer.completion);
+    summary["probabilities"] = json!(answer.probabilities);
+    let mut text = match answer.prediction {
+        Some(option) => format!("{}) {}\n", letter(Some(option)), sample.options[option]),
+        None => "none: the answer cannot be read\n".to_owned(),
+    };
+    let _ = writeln!(text, "\ncompletion: {}", answer.completion);
+    for (option, probability) in answer.probabilities.iter().flatten().enumerate() {
+        let _ = writeln!(text, "{}  {probability:.4}  {}", letter(Some(option)), sample.options[option]);
+    }
+    Ok(Outcome::new(summary, text))
+}
+
+fn smoothing(config: &RunConfig, sigma: f64) -> Result<SmoothingConfig> {
+    let certify = &config.certify;
+    let smoothing = SmoothingConfig {
+        sigma,
+        n0: certify.n0 as u64,
+        n: certify.n as u64,
+        alpha: certify.alpha,
+        batch_size: config.batch_size,
+        seed: config.seed,
+    };
+    smoothing.check()?;
+    Ok(smoothing)
+}
+
+/// The smoothed classifier's answer (PREDICT of Cohen et al. 2019): noise on the pixels that the network takes.
+fn smoothed(
+    assistant: &Assistant,
+    asking: &Asking,
+    sample: &Sample,
+    picture: &RgbImage8,
+    smoothing: &SmoothingConfig,
+) -> Result<Outcome> {
+    let image = assistant.process(picture)?;
+    let prompt = assistant.prompt(&asking.template.user_text(sample), Some(image.grid))?;
+    let reading = match asking.scoring {
+        Scoring::Generate => {
+            Reading::Generation { max_new_tokens: asking.max_new_tokens, parse: &parse_answer }
+        }
+        Scoring::Likelihood => Reading::Likelihood {
+            completions: asking
+                .option_completions(sample)
+                .iter()
+                .map(|text| assistant.target(text))
+                .collect::<Result<_>>()?,
+        },
+    };
+    let num_options = sample.options.len();
+    let classifier = QuestionClassifier { assistant, prompt: &prompt, num_options, reading };
+    let pixels = image.resized.to_tensor(assistant.vlm.device())?;
+    let key = rng::key_of(&picture.sha256());
+    let found = certify::predict(&classifier, &pixels, key, smoothing)?;
+    // The last class is that of answers that cannot be read.
+    let option = found.prediction.filter(|class| *class < num_options);
+    let mut summary = summary(sample, option);
+    if found.prediction.is_none() {
+        summary["prediction"] = Value::Null;
+    }
+    let counts = counts_by_letter(&found.counts);
+    summary["abstained"] = json!(found.prediction.is_none());
+    summary["sigma"] = json!(smoothing.sigma);
+    summary["n"] = json!(smoothing.n);
+    summary["alpha"] = json!(smoothing.alpha);
+    summary["p_value"] = json!(found.p_value);
+    summary["counts"] = json!(counts);
+    let mut text = match (found.prediction, option) {
+        (_, Some(option)) => format!("{}) {}\n", letter(Some(option)), sample.options[option]),
+        (Some(_), None) => "none: the answer cannot be read under noise\n".to_owned(),
+        (None, _) => "abstains: no answer leads clearly under noise\n".to_owned(),
+    };
+    let votes: Vec<String> = counts.iter().map(|(letter, count)| format!("{letter} {count}")).collect();
+    let _ = writeln!(
+        text,
+        "\nsmoothed with sigma {}, {} draws, alpha {}: {}",
+        smoothing.sigma,
+        smoothing.n,
+        smoothing.alpha,
+        votes.join(", ")
+    );
+    Ok(Outcome::new(summary, text))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_question_needs_two_to_five_options_with_text() {
+        let ask = |options: &[&str]| {
+            let options: Vec<String> = options.iter().map(|text| (*text).to_owned()).collect();
+            sample(Path::new("i.png"), "Which?", &options)
+        };
+        for options in [&["CT"][..], &[], &["CT", " "], &["1", "2", "3", "4", "5", "6"]] {
+            assert!(matches!(ask(options), Err(Error::Usage(_))), "{options:?}");
+        }
+        assert_eq!(ask(&["CT", "MRI"]).unwrap().options, ["CT", "MRI"]);
+        assert!(sample(Path::new("i.png"), " ", &["a".into(), "b".into()]).is_err());
+    }
+}

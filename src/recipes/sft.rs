@@ -1,0 +1,102 @@
+//! One step of supervised fine-tuning, on clean images (`sft`) or on attacked ones (`at_sft`).
+//!
+//! The loss is the mean negative log-likelihood over the tokens of the right completions, the token that ends the turn
+//! included; prompt and image tokens are never learnt.
+
+use super::fit::Fit;
+use super::items;
+use super::lesson::{Lesson, Questions, attack_batch};
+use crate::error::{Error, Result};
+use crate::nn::recompute::{Gradients, Memory, Stage, loss_and_gradients};
+use crate::roles::policy::{self, Scoring};
+use candle_core::Tensor;
+use serde_json::{Map, Value, json};
+use std::time::Instant;
+
+/// What a step reports: its metrics, and the seconds of its phases.
+#[derive(Debug, Default)]
+pub struct StepReport {
+    /// One object of `metrics.jsonl`, without the step's number.
+    pub metrics: Map<String, Value>,
+    /// Completions to write down.
+    pub completions: Vec<Value>,
+    /// Seconds by phase.
+    pub phases: Vec<(&'static str, f64)>,
+}
+
+/// Trains on the questions of the fit's current step.
+///
+/// # Errors
+/// When a loss or gradient is not finite; [`Lesson::located`] adds the questions.
+pub fn step(lesson: &Lesson<'_>, fit: &mut Fit, is_adversarial: bool, memory: Memory) -> Result<StepReport> {
+    let mut report = StepReport::default();
+    let questions = lesson.questions(&fit.frozen, fit.step)?;
+    let started = Instant::now();
+    let (pixels, attacked) = if is_adversarial {
+        let attacked = attack_batch(lesson, &fit.frozen, &questions, fit.step)?;
+        (attacked.pixels.clone(), Some(attacked))
+    } else {
+        (items::stack(&fit.frozen, &questions.images)?, None)
+    };
+    report.phases.push(("attack", started.elapsed().as_secs_f64()));
+
+    let started = Instant::now();
+    let (loss, gradients) = loss_of(lesson, fit, &questions, &pixels, memory)?;
+    if !loss.is_finite() {
+        return Err(Error::NonFinite(format!("the loss is {loss}")));
+    }
+    let update = fit.update(&gradients, lesson.config)?;
+    report.phases.push(("update", started.elapsed().as_secs_f64()));
+
+    let metrics = &mut report.metrics;
+    metrics.insert("loss".into(), json!(loss));
+    metrics.insert("learning_rate".into(), json!(update.learning_rate));
+    metrics.insert("grad_norm".into(), json!(update.grad_norm));
+    let num_tokens = questions.prompts.iter().map(|prompt| prompt.ids.len()).sum::<usize>()
+        + questions.targets.iter().map(|target| target.len() - 1).sum::<usize>();
+    metrics.insert("num_tokens".into(), json!(num_tokens));
+    if let Some(attacked) = attacked {
+        metrics.insert("epsilon".into(), json!(attacked.epsilon));
+        if let Some((clean, adversarial)) = attacked.losses {
+            metrics.insert("loss_clean".into(), json!(clean));
+            metrics.insert("loss_adversarial".into(), json!(adversarial));
+            metrics.insert("pgd_gain".into(), json!(adversarial - clean));
+        }
+    }
+    Ok(report)
+}
+
+/// The loss of all questions and its gradients, added up over passes of `micro_batch_size` questions. Each pass has
+/// the weight of its target tokens, so that the sum is the mean over all of them.
+fn loss_of(
+    lesson: &Lesson<'_>,
+    fit: &Fit,
+    questions: &Questions,
+    pixels: &[Tensor],
+    memory: Memory,
+) -> Result<(f64, Gradients)> {
+    let vlm = &fit.assistant.vlm;
+    let num_targets: usize = questions.targets.iter().map(Vec::len).sum();
+    let (mut total, mut gradients) = (0.0, Gradients::default());
+    let all: Vec<usize> = (0..questions.prompts.len()).collect();
+    for part in all.chunks(lesson.micro_batch_size()) {
+        let pixels = if part.len() == all.len() { pixels.to_vec() } else { items::pick(pixels, part)? };
+        let completions: Vec<Vec<Vec<u32>>> =
+            part.iter().map(|&i| vec![questions.targets[i].clone()]).collect();
+        let prompts = &questions.prompts[part[0]..part[0] + part.len()];
+        let scoring = Scoring::new(&fit.assistant, prompts, &completions)?;
+        let plan = vlm.vision_plan(&policy::grids_of(&fit.assistant, &pixels)?)?;
+        let mut stages: Vec<Stage<'_>> = Vec::new();
+        if !pixels.is_empty() {
+            stages.extend(vlm.vision_stages(&plan));
+        }
+        stages.extend(scoring.stages(&fit.assistant));
+        let loss = |state: &[Tensor]| {
+            scoring.log_probs(&fit.assistant, &state[0], 1.0)?.sum_all()? * (-1.0 / num_targets as f64)
+        };
+        let (loss, own) = loss_and_gradients(&stages, &pixels, loss, &fit.wanted(), memory)?;
+        total += f64::from(loss.to_scalar::<f32>()?);
+        gradients.add(own)?;
+    }
+    Ok((total, gradients))
+}

@@ -1,0 +1,190 @@
+//! Training: questions, one step after another, checkpoints.
+
+use super::config::{RecipeName, RunConfig};
+use super::fit::Fit;
+use super::inputs;
+use super::items::{self, Images};
+use super::job::{Job, Outcome};
+use super::lesson::Lesson;
+use super::progress::Progress;
+use super::report::{self, ReportOptions};
+use super::run::Run;
+use super::scratch::{self, Scratch};
+use super::{grpo, sft};
+use crate::data::Dataset;
+use crate::error::{Error, Result};
+use crate::model::assistant::Assistant;
+use crate::model::weights;
+use crate::nn::recompute::Memory;
+use serde_json::{Value, json};
+use std::path::PathBuf;
+
+/// `safemed train`.
+///
+/// # Errors
+/// Whatever is wrong with settings, data or weights, before the first step; numbers that are not finite, at the step.
+pub fn train(job: &Job<'_>) -> Result<Outcome> {
+    inputs::check_job(job)?;
+    let material = material(&job.config)?;
+    let mut run = job.open_run()?;
+    let summary = learn(material, &job.config, &mut run, job.progress)?;
+    let options = ReportOptions { images: job.config.images, ..ReportOptions::default() };
+    report::report(&[run.dir().to_path_buf()], &options, job.progress)?;
+    let text =
+        format!("trained: {}\n", run.path(summary["checkpoint"].as_str().unwrap_or_default()).display());
+    Ok(Outcome::new(summary, text))
+}
+
+/// What a training run learns from.
+struct Material {
+    dataset: Dataset,
+    /// Where the model comes from; none from scratch.
+    model: Option<PathBuf>,
+    assistant: Assistant,
+    /// The frozen policy of GRPO's KL term.
+    reference: Option<Assistant>,
+}
+
+/// Everything a configuration names, loaded; the questions first, for they are cheap.
+fn material(config: &RunConfig) -> Result<Material> {
+    let (dataset, _) = inputs::open_questions(config)?;
+    items::require_some(&dataset, "train on")?;
+    let device = config.backend().device()?;
+    let needs_reference = config.train.recipe.is_grpo() && config.train.grpo.kl_coef > 0.0;
+    let model = config.model.as_deref().unwrap_or_default();
+    if model == scratch::TINY {
+        let templates = [config.prompt.parse()?];
+        let build = || Scratch::tiny().build(&dataset.samples, &templates, config.seed, &device);
+        let assistant = build()?;
+        let reference = if needs_reference { Some(build()?.detached()) } else { None };
+        return Ok(Material { dataset, model: None, assistant, reference });
+    }
+    let model = weights::locate(model)?;
+    let parts = &config.train.parts;
+    let trains = |name: &str| trains(name, parts.vision, parts.merger, parts.text);
+    let assistant = Assistant::load(&model, &trains, &device)?;
+    let reference = if needs_reference { Some(Assistant::load(&model, &|_| false, &device)?) } else { None };
+    Ok(Material { dataset, model: Some(model), assistant, reference })
+}
+
+/// Trains in an open run directory and leaves the summary there.
+///
+/// # Errors
+/// As [`train`].
+pub fn run_training(config: &RunConfig, run: &mut Run, progress: &dyn Progress) -> Result<Value> {
+    learn(material(config)?, config, run, progress)
+}
+
+fn learn(material: Material, config: &RunConfig, run: &mut Run, progress: &dyn Progress) -> Result<Value> {
+    let Material { dataset, model, assistant, reference } = material;
+    inputs::note_questions(run, &dataset, None, config.prompt.parse()?)?;
+    if let Some(model) = &model {
+        run.provenance("model_sha256", json!(inputs::model_sha256(model)?))?;
+    }
+    let checkpoint = fit(&dataset, config, assistant, reference.as_ref(), run, progress)?;
+    let summary = json!({
+        "command": "train",
+        "n": dataset.samples.len(),
+        "recipe": config.train.recipe.word(),
+        "num_steps": config.train.num_steps,
+        "checkpoint": checkpoint.strip_prefix(run.dir()).unwrap_or(&checkpoint),
+        "metrics": run.read_metrics()?.last().cloned().unwrap_or(Value::Null),
+        "seconds": run.seconds(),
+    });
+    run.summary(&summary)?;
+    Ok(summary)
+}
+
+/// Which parameters a choice of parts trains.
+pub fn trains(name: &str, vision: bool, merger: bool, text: bool) -> bool {
+    if name.starts_with("model.visual.") {
+        let is_merger = name.contains("merger");
+        (is_merger && merger) || (!is_merger && vision)
+    } else {
+        text
+    }
+}
+
+/// Runs every step that is left, saving as it goes; returns the last checkpoint's directory.
+///
+/// # Errors
+/// [`Error::Stopped`] when asked to stop, with everything saved.
+pub fn fit(
+    dataset: &Dataset,
+    config: &RunConfig,
+    assistant: Assistant,
+    reference: Option<&Assistant>,
+    run: &mut Run,
+    progress: &dyn Progress,
+) -> Result<PathBuf> {
+    let settings = &config.train;
+    let images = Images::new(&dataset.root);
+    let lesson = Lesson {
+        samples: &dataset.samples,
+        images: &images,
+        template: config.prompt.parse()?,
+        config: settings,
+        seed: config.seed,
+    };
+    let mut fit = Fit::new(assistant)?;
+    let checkpoints = run.path("checkpoints");
+    fit.resume(&checkpoints)?;
+    run.rewind_to(fit.step)?;
+    progress.start(settings.num_steps, settings.recipe.word());
+    let mut saved = None;
+    while fit.step < settings.num_steps as u64 {
+        let report = match settings.recipe {
+            RecipeName::Sft | RecipeName::AtSft => {
+                sft::step(&lesson, &mut fit, settings.recipe.is_adversarial(), Memory::Keep)
+            }
+            RecipeName::Grpo | RecipeName::AtGrpo => grpo::step(
+                &lesson,
+                &mut fit,
+                reference,
+                config.max_new_tokens,
+                settings.recipe.is_adversarial(),
+                Memory::Keep,
+            ),
+        };
+        let report = report.map_err(|error| lesson.located(error, fit.step))?;
+        fit.step += 1;
+        let mut metrics = serde_json::Map::new();
+        metrics.insert("step".into(), json!(fit.step));
+        metrics.extend(report.metrics);
+        for completion in report.completions {
+            let mut line = serde_json::Map::new();
+            line.insert("step".into(), json!(fit.step));
+            if let Value::Object(fields) = completion {
+                line.extend(fields);
+            }
+            run.completion(&line)?;
+        }
+        let shown: Vec<(&str, f64)> =
+            SHOWN.iter().filter_map(|(key, short)| Some((*short, metrics.get(*key)?.as_f64()?))).collect();
+        progress.tick(fit.step as usize, &shown);
+        run.metrics(&metrics)?;
+        let seconds: f64 = report.phases.iter().map(|(_, seconds)| seconds).sum();
+        run.timing("step", seconds, &report.phases)?;
+        let is_last = fit.step == settings.num_steps as u64;
+        let is_due = settings.save_every > 0 && fit.step.is_multiple_of(settings.save_every as u64);
+        let is_stopping = run.stop_requested();
+        if is_last || is_due || is_stopping {
+            saved = Some(fit.save(&checkpoints, settings.keep_checkpoints)?);
+        }
+        if is_stopping && !is_last {
+            return Err(Error::Stopped);
+        }
+    }
+    progress.finish();
+    Ok(saved.unwrap_or_else(|| checkpoints.join(format!("step-{}", fit.step))))
+}
+
+/// The figures a person watches, with the short words a progress bar has room for.
+const SHOWN: [(&str, &str); 6] = [
+    ("loss", "loss"),
+    ("reward", "reward"),
+    ("rewards/accuracy_adversarial/mean", "adv"),
+    ("rewards/accuracy_clean/mean", "clean"),
+    ("frac_reward_zero_std", "zero-var"),
+    ("pgd_gain", "pgd gain"),
+];

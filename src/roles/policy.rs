@@ -1,0 +1,170 @@
+//! The model as policy: what it would say, and how likely it finds what was said.
+
+use crate::error::Result;
+use crate::model::assistant::Assistant;
+use crate::model::generate::{Completion, Decoding, Prompt, generate};
+use crate::model::vlm::{Batch, Features};
+use crate::nn::attention::{Block, Layout};
+use crate::nn::recompute::Stage;
+use crate::nn::rows;
+use candle_core::Tensor;
+use std::ops::Range;
+
+/// One question put to the model: its prompt and the size of its image.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Question {
+    /// The prompt's rows.
+    pub prompt: Prompt,
+    /// Height and width of the image at the model's resolution; none for text alone.
+    pub image_size: Option<[usize; 2]>,
+}
+
+/// Features of a list of images of any sizes, each `[1 or n, 3, height, width]` in [0, 1].
+///
+/// # Errors
+/// When a size does not fit.
+pub fn encode(assistant: &Assistant, pixels: &[Tensor]) -> Result<Features> {
+    let plan = assistant.vlm.vision_plan(&grids_of(assistant, pixels)?)?;
+    assistant.vlm.encode_images(pixels, &plan)
+}
+
+/// The grids of a list of pixel tensors, in order.
+///
+/// # Errors
+/// When a tensor is not four-dimensional.
+pub fn grids_of(assistant: &Assistant, pixels: &[Tensor]) -> Result<Vec<[usize; 3]>> {
+    let mut grids = Vec::new();
+    for tensor in pixels {
+        let (count, _, height, width) = tensor.dims4()?;
+        grids.extend(std::iter::repeat_n(assistant.vlm.grid_of(height, width), count));
+    }
+    Ok(grids)
+}
+
+/// Greedy answers, one for each prompt; images in the order of the prompts.
+///
+/// # Errors
+/// When a logit is not a number.
+pub fn answers(
+    assistant: &Assistant,
+    prompts: &[Prompt],
+    pixels: &[Tensor],
+    max_new_tokens: usize,
+) -> Result<Vec<Completion>> {
+    let decoding = assistant.decoding(max_new_tokens, 0.0);
+    let seeds = vec![vec![0]; prompts.len()];
+    Ok(sample(assistant, prompts, pixels, &seeds, &decoding)?.into_iter().flatten().collect())
+}
+
+/// Sampled completions, `seeds[p].len()` for prompt `p`.
+///
+/// # Errors
+/// When a logit is not a number.
+pub fn sample(
+    assistant: &Assistant,
+    prompts: &[Prompt],
+    pixels: &[Tensor],
+    seeds: &[Vec<u64>],
+    decoding: &Decoding,
+) -> Result<Vec<Vec<Completion>>> {
+    let features = if pixels.is_empty() { None } else { Some(encode(assistant, pixels)?) };
+    generate(&assistant.vlm, prompts, features.as_ref(), seeds, decoding)
+}
+
+/// Prompts with their completions laid out so that each prompt's rows are computed once and seen by all of its
+/// completions.
+#[derive(Debug, Clone)]
+pub struct Scoring {
+    /// Rows of the decoder.
+    pub batch: Batch,
+    /// The row that predicts each target token.
+    rows: Vec<u32>,
+    /// Target tokens of all completions one after another.
+    targets: Vec<u32>,
+    /// For prompt `p` and completion `c`, where its tokens stand in the list of targets.
+    pub spans: Vec<Vec<Range<usize>>>,
+}
+
+impl Scoring {
+    /// Lays out `completions[p]` behind prompt `p`; every completion has at least one token.
+    ///
+    /// # Errors
+    /// When tensors cannot be made on the device.
+    pub fn new(assistant: &Assistant, prompts: &[Prompt], completions: &[Vec<Vec<u32>>]) -> Result<Self> {
+        let (mut input_ids, mut image_rows) = (Vec::new(), Vec::new());
+        let mut positions: [Vec<i64>; 3] = Default::default();
+        let mut blocks = Vec::new();
+        let (mut scored_rows, mut targets, mut spans) = (Vec::new(), Vec::new(), Vec::new());
+        for (prompt, completions) in prompts.iter().zip(completions) {
+            let start = input_ids.len();
+            input_ids.extend_from_slice(&prompt.ids);
+            image_rows.extend(prompt.image_rows.iter().map(|row| row + start as u32));
+            for (all, own) in positions.iter_mut().zip(&prompt.positions) {
+                all.extend_from_slice(own);
+            }
+            let shared = start..input_ids.len();
+            blocks.push(Block { queries: shared.clone(), keys: vec![shared.clone()], is_causal: true });
+            let next = prompt.next_position();
+            let mut own_spans = Vec::with_capacity(completions.len());
+            for completion in completions {
+                let first_target = targets.len();
+                // The prompt's last row predicts the first token, each token but the last predicts the next.
+                let inputs = &completion[..completion.len() - 1];
+                let own = input_ids.len()..input_ids.len() + inputs.len();
+                scored_rows.push(shared.end as u32 - 1);
+                scored_rows.extend(own.clone().map(|row| row as u32));
+                targets.extend_from_slice(completion);
+                input_ids.extend_from_slice(inputs);
+                for axis in &mut positions {
+                    axis.extend((0..inputs.len() as i64).map(|i| next + i));
+                }
+                if !own.is_empty() {
+                    let keys = vec![shared.clone(), own.clone()];
+                    blocks.push(Block { queries: own, keys, is_causal: true });
+                }
+                own_spans.push(first_target..targets.len());
+            }
+            spans.push(own_spans);
+        }
+        let plan = assistant.vlm.row_plan(&positions, Layout { blocks })?;
+        Ok(Self { batch: Batch { input_ids, image_rows, plan }, rows: scored_rows, targets, spans })
+    }
+
+    /// Number of target tokens.
+    pub fn num_targets(&self) -> usize {
+        self.targets.len()
+    }
+
+    /// Log-probability of every target token from the decoder's last state, `[targets]`, in nats.
+    ///
+    /// # Errors
+    /// When a target is not in the vocabulary.
+    pub fn log_probs(
+        &self,
+        assistant: &Assistant,
+        hidden: &Tensor,
+        temperature: f64,
+    ) -> candle_core::Result<Tensor> {
+        let rows = rows::select(hidden, &self.rows)?;
+        assistant.vlm.log_probs(&rows, &self.targets, temperature)
+    }
+
+    /// Stages from features to the normalised hidden state.
+    pub fn stages<'a>(&'a self, assistant: &'a Assistant) -> Vec<Stage<'a>> {
+        assistant.vlm.decoder_stages(&self.batch)
+    }
+
+    /// Log-probabilities without gradients.
+    ///
+    /// # Errors
+    /// When features and prompts do not match.
+    pub fn evaluate(
+        &self,
+        assistant: &Assistant,
+        features: Option<&Features>,
+        temperature: f64,
+    ) -> Result<Vec<f32>> {
+        let hidden = assistant.vlm.forward(features, &self.batch)?;
+        Ok(self.log_probs(assistant, &hidden, temperature)?.to_vec1()?)
+    }
+}

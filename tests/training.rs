@@ -1,0 +1,513 @@
+//! Training, attacking and certifying a tiny model: what is learnt and logged, what is refused, and that no kill,
+//! thread or batch changes a byte.
+
+use crate::support::{run as call, safemed};
+use crate::tiny::{Kind, Weights, assistant_of, phantoms, tiny_checkpoint};
+use safemed::backend::with_threads;
+use safemed::error::{Error, ExitStatus, Result};
+use safemed::recipes::config::Command::{self, Attack, Certify, Train};
+use safemed::recipes::config::{Override, RunConfig};
+use safemed::recipes::job::{Job, Outcome};
+use safemed::recipes::progress::Silent;
+use safemed::recipes::run::Stop;
+use safemed::recipes::{attack, certify, train};
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::sync::OnceLock;
+use std::time::Duration;
+
+/// Checkpoints and questions, made once for all tests.
+struct Material {
+    _dir: tempfile::TempDir,
+    /// As drawn for training.
+    fresh: PathBuf,
+    /// Answers with letters.
+    loud: PathBuf,
+    data: PathBuf,
+}
+
+fn material() -> &'static Material {
+    static MADE: OnceLock<Material> = OnceLock::new();
+    MADE.get_or_init(|| {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        let (fresh, loud, data) = (path("fresh"), path("loud"), path("data"));
+        assistant_of(Kind::Qwen3, Weights::Fresh, false).save(&fresh).unwrap();
+        tiny_checkpoint(&loud);
+        phantoms(&data);
+        Material { _dir: dir, fresh, loud, data }
+    })
+}
+
+/// Settings by key, as text, over those that all runs here share.
+fn settings(model: &Path, out: &Path, more: &[(&str, &str)]) -> Vec<(String, String)> {
+    let path = |path: &Path| path.display().to_string();
+    let mut all: BTreeMap<String, String> = BTreeMap::new();
+    for (key, value) in [
+        ("model", path(model)),
+        ("out", path(out)),
+        ("data.omnimedvqa", path(&material().data)),
+        ("data.split", "splits/train.json".to_owned()),
+        ("prompt", "phantom".to_owned()),
+        ("max_new_tokens", "2".to_owned()),
+        ("images", "false".to_owned()),
+        ("train.target", "instruct".to_owned()),
+    ] {
+        all.insert(key.to_owned(), value);
+    }
+    all.extend(more.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())));
+    all.into_iter().collect()
+}
+
+fn run_as(command: Command, settings: &[(String, String)], threads: usize) -> Result<Outcome> {
+    let overrides: Vec<Override> =
+        settings.iter().map(|(key, value)| Override::new(key, value, "--set")).collect();
+    let config = RunConfig::load(command, None, &overrides)?;
+    let job = Job {
+        command,
+        config,
+        resume: false,
+        command_line: Vec::new(),
+        stop: Stop::default(),
+        progress: &Silent,
+    };
+    with_threads(Some(threads), || match command {
+        Train => train::train(&job),
+        Attack => attack::attack(&job),
+        _ => certify::certify(&job),
+    })
+}
+
+/// The same as arguments of the program.
+fn arguments(command: Command, settings: &[(String, String)]) -> Vec<String> {
+    let mut arguments = vec![command.word().to_owned()];
+    for (key, value) in settings {
+        arguments.extend(["--set".to_owned(), format!("{key}={value}")]);
+    }
+    arguments
+}
+
+fn lines(dir: &Path, name: &str) -> Vec<Value> {
+    let text = fs::read_to_string(dir.join(name)).unwrap();
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+/// Every file that must not depend on kills, threads or batches, with its bytes; the summary without its seconds.
+fn results(dir: &Path) -> BTreeMap<String, Vec<u8>> {
+    let mut found = BTreeMap::new();
+    let mut folders = vec![dir.to_path_buf()];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(&folder).unwrap() {
+            let path = entry.unwrap().path();
+            let name = path.strip_prefix(dir).unwrap().display().to_string();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.extension().is_some_and(|end| end == "jsonl") && name != "timings.jsonl"
+                || ["checkpoints/", "adversarial/"].iter().any(|folder| name.starts_with(folder))
+            {
+                found.insert(name, fs::read(path).unwrap());
+            } else if name == "summary.json" {
+                let mut summary: Value = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
+                summary.as_object_mut().unwrap().remove("seconds").unwrap();
+                found.insert(name, summary.to_string().into_bytes());
+            }
+        }
+    }
+    found
+}
+
+fn check_same(a: &Path, b: &Path) {
+    let (a_files, b_files) = (results(a), results(b));
+    let names = |files: &BTreeMap<String, Vec<u8>>| files.keys().cloned().collect::<Vec<_>>();
+    assert_eq!(names(&a_files), names(&b_files));
+    for (name, bytes) in &a_files {
+        assert!(*bytes == b_files[name], "{name} differs: {} {}", a.display(), b.display());
+    }
+}
+
+/// Runs the program; once `file` of its run has so many lines it is killed without warning, then run again with
+/// `--resume`, and so on through `kills`; the last run goes to its end. Fails when no kill came in time.
+fn run_with_kills(command: Command, settings: &[(String, String)], out: &Path, file: &str, kills: &[usize]) {
+    let mut arguments = arguments(command, settings);
+    arguments.push("--resume".to_owned());
+    let count = |path: &Path| fs::read_to_string(path).map_or(0, |text| text.lines().count());
+    let mut killed = 0;
+    for &wanted in kills {
+        let mut child = safemed(out.parent().unwrap())
+            .args(&arguments)
+            .args(["--threads", "1"])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        while child.try_wait().unwrap().is_none() {
+            if count(&out.join(file)) >= wanted {
+                child.kill().unwrap();
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        killed += usize::from(child.wait().unwrap().code().is_none());
+    }
+    assert!(killed > 0, "every run ended before it could be killed");
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let (status, _, err) = call(out.parent().unwrap(), &arguments);
+    assert_eq!(status, 0, "{err}");
+}
+
+#[test]
+fn a_tiny_model_learns_eight_phantoms_by_heart() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    let more = [
+        ("train.recipe", "sft"),
+        ("data.limit", "8"),
+        ("train.batch_size", "8"),
+        ("train.num_steps", "50"),
+        ("train.learning_rate", "0.01"),
+        ("train.save_every", "0"),
+    ];
+    run_as(Train, &settings(&material().fresh, &out, &more), 2).unwrap();
+    let losses: Vec<f64> =
+        lines(&out, "metrics.jsonl").iter().map(|line| line["loss"].as_f64().unwrap()).collect();
+    assert_eq!(losses.len(), 50);
+    assert!(losses[0] > 3.0, "{losses:?}");
+    assert!(losses[49] < 0.1, "{losses:?}");
+    let step = &lines(&out, "metrics.jsonl")[4];
+    for key in ["step", "loss", "learning_rate", "grad_norm", "num_tokens"] {
+        assert!(step[key].is_number(), "{key}: {step}");
+    }
+    // The checkpoint is a model of its own.
+    let trained = out.join("checkpoints/step-50");
+    let more = [("attack.epsilon", "0"), ("attack.num_steps", "1"), ("data.limit", "8")];
+    let outcome = run_as(Attack, &settings(&trained, &dir.path().join("attack"), &more), 2).unwrap();
+    assert_eq!(outcome.summary["clean_accuracy"], 1.0);
+    assert_eq!(outcome.summary["verdict"], "doubtful");
+}
+
+/// Few steps of an adversarial recipe on few questions.
+const SHORT: [(&str, &str); 9] = [
+    ("data.limit", "12"),
+    ("train.batch_size", "3"),
+    ("train.num_steps", "6"),
+    ("train.save_every", "2"),
+    ("train.keep_checkpoints", "0"),
+    ("train.learning_rate", "0.002"),
+    ("train.grpo.group_size", "4"),
+    ("train.permute_options", "true"),
+    ("train.adversary.num_steps", "2"),
+];
+
+#[test]
+fn every_recipe_logs_its_numbers() {
+    let dir = tempfile::tempdir().unwrap();
+    let sft = ["loss", "learning_rate", "grad_norm", "num_tokens"];
+    let adversary = ["epsilon", "loss_clean", "loss_adversarial", "pgd_gain"];
+    let grpo = [
+        "loss",
+        "learning_rate",
+        "grad_norm",
+        "reward",
+        "reward_std",
+        "rewards/accuracy/mean",
+        "rewards/accuracy/std",
+        "rewards/format/mean",
+        "rewards/format/std",
+        "frac_reward_zero_std",
+        "groups_updated",
+        "kl",
+        "entropy",
+        "clip_ratio/low_mean",
+        "clip_ratio/high_mean",
+        "completions/mean_length",
+        "completions/max_length",
+        "completions/clipped_ratio",
+    ];
+    for (recipe, keys) in [
+        ("at_sft", [&sft[..], &adversary].concat()),
+        ("grpo", grpo.to_vec()),
+        ("at_grpo", [&grpo[..], &adversary].concat()),
+    ] {
+        let out = dir.path().join(recipe);
+        let own = [
+            ("train.recipe", recipe),
+            ("train.num_steps", "2"),
+            ("train.grpo.kl_coef", "0.04"),
+            ("train.grpo.num_updates", "2"),
+        ];
+        let more = [&SHORT[..], &own].concat();
+        run_as(Train, &settings(&material().loud, &out, &more), 2).unwrap();
+        let steps = lines(&out, "metrics.jsonl");
+        assert_eq!(steps.len(), 2);
+        for (step, key) in steps.iter().flat_map(|step| keys.iter().map(move |key| (step, key))) {
+            assert!(step[*key].is_number(), "{recipe} {key}: {step}");
+        }
+        if recipe.starts_with("at_") {
+            assert!(steps.iter().all(|step| step["pgd_gain"].as_f64() > Some(0.0)), "{steps:?}");
+        }
+        if recipe.ends_with("grpo") {
+            assert!(steps.iter().any(|step| step["groups_updated"].as_f64() > Some(0.0)), "{steps:?}");
+            assert_eq!(lines(&out, "completions.jsonl").len(), 2 * 4);
+        }
+        assert!(out.join("report.md").exists() && out.join("checkpoints/step-2/config.json").exists());
+    }
+}
+
+#[test]
+fn killed_training_goes_on_to_the_same_bytes() {
+    let dir = tempfile::tempdir().unwrap();
+    let (whole, killed) = (dir.path().join("whole"), dir.path().join("killed"));
+    let more = [&SHORT[..], &[("train.recipe", "at_grpo")]].concat();
+    run_as(Train, &settings(&material().loud, &whole, &more), 2).unwrap();
+    let settings = settings(&material().loud, &killed, &more);
+    // Behind the checkpoint of step 2: step 3 is done again.
+    run_with_kills(Train, &settings, &killed, "metrics.jsonl", &[1, 3]);
+    assert!(results(&whole).keys().any(|name| name.contains("step-4/optimizer.safetensors")));
+    check_same(&whole, &killed);
+}
+
+#[test]
+fn threads_change_no_byte_of_training() {
+    let dir = tempfile::tempdir().unwrap();
+    for recipe in ["sft", "at_grpo"] {
+        let outs = [1, 2].map(|threads| {
+            let out = dir.path().join(format!("{recipe}-{threads}"));
+            let more = [&SHORT[..], &[("train.recipe", recipe), ("train.num_steps", "3")]].concat();
+            run_as(Train, &settings(&material().loud, &out, &more), threads).unwrap();
+            out
+        });
+        check_same(&outs[0], &outs[1]);
+    }
+}
+
+#[test]
+fn passes_of_few_questions_add_up_to_the_whole_batch() {
+    let dir = tempfile::tempdir().unwrap();
+    for recipe in ["sft", "at_sft"] {
+        let numbers = ["7", "3", "1"].map(|micro| {
+            let out = dir.path().join(format!("{recipe}-{micro}"));
+            // Reasonings of different lengths: passes differ in their number of tokens.
+            let own = [
+                ("train.recipe", recipe),
+                ("train.target", "cot"),
+                ("prompt", "phantom_cot"),
+                ("train.batch_size", "7"),
+                ("train.num_steps", "1"),
+                ("train.micro_batch_size", micro),
+            ];
+            let more = [&SHORT[..], &own].concat();
+            run_as(Train, &settings(&material().loud, &out, &more), 2).unwrap();
+            let step = &lines(&out, "metrics.jsonl")[0];
+            ["loss", "grad_norm", "num_tokens"].map(|key| step[key].as_f64().unwrap())
+        });
+        for other in &numbers[1..] {
+            for (whole, parts) in numbers[0].iter().zip(other) {
+                assert!((whole / parts - 1.0).abs() < 1e-5, "{recipe}: {numbers:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn numbers_that_are_not_finite_end_training_with_step_and_questions() {
+    let dir = tempfile::tempdir().unwrap();
+    for recipe in ["sft", "at_grpo"] {
+        let own = [("train.recipe", recipe), ("train.learning_rate", "1e30")];
+        let more = [&SHORT[..], &own].concat();
+        let result = run_as(Train, &settings(&material().loud, &dir.path().join(recipe), &more), 2);
+        let error = result.unwrap_err();
+        assert_eq!(error.status(), ExitStatus::NonFinite, "{recipe}: {error}");
+        let text = error.to_string();
+        assert!(text.contains("step 2, questions `Phantom_"), "{recipe}: {text}");
+    }
+}
+
+/// Settings under which an attack or a certificate of a few items takes a moment.
+fn measuring(command: Command) -> Vec<(&'static str, &'static str)> {
+    let mut more = vec![("data.limit", "14"), ("data.split", "splits/test.json")];
+    more.extend(match command {
+        Attack => [("attack.objective", "all"), ("attack.num_steps", "4"), ("max_new_tokens", "2")],
+        _ => [("certify.sigma", "0.1"), ("certify.n", "60"), ("max_new_tokens", "1")],
+    });
+    more
+}
+
+#[test]
+fn batches_threads_and_kills_change_no_byte_of_attacks_and_certificates() {
+    for command in [Attack, Certify] {
+        let dir = tempfile::tempdir().unwrap();
+        let of = |name: &str, batch_size: &str| {
+            let out = dir.path().join(name);
+            let more = [&measuring(command)[..], &[("batch_size", batch_size)]].concat();
+            (settings(&material().loud, &out, &more), out)
+        };
+        let (settings, first) = of("first", "1");
+        let outcome = run_as(command, &settings, 1).unwrap();
+        for (name, batch_size, threads) in [("batched", "4", 1), ("threads", "1", 2), ("both", "4", 2)] {
+            let (settings, out) = of(name, batch_size);
+            run_as(command, &settings, threads).unwrap();
+            check_same(&first, &out);
+        }
+        let (settings, killed) = of("killed", "1");
+        run_with_kills(command, &settings, &killed, "records.jsonl", &[1, 4]);
+        check_same(&first, &killed);
+
+        let (records, summary) = (lines(&first, "records.jsonl"), &outcome.summary);
+        let right =
+            |record: &&Value| record[if command == Attack { "robust_correct" } else { "correct" }] == true;
+        let share =
+            |records: &[&Value]| records.iter().copied().filter(right).count() as f64 / records.len() as f64;
+        assert_eq!(summary["n"], 14);
+        assert_eq!(summary["accuracy"], share(&records.iter().collect::<Vec<_>>()));
+        for key in ["modality", "question_type"] {
+            let groups = summary[format!("by_{key}")].as_object().unwrap();
+            assert!(!groups.is_empty());
+            for (name, accuracy) in groups {
+                let own: Vec<&Value> = records.iter().filter(|record| record[key] == **name).collect();
+                assert_eq!(*accuracy, share(&own), "{name}");
+                assert_eq!(summary[format!("{key}_details")][name]["n"], own.len());
+            }
+        }
+        if command == Attack {
+            check_attacks(&first, &records, summary);
+        } else {
+            let audited = dir.path().join("first").display().to_string();
+            let (status, out, err) = call(dir.path(), &["audit", &audited, "--json"]);
+            let report: Value = serde_json::from_str(&out).unwrap();
+            assert_eq!((status, &report["rows"], &report["exact"]), (0, &14.into(), &14.into()), "{err}");
+            let file = first.join("records.jsonl");
+            let text = fs::read_to_string(&file).unwrap();
+            fs::write(&file, text.replacen("\"alpha\":0.001", "\"alpha\":0.002", 1)).unwrap();
+            assert_eq!(call(dir.path(), &["audit", &audited]).0, 5);
+        }
+    }
+}
+
+/// What each record says about its attacked image, against the image itself.
+fn check_attacks(dir: &Path, records: &[Value], summary: &Value) {
+    let attacked: Vec<&Value> =
+        records.iter().filter(|record| record["adversarial_image"].is_string()).collect();
+    assert!(!attacked.is_empty(), "the tiny model got nothing right");
+    for record in attacked {
+        let read = |path: PathBuf| safemed::pixels::decode::decode_file(&path).unwrap();
+        let adversarial = read(dir.join(record["adversarial_image"].as_str().unwrap()));
+        let clean = read(material().data.join(record["image"].as_str().unwrap()));
+        let largest = adversarial.data.iter().zip(&clean.data).map(|(a, b)| a.abs_diff(*b)).max().unwrap();
+        assert_eq!(record["linf"].as_f64().unwrap(), f64::from(largest) / 255.0);
+        assert!(largest > 0 && largest <= 8, "{largest}");
+    }
+    assert!(summary["robust_accuracy"].as_f64() <= summary["clean_accuracy"].as_f64());
+    assert_eq!(summary["verdict"], "plausible", "{summary}");
+}
+
+/// Copies a directory of files and folders.
+fn copy(from: &Path, to: &Path) {
+    fs::create_dir_all(to).unwrap();
+    for entry in fs::read_dir(from).unwrap() {
+        let path = entry.unwrap().path();
+        let target = to.join(path.file_name().unwrap());
+        if path.is_dir() {
+            copy(&path, &target);
+        } else {
+            fs::copy(&path, &target).unwrap();
+        }
+    }
+}
+
+#[test]
+fn what_cannot_be_done_is_refused_before_anything_is_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    for (command, more, words) in [
+        (Attack, &[("attack.method", "apgd")][..], "`apgd` is not there yet"),
+        (Attack, &[("attack.epsilon", "3")], "out of range"),
+        (Certify, &[("certify.sigma", "0.25"), ("certify.n", "9")], "at least 10 draws"),
+        (Certify, &[("certify.sigma", "0")], "out of range"),
+        (Certify, &[("certify.sigma", "0.25"), ("certify.mode", "sequential")], "not there yet"),
+        (Train, &[("train.recipe", "grpo"), ("train.micro_batch_size", "2")], "whole batch"),
+        (Train, &[("train.recipe", "at_sft"), ("train.captions", "true")], "needs images"),
+        (
+            Train,
+            &[
+                ("train.parts.vision", "false"),
+                ("train.parts.merger", "false"),
+                ("train.parts.text", "false"),
+            ],
+            "no parameter would train",
+        ),
+    ] {
+        let error = run_as(command, &settings(&material().loud, &out, more), 1).unwrap_err();
+        assert_eq!(error.status(), ExitStatus::Usage, "{more:?}: {error}");
+        assert!(error.to_string().contains(words), "{more:?}: {error}");
+        assert!(!out.exists(), "{more:?}");
+    }
+    for command in [Attack, Certify, Train] {
+        for (more, words) in [
+            (("adapter", "some/adapter"), "adapters are not supported"),
+            (("dtype", "bf16"), "dtype `bf16`"),
+            (("device", "cuda"), "no CUDA"),
+        ] {
+            let more = [("certify.sigma", "0.25"), more];
+            let error = run_as(command, &settings(&material().loud, &out, &more), 1).unwrap_err();
+            assert_eq!(error.status(), ExitStatus::Usage, "{error}");
+            assert!(error.to_string().contains(words), "{command}: {error}");
+        }
+        let mut nameless = settings(&material().loud, &out, &[("certify.sigma", "0.25")]);
+        nameless.retain(|(key, _)| key != "model");
+        let error = run_as(command, &nameless, 1).unwrap_err();
+        assert!(matches!(&error, Error::Usage(text) if text.contains("no model is named")), "{error}");
+        assert!(!out.exists());
+        let foreign = dir.path().join(format!("foreign-{command}"));
+        fs::create_dir(&foreign).unwrap();
+        fs::write(foreign.join("notes.txt"), "mine").unwrap();
+        // Refused before the weights: those are not even there.
+        let absent = dir.path().join("absent");
+        let error =
+            run_as(command, &settings(&absent, &foreign, &[("certify.sigma", "0.25")]), 1).unwrap_err();
+        assert!(matches!(&error, Error::Usage(text) if text.contains("not empty")), "{error}");
+        assert_eq!(fs::read_dir(&foreign).unwrap().count(), 1);
+    }
+}
+
+#[test]
+fn a_damaged_image_or_weight_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("data");
+    copy(&material().data, &data);
+    for entry in fs::read_dir(data.join("Images/Phantom")).unwrap() {
+        let path = entry.unwrap().path();
+        let bytes = fs::read(&path).unwrap();
+        fs::write(&path, &bytes[..bytes.len() / 2]).unwrap();
+    }
+    let data = data.display().to_string();
+    for command in [Attack, Certify, Train] {
+        let out = dir.path().join(command.word());
+        let more = [("data.omnimedvqa", data.as_str()), ("certify.sigma", "0.25"), ("data.limit", "2")];
+        let error = run_as(command, &settings(&material().loud, &out, &more), 1).unwrap_err();
+        assert_eq!(error.status(), ExitStatus::Data, "{error}");
+        let text = error.to_string();
+        assert!(text.contains(".png") && text.contains("Phantom_"), "{command}: {text}");
+    }
+    let weights = safemed::model::weights::Weights::open(&material().loud).unwrap();
+    let name = "model.language_model.layers.1.mlp.up_proj.weight";
+    let tensors: Vec<(String, candle_core::Tensor)> = weights
+        .names()
+        .map(|each| {
+            let tensor = weights.get(each, weights.shape(each).unwrap()).unwrap();
+            (each.to_owned(), if each == name { (tensor * f64::NAN).unwrap() } else { tensor })
+        })
+        .collect();
+    let broken = dir.path().join("model");
+    copy(&material().loud, &broken);
+    safemed::model::weights::save(&broken, &tensors).unwrap();
+    for command in [Attack, Certify, Train] {
+        let out = dir.path().join(format!("broken-{command}"));
+        let error = run_as(command, &settings(&broken, &out, &[("certify.sigma", "0.25")]), 1).unwrap_err();
+        assert_eq!(error.status(), ExitStatus::NonFinite, "{error}");
+        assert!(error.to_string().contains(name), "{error}");
+        assert!(!out.exists());
+    }
+}
