@@ -1,22 +1,12 @@
 //! The `safemed` program: parse, call, turn an error into an exit status.
 
+mod process;
+
 /// Keeps freed memory: temporaries of a training step are not returned to the system and faulted in again.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// mimalloc's `mi_option_purge_delay`: milliseconds until freed pages go back to the system; -1 is never. Given back,
-/// they would be cleared and faulted in again at every step: measured, a tenth of a training step.
-const PURGE_DELAY: libmimalloc_sys::mi_option_t = 15;
-
-#[expect(unsafe_code, reason = "environment and allocator are set up before any other thread exists")]
 fn main() -> std::process::ExitCode {
-    // candle's own element-wise pool spins while it waits and takes the cores from our threads: measured, half the time
-    // of a training step. Everything heavy is parallel in `nn` already.
-    if std::env::var_os("CANDLE_NUM_THREADS").is_none() {
-        // SAFETY: this is the first statement of a process with one thread.
-        unsafe { std::env::set_var("CANDLE_NUM_THREADS", "1") };
-    }
-    // SAFETY: an option of the allocator, set before any other thread allocates.
-    unsafe { libmimalloc_sys::mi_option_set(PURGE_DELAY, -1) };
+    process::prepare();
     safemed::cli::main()
 }

@@ -421,7 +421,7 @@ pub(crate) enum DataCommand {
     Split(DataSplitArgs),
     /// Make phantom images in OmniMedVQA's layout.
     #[command(
-        after_help = "Example:\n  safemed data phantom --out phantoms --seed 0 --train-items 6000 --test-items 320"
+        after_help = "Example:\n  safemed data phantom --out phantoms --seed 0 --train-items 6400 --test-items 320"
     )]
     Phantom(PhantomArgs),
     /// Write questions in OmniMedVQA's layout, or as Med-R1 split files.
@@ -472,7 +472,7 @@ pub(crate) struct PhantomArgs {
     #[arg(long, value_name = "C", default_value_t = 1.5, env = "SAFEMED_CONTRAST", hide_env = true)]
     pub(crate) contrast: f64,
     /// Questions of the training split.
-    #[arg(long, value_name = "N", default_value_t = 6000, env = "SAFEMED_TRAIN_ITEMS", hide_env = true)]
+    #[arg(long, value_name = "N", default_value_t = 6400, env = "SAFEMED_TRAIN_ITEMS", hide_env = true)]
     pub(crate) train_items: usize,
     /// Questions of the validation split.
     #[arg(long, value_name = "N", default_value_t = 320, env = "SAFEMED_VALIDATION_ITEMS", hide_env = true)]

@@ -60,7 +60,8 @@ impl<'a> Call<'a> {
             config,
             resume: common.resume,
             command_line: std::env::args().collect(),
-            stop: Stop::on_signals()?,
+            // One answer has nothing to save: there Ctrl-C ends the process as it always does.
+            stop: if command == Command::Predict { Stop::default() } else { Stop::on_signals()? },
             progress: self.terminal,
         })
     }

@@ -28,6 +28,8 @@ struct Training {
     name: &'static str,
     /// The training whose model it starts from.
     from: &'static str,
+    /// Done first, from there; this one goes on from its model.
+    warm_up: Option<Box<Training>>,
     settings: TrainConfig,
     /// Core-seconds it is expected to take, for the progress.
     weight: f64,
@@ -109,10 +111,13 @@ fn plan(seed: u64, is_quick: bool) -> Plan {
     };
     let instruct = TrainConfig {
         target: TargetName::Instruct,
-        num_steps: steps(900, 300),
+        num_steps: steps(1000, 300),
         learning_rate: 2e-3,
         ..sft.clone()
     };
+    // Letters right after the question are learnt from words first: from images alone they stay at chance for long.
+    let instruct_captions =
+        TrainConfig { captions: true, num_steps: 250, batch_size: 64, ..instruct.clone() };
     let mut at_sft = TrainConfig {
         recipe: RecipeName::AtSft,
         num_steps: steps(700, 200),
@@ -134,6 +139,7 @@ fn plan(seed: u64, is_quick: bool) -> Plan {
     let training = |name, from, settings: TrainConfig, seconds: f64| Training {
         name,
         from,
+        warm_up: None,
         weight: settings.num_steps as f64 * seconds,
         settings,
     };
@@ -151,7 +157,10 @@ fn plan(seed: u64, is_quick: bool) -> Plan {
         others: vec![
             training("at_grpo", "sft_cot", at_grpo, 0.25),
             training("at_sft", "sft_cot", at_sft, 0.2),
-            training("sft_instruct", "sft_cot", instruct, 0.08),
+            Training {
+                warm_up: Some(Box::new(training("instruct_captions", "sft_cot", instruct_captions, 0.04))),
+                ..training("sft_instruct", "sft_cot", instruct, 0.08)
+            },
         ],
         epsilon,
         attack_steps: steps(50, 20),
@@ -215,7 +224,7 @@ impl Demo<'_> {
         let templates = [PromptTemplate::PhantomCot, PromptTemplate::Phantom];
         let device = self.job.config.backend().device()?;
         let few = &dataset.samples[..dataset.samples.len().min(4000)];
-        let assistant = Scratch::tiny().build(few, &templates, self.job.config.seed, &device)?;
+        let assistant = Scratch::tiny().build(few, &templates, self.job.config.seed, &|_| true, &device)?;
         let (count, _) = assistant.vlm.parameters().count()?;
         self.job
             .progress
@@ -268,10 +277,15 @@ impl Demo<'_> {
 
     fn train(&self, training: &Training, progress: &dyn Progress) -> Result<()> {
         let mut config = self.config("train");
-        let from = [&self.plan.captions, &self.plan.base]
-            .into_iter()
-            .find(|earlier| earlier.name == training.from)
-            .map_or_else(|| self.run_dir("start/checkpoints/step-0"), |earlier| self.model_of(earlier));
+        let from = if let Some(first) = &training.warm_up {
+            self.train(first, progress)?;
+            self.model_of(first)
+        } else {
+            [&self.plan.captions, &self.plan.base]
+                .into_iter()
+                .find(|earlier| earlier.name == training.from)
+                .map_or_else(|| self.run_dir("start/checkpoints/step-0"), |earlier| self.model_of(earlier))
+        };
         config.model = Some(from.display().to_string());
         prompt_of(training).clone_into(&mut config.prompt);
         config.train = training.settings.clone();

@@ -58,7 +58,8 @@ impl Scratch {
         }
     }
 
-    /// The assistant: tokenizer from the words of `samples`, weights from `seed`, everything trainable.
+    /// The assistant: tokenizer from the words of `samples`, weights from `seed`; parameters whose name `trains`
+    /// accepts get gradients.
     ///
     /// # Errors
     /// When the sizes do not fit each other.
@@ -67,6 +68,7 @@ impl Scratch {
         samples: &[Sample],
         templates: &[PromptTemplate],
         seed: u64,
+        trains: &dyn Fn(&str) -> bool,
         device: &Device,
     ) -> Result<Assistant> {
         let tokenizer = self.tokenizer(samples, templates)?;
@@ -95,7 +97,7 @@ impl Scratch {
         };
         let source = |name: &str, shape: &[usize]| initial_value(seed, name, shape);
         let chat = ChatTemplate::default_template()?;
-        Assistant::new(&config, tokenizer, chat, image_processor, &source, &|_| true, device)
+        Assistant::new(&config, tokenizer, chat, image_processor, &source, trains, device)
     }
 
     fn tokenizer(&self, samples: &[Sample], templates: &[PromptTemplate]) -> Result<Tokenizer> {

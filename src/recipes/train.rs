@@ -52,16 +52,17 @@ fn material(config: &RunConfig) -> Result<Material> {
     let device = config.backend().device()?;
     let needs_reference = config.train.recipe.is_grpo() && config.train.grpo.kl_coef > 0.0;
     let model = config.model.as_deref().unwrap_or_default();
+    let parts = &config.train.parts;
+    let trains = |name: &str| trains(name, parts.vision, parts.merger, parts.text);
     if model == scratch::TINY {
         let templates = [config.prompt.parse()?];
-        let build = || Scratch::tiny().build(&dataset.samples, &templates, config.seed, &device);
-        let assistant = build()?;
-        let reference = if needs_reference { Some(build()?.detached()) } else { None };
+        let build =
+            |trains| Scratch::tiny().build(&dataset.samples, &templates, config.seed, trains, &device);
+        let assistant = build(&trains)?;
+        let reference = if needs_reference { Some(build(&|_| false)?.detached()) } else { None };
         return Ok(Material { dataset, model: None, assistant, reference });
     }
     let model = weights::locate(model)?;
-    let parts = &config.train.parts;
-    let trains = |name: &str| trains(name, parts.vision, parts.merger, parts.text);
     let assistant = Assistant::load(&model, &trains, &device)?;
     let reference = if needs_reference { Some(Assistant::load(&model, &|_| false, &device)?) } else { None };
     Ok(Material { dataset, model: Some(model), assistant, reference })

@@ -77,7 +77,10 @@ pub(super) fn load(
             return Err(Error::Config(layers.problems));
         }
     };
-    for mut problem in config.problems(command) {
+    let refused: Vec<String> = layers.problems.iter().map(|problem| problem.key.clone()).collect();
+    // A value that was refused already is absent here: that it is missing is no second problem.
+    for mut problem in config.problems(command).into_iter().filter(|problem| !refused.contains(&problem.key))
+    {
         let origin = layers.origins.get(&problem.key).cloned();
         layers.locate(&mut problem, origin.as_ref());
         layers.problems.push(problem);

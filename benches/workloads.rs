@@ -1,0 +1,433 @@
+//! The work that decides what robustness costs, timed: prefill, PGD, certification, decoding, training.
+//!
+//! ```text
+//! cargo bench --bench workloads                                   # a tiny model from scratch on phantoms
+//! cargo bench --bench workloads -- --checkpoint DIR --data DIR    # any checkpoint, any data in OmniMedVQA's layout
+//! ```
+//!
+//! One JSON line for each workload, in the units of `scripts/bench/versus_torch.py`, which runs this beside PyTorch.
+
+#![expect(clippy::print_stdout, reason = "a benchmark's result is what it prints")]
+
+use anyhow::{Context, Result, ensure};
+use candle_core::{Device, Tensor};
+use clap::Parser;
+use safemed::attack::{AttackConfig, Fraction, PgdOutput, Problem, pgd};
+use safemed::backend::with_threads;
+use safemed::certify::count_draws;
+use safemed::data::phantom::{self, PhantomConfig};
+use safemed::data::prompt::PromptTemplate;
+use safemed::data::{DatasetConfig, ImageCheck, Sample};
+use safemed::error;
+use safemed::model::assistant::Assistant;
+use safemed::model::generate::{Decoding, Prompt};
+use safemed::nn::recompute::{Memory, Stage, loss_and_gradients};
+use safemed::pixels::decode::decode_file;
+use safemed::recipes::config::TrainConfig;
+use safemed::recipes::fit::Fit;
+use safemed::recipes::scratch::Scratch;
+use safemed::reward::answer::parse_answer;
+use safemed::roles::classifier::{QuestionClassifier, Reading};
+use safemed::roles::policy::{self, Scoring};
+use safemed::roles::target::{Aim, Target};
+use serde_json::json;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+#[path = "../src/process.rs"]
+mod process;
+
+/// The allocator of the program.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+const EPSILON: f64 = 8.0 / 255.0;
+const SIGMA: f64 = 0.25;
+const LETTERS: [&str; 4] = ["A", "B", "C", "D"];
+/// Tokens of a sampled completion and of a greedy one.
+const NEW_TOKENS: usize = 64;
+
+#[derive(Parser, Debug)]
+struct Args {
+    /// A Hugging Face checkpoint; absent, a tiny model from scratch.
+    #[arg(long, requires = "data")]
+    checkpoint: Option<PathBuf>,
+    /// Questions and images in OmniMedVQA's layout.
+    #[arg(long)]
+    data: Option<PathBuf>,
+    /// Workloads whose name begins with one of these.
+    #[arg(long, num_args = 1..)]
+    only: Vec<String>,
+    /// Timed calls of each.
+    #[arg(long, default_value_t = 3)]
+    repeats: usize,
+    /// Threads.
+    #[arg(long, default_value_t = 2)]
+    threads: usize,
+    /// Keep only the states between layers while a gradient is computed.
+    #[arg(long)]
+    recompute: bool,
+    /// What `cargo bench` passes.
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+fn main() -> Result<()> {
+    process::prepare();
+    let args = Args::parse();
+    let threads = Some(args.threads);
+    Ok(with_threads(threads, || run(&args).map_err(error::Error::Other))?)
+}
+
+fn run(args: &Args) -> Result<()> {
+    let scratch = tempfile::tempdir()?;
+    let data = match &args.data {
+        Some(data) => data.clone(),
+        None => phantoms(scratch.path())?,
+    };
+    let samples = DatasetConfig { omnimedvqa: Some(data.clone()), ..DatasetConfig::default() }
+        .load(ImageCheck::Exist)?
+        .samples;
+    let load = |trains: &dyn Fn(&str) -> bool| -> Result<Assistant> {
+        Ok(match &args.checkpoint {
+            Some(dir) => Assistant::load(dir, trains, &Device::Cpu)?,
+            None => Scratch::tiny().build(&samples, &[PromptTemplate::Plain], 0, trains, &Device::Cpu)?,
+        })
+    };
+    let wants =
+        |name: &str| args.only.is_empty() || args.only.iter().any(|only| name.starts_with(only.as_str()));
+    let bench = Bench { args, data: &data, samples: &samples, wants: &wants };
+
+    let frozen = load(&|_| false)?.detached();
+    bench.forward(&frozen)?;
+    bench.certify(&frozen)?;
+    bench.pgd(&frozen)?;
+    bench.generate(&frozen)?;
+    bench.rollout(&frozen)?;
+    drop(frozen);
+    if wants("sft") || wants("grpo_update") {
+        // The decoder trains whole, the vision tower is frozen: the work of `torch_side.py`'s `sft` and `grpo_update`.
+        let mut fit = Fit::new(load(&|name| !name.starts_with("model.visual."))?)?;
+        bench.sft(&mut fit)?;
+        bench.grpo_update(&mut fit)?;
+    }
+    Ok(())
+}
+
+/// Sixteen phantom questions.
+fn phantoms(dir: &Path) -> Result<PathBuf> {
+    let config = PhantomConfig { train: 160, validation: 0, test: 0, size: 64, ..PhantomConfig::default() };
+    phantom::generate(&config, dir, &mut |_, _| {})?;
+    Ok(dir.to_path_buf())
+}
+
+struct Bench<'a> {
+    args: &'a Args,
+    data: &'a Path,
+    samples: &'a [Sample],
+    wants: &'a dyn Fn(&str) -> bool,
+}
+
+/// A few questions ready for the model.
+struct Asked {
+    prompts: Vec<Prompt>,
+    pixels: Tensor,
+    answers: Vec<usize>,
+    size: [usize; 2],
+}
+
+impl Bench<'_> {
+    fn asked(&self, assistant: &Assistant, places: &[usize]) -> Result<Asked> {
+        let (mut prompts, mut pixels, mut answers, mut size) = (Vec::new(), Vec::new(), Vec::new(), [0; 2]);
+        for &place in places {
+            let sample = &self.samples[place % self.samples.len()];
+            let image = assistant.process(&decode_file(&self.data.join(&sample.image))?)?;
+            let options: Vec<String> = LETTERS
+                .iter()
+                .zip(&sample.options)
+                .map(|(letter, option)| {
+                    format!(
+                        "
+{letter}) {option}"
+                    )
+                })
+                .collect();
+            let text = format!("{}{}\nAnswer with the letter.", sample.question, options.concat());
+            prompts.push(assistant.prompt(&text, Some(image.grid))?);
+            pixels.push(assistant.pixels(&image)?);
+            answers.push(sample.answer);
+            size = [image.resized.height, image.resized.width];
+        }
+        Ok(Asked { prompts, pixels: Tensor::cat(&pixels, 0)?, answers, size })
+    }
+
+    fn first(&self, assistant: &Assistant, count: usize) -> Result<Asked> {
+        self.asked(assistant, &(0..count).collect::<Vec<_>>())
+    }
+
+    fn letters(assistant: &Assistant) -> Result<Vec<u32>> {
+        let token = |letter: &&str| -> Result<u32> {
+            assistant
+                .tokenizer
+                .encode(letter)?
+                .first()
+                .copied()
+                .with_context(|| format!("no token for {letter}"))
+        };
+        LETTERS.iter().map(token).collect()
+    }
+
+    /// Times `work` after `warmup` calls and prints the line.
+    fn measure(
+        &self,
+        name: &str,
+        unit: &str,
+        units: usize,
+        work: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<()> {
+        work()?;
+        reset_peak_memory();
+        let mut seconds = Vec::with_capacity(self.args.repeats);
+        for _ in 0..self.args.repeats {
+            let started = Instant::now();
+            work()?;
+            seconds.push(started.elapsed().as_secs_f64());
+        }
+        self.emit(name, unit, units, &seconds);
+        Ok(())
+    }
+
+    fn emit(&self, name: &str, unit: &str, units: usize, seconds: &[f64]) {
+        let mut each: Vec<f64> = seconds.iter().map(|s| s / units as f64).collect();
+        each.sort_by(f64::total_cmp);
+        println!(
+            "{}",
+            json!({
+                "workload": name, "unit": unit, "units": units, "median_s": each[each.len() / 2], "all_s": each,
+                "peak_rss_mb": peak_memory_mib(), "threads": self.args.threads,
+            })
+        );
+    }
+
+    fn memory(&self) -> Memory {
+        if self.args.recompute { Memory::Recompute } else { Memory::Keep }
+    }
+
+    /// Vision tower and decoder on eight prompts, logits of every position.
+    fn forward(&self, assistant: &Assistant) -> Result<()> {
+        if !(self.wants)("forward") {
+            return Ok(());
+        }
+        let count = 8;
+        let asked = self.first(assistant, count)?;
+        let none = vec![Vec::new(); count];
+        self.measure("forward", "prompt", count, &mut || {
+            let scoring = Scoring::new(assistant, &asked.prompts, &none)?;
+            let features = policy::encode(assistant, std::slice::from_ref(&asked.pixels))?;
+            let hidden = assistant.vlm.forward(Some(&features), &scoring.batch)?;
+            let logits = assistant.vlm.logits(&hidden)?;
+            ensure!(logits.dim(0)? == scoring.batch.input_ids.len());
+            Ok(())
+        })
+    }
+
+    /// One noisy forward for each draw, the class by the likelihood of the letters.
+    fn certify(&self, assistant: &Assistant) -> Result<()> {
+        for batch in [16, 32] {
+            let name = format!("certify_b{batch}");
+            if !(self.wants)(&name) {
+                continue;
+            }
+            let asked = self.first(assistant, 1)?;
+            let completions = Self::letters(assistant)?.into_iter().map(|id| vec![id]).collect();
+            let classifier = QuestionClassifier {
+                assistant,
+                prompt: &asked.prompts[0],
+                num_options: LETTERS.len(),
+                reading: Reading::Likelihood { completions },
+            };
+            let image = asked.pixels.get(0)?;
+            let mut start = 0;
+            self.measure(&name, "draw", batch, &mut || {
+                let draws = start..start + batch as u64;
+                start = draws.end;
+                count_draws(&classifier, &image, SIGMA, 0, 0, draws, batch)?;
+                Ok(())
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Ten steps of PGD on the answer's letter.
+    fn pgd(&self, assistant: &Assistant) -> Result<()> {
+        let letters = Self::letters(assistant)?;
+        for (name, batch, steps) in [("pgd_b1", 1, 10), ("pgd_b4", 4, 10), ("grpo_attack_pgd5", 2, 5)] {
+            if !(self.wants)(name) {
+                continue;
+            }
+            let asked = self.first(assistant, batch)?;
+            let aims = asked.prompts.iter().zip(&asked.answers).map(|(prompt, &answer)| Aim {
+                prompt: prompt.clone(),
+                model_size: asked.size,
+                completions: vec![vec![letters[answer]]],
+                counted: vec![0..1],
+                answer,
+                num_options: LETTERS.len(),
+            });
+            let target = Target {
+                assistant,
+                aims: aims.collect(),
+                max_new_tokens: 1,
+                parse: &parse_answer,
+                memory: self.memory(),
+            };
+            let config = AttackConfig {
+                epsilon: Fraction(EPSILON),
+                step_size: Some(Fraction(2.0 / 255.0)),
+                num_steps: steps,
+                early_stop: false,
+                output: PgdOutput::Last,
+                ..AttackConfig::default()
+            };
+            let items: Vec<usize> = (0..batch).collect();
+            let keys: Vec<u64> = (0..batch as u64).collect();
+            let problem =
+                Problem { clean: &asked.pixels, items: &items, keys: &keys, start: None, judge_8bit: false };
+            let (unit, units) = if steps == 5 { ("step", 1) } else { ("image (10 steps)", batch) };
+            self.measure(name, unit, units, &mut || {
+                pgd(&target, &problem, &config, &mut |_| Ok(()))?;
+                Ok(())
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Greedy decoding, prefill subtracted.
+    fn generate(&self, assistant: &Assistant) -> Result<()> {
+        for batch in [1, 8] {
+            let name = format!("generate_b{batch}");
+            if !(self.wants)(&name) {
+                continue;
+            }
+            let asked = self.first(assistant, batch)?;
+            let run = |new_tokens: usize| -> Result<f64> {
+                let decoding = Decoding::greedy(new_tokens, Vec::new());
+                let started = Instant::now();
+                policy::sample(
+                    assistant,
+                    &asked.prompts,
+                    std::slice::from_ref(&asked.pixels),
+                    &vec![vec![0]; batch],
+                    &decoding,
+                )?;
+                Ok(started.elapsed().as_secs_f64())
+            };
+            run(4)?;
+            let mut first = f64::INFINITY;
+            for _ in 0..self.args.repeats {
+                first = first.min(run(1)?);
+            }
+            reset_peak_memory();
+            let seconds =
+                (0..self.args.repeats).map(|_| Ok(run(NEW_TOKENS)? - first)).collect::<Result<Vec<_>>>()?;
+            self.emit(&name, "token (decode only)", batch * (NEW_TOKENS - 1), &seconds);
+        }
+        Ok(())
+    }
+
+    fn group(assistant: &Assistant, asked: &Asked) -> Result<Vec<Vec<Vec<u32>>>> {
+        let decoding = Decoding { temperature: 1.0, ..Decoding::greedy(NEW_TOKENS, Vec::new()) };
+        let seeds: Vec<Vec<u64>> =
+            (0..asked.prompts.len() as u64).map(|p| (p * 8..p * 8 + 8).collect()).collect();
+        let pixels = std::slice::from_ref(&asked.pixels);
+        let groups = policy::sample(assistant, &asked.prompts, pixels, &seeds, &decoding)?;
+        Ok(groups.into_iter().map(|group| group.into_iter().map(|c| c.ids).collect()).collect())
+    }
+
+    /// Two prompts, eight completions of 64 tokens each.
+    fn rollout(&self, assistant: &Assistant) -> Result<()> {
+        if !(self.wants)("grpo_rollout") {
+            return Ok(());
+        }
+        let asked = self.first(assistant, 2)?;
+        self.measure("grpo_rollout", "step", 1, &mut || {
+            let groups = Self::group(assistant, &asked)?;
+            ensure!(groups.iter().flatten().all(|ids| ids.len() == NEW_TOKENS));
+            Ok(())
+        })
+    }
+
+    /// One step on four questions with a reasoning each.
+    fn sft(&self, fit: &mut Fit) -> Result<()> {
+        if !(self.wants)("sft") {
+            return Ok(());
+        }
+        let asked = self.first(&fit.frozen, 4)?;
+        let mut targets = Vec::new();
+        for sample in self.samples.iter().take(4) {
+            let text = format!(
+                "<think>The image shows a region with increased signal intensity in the left lower part. Compare the options: {}. The findings are consistent with {}.</think> <answer>{}</answer>",
+                sample.options.join(", "),
+                sample.options[sample.answer],
+                LETTERS[sample.answer],
+            );
+            targets.push(vec![fit.assistant.target(&text)?]);
+        }
+        self.step("sft", fit, &asked, &targets, &|spans: usize| vec![-1.0 / spans as f32; spans])
+    }
+
+    /// Log-probabilities of two groups of eight, the loss's slopes, an update.
+    fn grpo_update(&self, fit: &mut Fit) -> Result<()> {
+        if !(self.wants)("grpo_update") {
+            return Ok(());
+        }
+        let asked = self.first(&fit.frozen, 2)?;
+        let groups = Self::group(&fit.frozen, &asked)?;
+        // On the policy that sampled, the surrogate's slope is minus the advantage over the number of tokens.
+        let slopes = |count: usize| {
+            (0..count).map(|token| -((token / NEW_TOKENS) as f32 * 0.7).sin() / count as f32).collect()
+        };
+        self.step("grpo_update", fit, &asked, &groups, &slopes)
+    }
+
+    fn step(
+        &self,
+        name: &str,
+        fit: &mut Fit,
+        asked: &Asked,
+        completions: &[Vec<Vec<u32>>],
+        slopes: &dyn Fn(usize) -> Vec<f32>,
+    ) -> Result<()> {
+        let settings = TrainConfig { learning_rate: 1e-5, ..TrainConfig::default() };
+        let memory = self.memory();
+        self.measure(name, "optimiser step", 1, &mut || {
+            let scoring = Scoring::new(&fit.assistant, &asked.prompts, completions)?;
+            let pixels = [asked.pixels.clone()];
+            let plan = fit.assistant.vlm.vision_plan(&policy::grids_of(&fit.assistant, &pixels)?)?;
+            let mut stages: Vec<Stage<'_>> = fit.assistant.vlm.vision_stages(&plan);
+            stages.extend(scoring.stages(&fit.assistant));
+            let loss = |state: &[Tensor]| {
+                let log_probs = scoring.log_probs(&fit.assistant, &state[0], 1.0)?;
+                let slopes = Tensor::from_vec(slopes(log_probs.dims1()?), log_probs.dims1()?, &Device::Cpu)?;
+                (log_probs * slopes)?.sum_all()
+            };
+            let (_, gradients) = loss_and_gradients(&stages, &pixels, loss, &fit.wanted(), memory)?;
+            drop(stages);
+            fit.update(&gradients, &settings)?;
+            Ok(())
+        })
+    }
+}
+
+/// Begins the measurement of peak memory anew, where the system can.
+fn reset_peak_memory() {
+    // Elsewhere than on Linux there is no such file, and the peak counts from the start of the process.
+    let _ = std::fs::write("/proc/self/clear_refs", "5");
+}
+
+/// Peak resident memory in MiB, weights included; 0 where the system does not tell.
+fn peak_memory_mib() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    peak.and_then(|text| text.split_whitespace().next()?.parse::<u64>().ok()).map_or(0, |kib| kib / 1024)
+}

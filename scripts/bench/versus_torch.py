@@ -1,0 +1,118 @@
+"""safemed beside PyTorch on the same work, in one run: each round runs one process of every side after the other.
+
+    cargo bench --no-run
+    python scripts/bench/versus_torch.py --peer PEER_DIR --python VENV/bin/python --checkpoint DIR --data DIR
+
+PEER_DIR holds `peer.py`, the PyTorch side, which prints one JSON line for each workload; `--python` is a Python that has
+its requirements. `stock` is torch as pip installs it, `tuned` has MKL on AVX-512 and an allocator that keeps its memory.
+Prints a Markdown table of medians over all rounds, ratios and peak resident memory; the raw lines go to `--out`.
+"""
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+# name: (our workload, PyTorch program and its workload, PyTorch's line)
+WORK = {
+    "prefill, all logits": ("forward", "peer", ["forward"], "forward"),
+    "certification, batch 32": ("certify_b32", "peer", ["certify", "--batch", "32"], "certify_b32"),
+    "PGD-10, batch 1": ("pgd_b1", "peer", ["pgd", "--batch", "1"], "pgd_b1"),
+    "PGD-10, batch 4": ("pgd_b4", "peer", ["pgd", "--batch", "4"], "pgd_b4"),
+    "greedy decode, batch 1": ("generate_b1", "peer", ["generate", "--batch", "1", "--engine", "loop"], "generate_b1_loop"),
+    "greedy decode, batch 8": ("generate_b8", "peer", ["generate", "--batch", "8", "--engine", "loop"], "generate_b8_loop"),
+    "SFT step, whole decoder": ("sft", "whole", ["sft_lora"], "sft_lora"),
+    "GRPO rollout": ("grpo_rollout", "whole", ["grpo", "--engine", "loop"], "grpo_rollout_loop"),
+    "GRPO update, whole decoder": ("grpo_update", "whole", ["grpo", "--engine", "loop"], "grpo_update"),
+    "GRPO attack, PGD-5": ("grpo_attack_pgd5", "whole", ["grpo", "--engine", "loop"], "grpo_attack_pgd5"),
+}
+STOCK = {"peer": ["--tune", "stock", "--vision", "hf"], "whole": ["--tune", "stock", "--vision", "hf"]}
+
+
+def parse():
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("--peer", type=Path, required=True)
+    ap.add_argument("--python", default=sys.executable)
+    ap.add_argument("--checkpoint", required=True)
+    ap.add_argument("--data", required=True)
+    ap.add_argument("--rounds", type=int, default=3)
+    ap.add_argument("--repeats", type=int, default=3)
+    ap.add_argument("--threads", type=int, default=2)
+    ap.add_argument("--only", nargs="+", default=[], help="our names of workloads")
+    ap.add_argument("--sides", nargs="+", default=["ours", "tuned", "stock"], choices=["ours", "tuned", "stock"])
+    ap.add_argument("--out", type=Path, default=Path("versus_torch.jsonl"))
+    return ap.parse_args()
+
+
+def our_program():
+    """The benchmark's executable, as cargo names it."""
+    out = subprocess.run(["cargo", "bench", "--no-run", "--bench", "workloads", "--message-format", "json"],
+                         cwd=ROOT, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
+    for line in out.splitlines():
+        message = json.loads(line)
+        if message.get("executable") and message["target"]["name"] == "workloads":
+            return message["executable"]
+    raise SystemExit("cargo built no `workloads` benchmark")
+
+
+def run(a, side, ours, work):
+    common = ["--checkpoint", a.checkpoint, "--data", a.data, "--repeats", str(a.repeats), "--threads", str(a.threads)]
+    name, program, words, line_name = WORK[work]
+    if side == "ours":
+        command = [ours, *common, "--only", name]
+    else:
+        script = [str(a.peer / "peer.py")] if program == "peer" else [str(HERE / "torch_side.py"), str(a.peer)]
+        command = [a.python, *script, *words, *common, *(STOCK[program] if side == "stock" else [])]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    return {line["workload"]: line for line in map(json.loads, done.stdout.splitlines())}
+
+
+def main():
+    a = parse()
+    ours = our_program()
+    chosen = {work: WORK[work] for work in WORK if not a.only or WORK[work][0] in a.only}
+    seconds, memory = {}, {}
+    with a.out.open("a") as raw:
+        for round_ in range(a.rounds):
+            for side in a.sides:
+                cache = {}
+                for work, (name, program, words, line_name) in chosen.items():
+                    key = (name,) if side == "ours" else (program, *words)
+                    if key not in cache:
+                        cache[key] = run(a, side, ours, work)
+                    line = cache[key][name if side == "ours" else line_name]
+                    seconds.setdefault((work, side), []).extend(line["all_s"])
+                    memory.setdefault((work, side), []).append(line["peak_rss_mb"])
+                    raw.write(json.dumps({"round": round_, "side": side, "time": time.time(), **line}) + "\n")
+                    raw.flush()
+                    print(f"round {round_} {side} {work}: {line['median_s']:.4g} s", file=sys.stderr, flush=True)
+    others = [side for side in a.sides if side != "ours"]
+    print(f"{a.threads} threads, {os.cpu_count()} cores, {cpu_name()}, {time.strftime('%Y-%m-%d')}, {a.rounds} rounds of {a.repeats}\n")
+    print("| work | " + " | ".join(f"{s}, s" for s in a.sides) + " | " + " | ".join(f"ours / {s}" for s in others)
+          + " | " + " | ".join(f"{s}, MiB" for s in a.sides) + " |")
+    print("|---" * (1 + 2 * len(a.sides) + len(others)) + "|")
+    for work in chosen:
+        median = {s: statistics.median(seconds[work, s]) for s in a.sides}
+        peak = {s: statistics.median(memory[work, s]) for s in a.sides}
+        cells = [f"{median[s]:.4g}" for s in a.sides] + [f"{median['ours'] / median[s]:.2f}" for s in others]
+        print(f"| {work} | " + " | ".join(cells + [f"{peak[s]:.0f}" for s in a.sides]) + " |")
+
+
+def cpu_name():
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    main()
