@@ -21,6 +21,8 @@ use safemed::data::{DatasetConfig, ImageCheck, Sample};
 use safemed::error;
 use safemed::model::assistant::Assistant;
 use safemed::model::generate::{Decoding, Prompt};
+use safemed::model::loader::Adaptation;
+use safemed::model::lora::{LoraConfig, Modules};
 use safemed::nn::recompute::{Memory, Stage, loss_and_gradients};
 use safemed::pixels::decode::decode_file;
 use safemed::recipes::config::TrainConfig;
@@ -88,30 +90,41 @@ fn run(args: &Args) -> Result<()> {
     let samples = DatasetConfig { omnimedvqa: Some(data.clone()), ..DatasetConfig::default() }
         .load(ImageCheck::Exist)?
         .samples;
-    let load = |trains: &dyn Fn(&str) -> bool| -> Result<Assistant> {
-        Ok(match &args.checkpoint {
-            Some(dir) => Assistant::load(dir, trains, &Device::Cpu)?,
-            None => Scratch::tiny().build(&samples, &[PromptTemplate::Plain], 0, trains, &Device::Cpu)?,
-        })
+    let checkpoint = match &args.checkpoint {
+        Some(dir) => dir.clone(),
+        None => tiny_checkpoint(&samples, scratch.path())?,
     };
     let wants =
         |name: &str| args.only.is_empty() || args.only.iter().any(|only| name.starts_with(only.as_str()));
     let bench = Bench { args, data: &data, samples: &samples, wants: &wants };
-
-    let frozen = load(&|_| false)?.detached();
-    bench.forward(&frozen)?;
-    bench.certify(&frozen)?;
-    bench.pgd(&frozen)?;
-    bench.generate(&frozen)?;
-    bench.rollout(&frozen)?;
-    drop(frozen);
-    if wants("sft") || wants("grpo_update") {
-        // The decoder trains whole, the vision tower is frozen: the work of `torch_side.py`'s `sft` and `grpo_update`.
-        let mut fit = Fit::new(load(&|name| !name.starts_with("model.visual."))?)?;
+    if ["forward", "certify", "pgd", "generate"].iter().any(|name| wants(name)) {
+        let frozen = Assistant::load(&checkpoint, &|_| false, &Device::Cpu)?;
+        bench.forward(&frozen)?;
+        bench.certify(&frozen)?;
+        bench.pgd(&frozen, &["pgd_b1", "pgd_b4"])?;
+        bench.generate(&frozen)?;
+    }
+    if ["sft_lora", "grpo"].iter().any(|name| wants(name)) {
+        // A frozen base under an adapter over every linear layer of the decoder.
+        let targets = Modules::parse(r"model\.language_model\..*");
+        let config = LoraConfig::new(16, 32.0, targets);
+        let adaptation = Adaptation::New { config: &config, seed: 0 };
+        let trains = |name: &str| name.contains(".lora_");
+        let assistant = Assistant::load_adapted(&checkpoint, adaptation, &trains, &Device::Cpu)?;
+        let mut fit = Fit::new(assistant, Some(config.clone()))?;
         bench.sft(&mut fit)?;
+        bench.rollout(&fit.frozen)?;
+        bench.pgd(&fit.frozen, &["grpo_attack_pgd5"])?;
         bench.grpo_update(&mut fit)?;
     }
     Ok(())
+}
+
+/// A tiny model from scratch, saved.
+fn tiny_checkpoint(samples: &[Sample], dir: &Path) -> Result<PathBuf> {
+    let dir = dir.join("model");
+    Scratch::tiny().build(samples, &[PromptTemplate::Plain], 0, &|_| false, &Device::Cpu)?.save(&dir)?;
+    Ok(dir)
 }
 
 /// Sixteen phantom questions.
@@ -258,11 +271,11 @@ impl Bench<'_> {
         Ok(())
     }
 
-    /// Ten steps of PGD on the answer's letter.
-    fn pgd(&self, assistant: &Assistant) -> Result<()> {
+    /// PGD on the answer's letter, those workloads that are among `names`.
+    fn pgd(&self, assistant: &Assistant, names: &[&str]) -> Result<()> {
         let letters = Self::letters(assistant)?;
         for (name, batch, steps) in [("pgd_b1", 1, 10), ("pgd_b4", 4, 10), ("grpo_attack_pgd5", 2, 5)] {
-            if !(self.wants)(name) {
+            if !names.contains(&name) || !(self.wants)(name) {
                 continue;
             }
             let asked = self.first(assistant, batch)?;
@@ -357,9 +370,9 @@ impl Bench<'_> {
         })
     }
 
-    /// One step on four questions with a reasoning each.
+    /// One step of the adapter on four questions with a reasoning each.
     fn sft(&self, fit: &mut Fit) -> Result<()> {
-        if !(self.wants)("sft") {
+        if !(self.wants)("sft_lora") {
             return Ok(());
         }
         let asked = self.first(&fit.frozen, 4)?;
@@ -373,7 +386,7 @@ impl Bench<'_> {
             );
             targets.push(vec![fit.assistant.target(&text)?]);
         }
-        self.step("sft", fit, &asked, &targets, &|spans: usize| vec![-1.0 / spans as f32; spans])
+        self.step("sft_lora", fit, &asked, &targets, &|spans: usize| vec![-1.0 / spans as f32; spans])
     }
 
     /// Log-probabilities of two groups of eight, the loss's slopes, an update.

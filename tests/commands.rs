@@ -460,8 +460,7 @@ fn a_damaged_checkpoint_is_exit_status_3_with_the_file_named() {
 fn what_this_build_does_not_do_is_a_usage_error_and_not_ignored() {
     let Material { model, data, .. } = material();
     for (more, words) in [
-        (&["--adapter", "some/adapter"][..], "adapters are not supported"),
-        (&["--dtype", "bf16"], "dtype `bf16`"),
+        (&["--dtype", "bf16"][..], "dtype `bf16`"),
         (&["--prompt", "phantm"], "did you mean `phantom`"),
         (&["--device", "cuda"], "no CUDA"),
     ] {

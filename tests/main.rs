@@ -1,6 +1,8 @@
 //! Behaviour tests: one line per module says what belongs there.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
+/// Low-rank adapters from training to export.
+mod adapters;
 /// Floors (imports go down only); every module documented.
 mod architecture;
 /// Help, statuses, what goes to which stream.

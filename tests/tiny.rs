@@ -6,6 +6,7 @@ use safemed::model::assistant::Assistant;
 use safemed::model::chat::ChatTemplate;
 use safemed::model::config::{ModelSizes, SpecialIds, VlmConfig};
 use safemed::model::initialise::initial_value;
+use safemed::model::parameters::Build;
 use safemed::model::processor::ImageProcessorConfig;
 use safemed::model::tokenizer::{IMAGE_PAD, Tokenizer, train_bpe};
 use std::path::Path;
@@ -116,7 +117,8 @@ pub(crate) fn assistant_of(kind: Kind, weights: Weights, trains: bool) -> Assist
         ..ImageProcessorConfig::default()
     };
     let chat = ChatTemplate::default_template().unwrap();
-    Assistant::new(&config, tokenizer, chat, processor, &source, &|_| trains, &Device::Cpu).unwrap()
+    Assistant::new(&config, tokenizer, chat, processor, Build::plain(&source, &|_| trains), &Device::Cpu)
+        .unwrap()
 }
 
 /// Writes the tiny model as a Hugging Face directory.

@@ -445,11 +445,7 @@ fn what_cannot_be_done_is_refused_before_anything_is_written() {
         assert!(!out.exists(), "{more:?}");
     }
     for command in [Attack, Certify, Train] {
-        for (more, words) in [
-            (("adapter", "some/adapter"), "adapters are not supported"),
-            (("dtype", "bf16"), "dtype `bf16`"),
-            (("device", "cuda"), "no CUDA"),
-        ] {
+        for (more, words) in [(("dtype", "bf16"), "dtype `bf16`"), (("device", "cuda"), "no CUDA")] {
             let more = [("certify.sigma", "0.25"), more];
             let error = run_as(command, &settings(&material().loud, &out, &more), 1).unwrap_err();
             assert_eq!(error.status(), ExitStatus::Usage, "{error}");

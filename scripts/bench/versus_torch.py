@@ -17,22 +17,21 @@ import sys
 import time
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
-# name: (our workload, PyTorch program and its workload, PyTorch's line)
+ROOT = Path(__file__).resolve().parent.parent.parent
+# name: (our workload, the PyTorch program's words, its line)
 WORK = {
-    "prefill, all logits": ("forward", "peer", ["forward"], "forward"),
-    "certification, batch 32": ("certify_b32", "peer", ["certify", "--batch", "32"], "certify_b32"),
-    "PGD-10, batch 1": ("pgd_b1", "peer", ["pgd", "--batch", "1"], "pgd_b1"),
-    "PGD-10, batch 4": ("pgd_b4", "peer", ["pgd", "--batch", "4"], "pgd_b4"),
-    "greedy decode, batch 1": ("generate_b1", "peer", ["generate", "--batch", "1", "--engine", "loop"], "generate_b1_loop"),
-    "greedy decode, batch 8": ("generate_b8", "peer", ["generate", "--batch", "8", "--engine", "loop"], "generate_b8_loop"),
-    "SFT step, whole decoder": ("sft", "whole", ["sft_lora"], "sft_lora"),
-    "GRPO rollout": ("grpo_rollout", "whole", ["grpo", "--engine", "loop"], "grpo_rollout_loop"),
-    "GRPO update, whole decoder": ("grpo_update", "whole", ["grpo", "--engine", "loop"], "grpo_update"),
-    "GRPO attack, PGD-5": ("grpo_attack_pgd5", "whole", ["grpo", "--engine", "loop"], "grpo_attack_pgd5"),
+    "prefill, all logits": ("forward", ["forward"], "forward"),
+    "certification, batch 32": ("certify_b32", ["certify", "--batch", "32"], "certify_b32"),
+    "PGD-10, batch 1": ("pgd_b1", ["pgd", "--batch", "1"], "pgd_b1"),
+    "PGD-10, batch 4": ("pgd_b4", ["pgd", "--batch", "4"], "pgd_b4"),
+    "greedy decode, batch 1": ("generate_b1", ["generate", "--batch", "1", "--engine", "loop"], "generate_b1_loop"),
+    "greedy decode, batch 8": ("generate_b8", ["generate", "--batch", "8", "--engine", "loop"], "generate_b8_loop"),
+    "LoRA SFT step, batch 4": ("sft_lora", ["sft_lora"], "sft_lora"),
+    "GRPO rollout, 2 x 8 x 64 tokens": ("grpo_rollout", ["grpo", "--engine", "loop"], "grpo_rollout_loop"),
+    "GRPO update": ("grpo_update", ["grpo", "--engine", "loop"], "grpo_update"),
+    "GRPO attack, PGD-5": ("grpo_attack_pgd5", ["grpo", "--engine", "loop"], "grpo_attack_pgd5"),
 }
-STOCK = {"peer": ["--tune", "stock", "--vision", "hf"], "whole": ["--tune", "stock", "--vision", "hf"]}
+STOCK = ["--tune", "stock", "--vision", "hf"]
 
 
 def parse():
@@ -63,12 +62,11 @@ def our_program():
 
 def run(a, side, ours, work):
     common = ["--checkpoint", a.checkpoint, "--data", a.data, "--repeats", str(a.repeats), "--threads", str(a.threads)]
-    name, program, words, line_name = WORK[work]
+    name, words, _ = WORK[work]
     if side == "ours":
         command = [ours, *common, "--only", name]
     else:
-        script = [str(a.peer / "peer.py")] if program == "peer" else [str(HERE / "torch_side.py"), str(a.peer)]
-        command = [a.python, *script, *words, *common, *(STOCK[program] if side == "stock" else [])]
+        command = [a.python, str(a.peer / "peer.py"), *words, *common, *(STOCK if side == "stock" else [])]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
@@ -84,8 +82,8 @@ def main():
         for round_ in range(a.rounds):
             for side in a.sides:
                 cache = {}
-                for work, (name, program, words, line_name) in chosen.items():
-                    key = (name,) if side == "ours" else (program, *words)
+                for work, (name, words, line_name) in chosen.items():
+                    key = (name,) if side == "ours" else tuple(words)
                     if key not in cache:
                         cache[key] = run(a, side, ours, work)
                     line = cache[key][name if side == "ours" else line_name]

@@ -3,7 +3,8 @@
 use super::chat::{ChatTemplate, Message, RenderOptions};
 use super::config::VlmConfig;
 use super::generate::{Completion, Decoding, Prompt};
-use super::loader::{self, Processor};
+use super::loader::{self, Adaptation, Processor};
+use super::parameters::Build;
 use super::positions::Grid;
 use super::processor::{ImageProcessorConfig, ProcessedImage};
 use super::tokenizer::Tokenizer;
@@ -33,7 +34,21 @@ impl Assistant {
     /// # Errors
     /// A data error for what is missing, damaged or does not fit; a non-finite error that names the weight.
     pub fn load(dir: &Path, trains: &dyn Fn(&str) -> bool, device: &Device) -> Result<Self> {
-        let (vlm, Processor { tokenizer, chat, image_processor }) = loader::load_vlm(dir, trains, device)?;
+        Self::load_adapted(dir, Adaptation::None, trains, device)
+    }
+
+    /// The same with a low-rank adapter over it, or in it.
+    ///
+    /// # Errors
+    /// As [`Assistant::load`]; a data error when the adapter does not fit.
+    pub fn load_adapted(
+        dir: &Path,
+        adaptation: Adaptation<'_>,
+        trains: &dyn Fn(&str) -> bool,
+        device: &Device,
+    ) -> Result<Self> {
+        let (vlm, Processor { tokenizer, chat, image_processor }) =
+            loader::load_vlm(dir, adaptation, trains, device)?;
         Ok(Self { vlm, tokenizer, chat, image_processor })
     }
 
@@ -46,19 +61,28 @@ impl Assistant {
         tokenizer: Tokenizer,
         chat: ChatTemplate,
         image_processor: ImageProcessorConfig,
-        source: super::parameters::Source<'_>,
-        trains: &dyn Fn(&str) -> bool,
+        build: Build<'_>,
         device: &Device,
     ) -> Result<Self> {
         let patchify = loader::patchify_of(config, &image_processor)?;
-        let vlm = Vlm::new(config, patchify, source, trains, device)?;
+        let vlm = Vlm::new(config, patchify, build, device)?;
         Ok(Self { vlm, tokenizer, chat, image_processor })
     }
 
     /// The same assistant over the same weights without gradients.
-    #[must_use]
-    pub fn detached(&self) -> Self {
-        Self { vlm: self.vlm.detached(), ..self.clone() }
+    ///
+    /// # Errors
+    /// When the device has no room.
+    pub fn detached(&self) -> Result<Self> {
+        Ok(Self { vlm: self.vlm.detached()?, ..self.clone() })
+    }
+
+    /// As it is now, whatever is trained later: see [`Vlm::frozen_copy`].
+    ///
+    /// # Errors
+    /// When the device has no room.
+    pub fn frozen_copy(&self) -> Result<Self> {
+        Ok(Self { vlm: self.vlm.frozen_copy()?, ..self.clone() })
     }
 
     /// Writes a Hugging Face directory that transformers loads.

@@ -6,6 +6,8 @@
 use super::chat::{ChatTemplate, RenderOptions, expand_image_tokens};
 use super::config::VlmConfig;
 use super::generate::Prompt;
+use super::lora::{self, Adapter, LoraConfig};
+use super::parameters::Build;
 use super::patches::Patchify;
 use super::positions::{Grid, image_tokens};
 use super::processor::ImageProcessorConfig;
@@ -70,12 +72,36 @@ pub fn expanded_prompt(
     Prompt::of_ids(config, ids, grids)
 }
 
+/// What stands over a checkpoint's weights.
+#[derive(Debug, Clone, Copy, Default)]
+pub enum Adaptation<'a> {
+    /// Nothing.
+    #[default]
+    None,
+    /// An adapter, beside the weights, as PEFT runs it.
+    Active(&'a Adapter),
+    /// An adapter, added to the weights.
+    Merged(&'a Adapter),
+    /// A new adapter that changes nothing yet.
+    New {
+        /// Where, and of which rank.
+        config: &'a LoraConfig,
+        /// Names its random numbers.
+        seed: u64,
+    },
+}
+
 /// Loads a checkpoint directory; parameters whose canonical name `trains` accepts get gradients.
 ///
 /// # Errors
 /// A data error when something is missing, damaged, or does not fit the rest; a non-finite error when a weight is no
 /// finite number.
-pub fn load_vlm(dir: &Path, trains: &dyn Fn(&str) -> bool, device: &Device) -> Result<(Vlm, Processor)> {
+pub fn load_vlm(
+    dir: &Path,
+    adaptation: Adaptation<'_>,
+    trains: &dyn Fn(&str) -> bool,
+    device: &Device,
+) -> Result<(Vlm, Processor)> {
     let config = VlmConfig::load(dir)?;
     let processor = Processor::load(dir)?;
     let patchify = patchify_of(&config, &processor.image_processor).map_err(|error| match error {
@@ -83,8 +109,23 @@ pub fn load_vlm(dir: &Path, trains: &dyn Fn(&str) -> bool, device: &Device) -> R
         other => other,
     })?;
     let weights = Weights::open(dir)?;
-    let source = |name: &str, shape: &[usize]| finite_tensor(&weights, name, shape);
-    let vlm = Vlm::new(&config, patchify, &source, trains, device)?;
+    let source = |name: &str, shape: &[usize]| {
+        let base = finite_tensor(&weights, name, shape)?;
+        match adaptation {
+            Adaptation::Active(adapter) => adapter.replaced(name, base),
+            Adaptation::Merged(adapter) => adapter.merged(name, base),
+            Adaptation::None | Adaptation::New { .. } => Ok(base),
+        }
+    };
+    let low_rank = |module: &str, shape: [usize; 2]| match adaptation {
+        Adaptation::Active(adapter) => adapter.layer(module, shape),
+        Adaptation::New { config, seed } => lora::new_layer(config, module, shape, seed),
+        Adaptation::None | Adaptation::Merged(_) => Ok(None),
+    };
+    let vlm = Vlm::new(&config, patchify, Build { source: &source, trains, low_rank: &low_rank }, device)?;
+    if let Adaptation::Active(adapter) | Adaptation::Merged(adapter) = adaptation {
+        adapter.check_used()?;
+    }
     Ok((vlm, processor))
 }
 
@@ -178,7 +219,7 @@ mod tests {
             })
             .collect();
         save_file(&path, &tensors, &[]).unwrap();
-        let error = load_vlm(dir.path(), &|_| false, &Device::Cpu).unwrap_err();
+        let error = load_vlm(dir.path(), Adaptation::None, &|_| false, &Device::Cpu).unwrap_err();
         assert!(matches!(error, Error::NonFinite(_)), "{error}");
         assert!(
             error.to_string().contains("model.language_model.norm.weight") && error.to_string().contains('3')
@@ -188,7 +229,8 @@ mod tests {
     #[test]
     fn a_prompt_holds_a_placeholder_for_every_merged_patch() {
         let Some(dir) = copy_of("qwen3_vl") else { return };
-        let (vlm, processor) = load_vlm(dir.path(), &|name| name == "lm_head.weight", &Device::Cpu).unwrap();
+        let (vlm, processor) =
+            load_vlm(dir.path(), Adaptation::None, &|name| name == "lm_head.weight", &Device::Cpu).unwrap();
         assert_eq!(vlm.parameters().trained().len(), 1);
         let messages =
             json!([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Normal?"}]}]);

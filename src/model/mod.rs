@@ -7,6 +7,7 @@ pub mod generate;
 pub mod initialise;
 pub mod kv_cache;
 pub mod loader;
+pub mod lora;
 pub mod parameters;
 pub mod patches;
 pub mod positions;

@@ -1,11 +1,38 @@
 //! Named parameters: where they come from, which of them train, and how they are found again for saving.
 
-use crate::error::Result;
-use crate::nn::linear::Linear;
+use crate::error::{Error, Result};
+use crate::nn::linear::{Linear, LowRank};
 use candle_core::{Device, Tensor, Var};
 
 /// Gives the tensor of a canonical name, checked to have this shape.
 pub type Source<'a> = &'a dyn Fn(&str, &[usize]) -> Result<Tensor>;
+
+/// Gives the low-rank update of a linear layer by its name and shape `[out, in]`, where it has one.
+pub type LowRankSource<'a> = &'a dyn Fn(&str, [usize; 2]) -> Result<Option<LowRank>>;
+
+/// What a model is put together from.
+#[derive(Clone, Copy)]
+pub struct Build<'a> {
+    /// The tensors.
+    pub source: Source<'a>,
+    /// Names of the parameters that get gradients.
+    pub trains: &'a dyn Fn(&str) -> bool,
+    /// Low-rank updates over linear layers; their tensors are named `LAYER.lora_A.weight` and `LAYER.lora_B.weight`.
+    pub low_rank: LowRankSource<'a>,
+}
+
+impl std::fmt::Debug for Build<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Build")
+    }
+}
+
+impl<'a> Build<'a> {
+    /// Without low-rank updates.
+    pub fn plain(source: Source<'a>, trains: &'a dyn Fn(&str) -> bool) -> Self {
+        Self { source, trains, low_rank: &|_, _| Ok(None) }
+    }
+}
 
 /// One parameter of a model.
 #[derive(Debug, Clone)]
@@ -19,34 +46,37 @@ enum Holder {
 #[derive(Debug, Clone, Default)]
 pub struct Parameters {
     entries: Vec<(String, Holder)>,
+    /// Tensors of low-rank updates, beside the model's own.
+    low_rank: Vec<(String, Holder)>,
 }
 
 impl Parameters {
     /// The parameters that train, with their names.
     pub fn trained(&self) -> Vec<(String, Var)> {
-        let trained = self.entries.iter().filter_map(|(name, holder)| match holder {
+        let trained = self.entries.iter().chain(&self.low_rank).filter_map(|(name, holder)| match holder {
             Holder::Trained(var) => Some((name.clone(), var.clone())),
             _ => None,
         });
         trained.collect()
     }
 
-    /// Every parameter's value, for saving.
+    /// The value of every parameter of the model itself, for saving.
     ///
     /// # Errors
     /// When a weight cannot be brought back into a checkpoint's layout.
     pub fn tensors(&self) -> Result<Vec<(String, Tensor)>> {
-        let value = |holder: &Holder| -> Result<Tensor> {
-            Ok(match holder {
-                Holder::Trained(var) => var.as_tensor().detach(),
-                Holder::Frozen(tensor) => tensor.clone(),
-                Holder::FrozenWeight(linear) => linear.weight()?,
-            })
-        };
-        self.entries.iter().map(|(name, holder)| Ok((name.clone(), value(holder)?))).collect()
+        values(&self.entries)
     }
 
-    /// Number of scalar parameters: all, and those that train.
+    /// The tensors of low-rank updates, `LAYER.lora_A.weight` and `LAYER.lora_B.weight`.
+    ///
+    /// # Errors
+    /// As [`Parameters::tensors`].
+    pub fn low_rank(&self) -> Result<Vec<(String, Tensor)>> {
+        values(&self.low_rank)
+    }
+
+    /// Number of scalar parameters: the model's own, and those that train.
     ///
     /// # Errors
     /// As [`Parameters::tensors`].
@@ -57,17 +87,27 @@ impl Parameters {
     }
 }
 
-/// Takes parameters from a [`Source`] while a model is put together.
+fn values(entries: &[(String, Holder)]) -> Result<Vec<(String, Tensor)>> {
+    let value = |holder: &Holder| -> Result<Tensor> {
+        Ok(match holder {
+            Holder::Trained(var) => var.as_tensor().detach(),
+            Holder::Frozen(tensor) => tensor.clone(),
+            Holder::FrozenWeight(linear) => linear.weight()?,
+        })
+    };
+    entries.iter().map(|(name, holder)| Ok((name.clone(), value(holder)?))).collect()
+}
+
+/// Takes parameters from a [`Build`] while a model is put together.
 pub(super) struct Builder<'a> {
-    source: Source<'a>,
-    trains: &'a dyn Fn(&str) -> bool,
+    build: Build<'a>,
     device: Device,
     parameters: Parameters,
 }
 
 impl<'a> Builder<'a> {
-    pub(super) fn new(source: Source<'a>, trains: &'a dyn Fn(&str) -> bool, device: Device) -> Self {
-        Self { source, trains, device, parameters: Parameters::default() }
+    pub(super) fn new(build: Build<'a>, device: Device) -> Self {
+        Self { build, device, parameters: Parameters::default() }
     }
 
     pub(super) fn finish(self) -> Parameters {
@@ -76,29 +116,54 @@ impl<'a> Builder<'a> {
 
     /// A vector or table: tracked if it trains.
     pub(super) fn tensor(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
-        let tensor = (self.source)(name, shape)?.to_device(&self.device)?;
-        let (tensor, holder) = if (self.trains)(name) {
-            let var = Var::from_tensor(&tensor)?;
-            (var.as_tensor().clone(), Holder::Trained(var))
-        } else {
-            (tensor.clone(), Holder::Frozen(tensor))
-        };
+        let tensor = (self.build.source)(name, shape)?;
+        let (tensor, holder) = self.held(name, &tensor)?;
         self.parameters.entries.push((name.to_owned(), holder));
         Ok(tensor)
     }
 
+    fn held(&self, name: &str, tensor: &Tensor) -> Result<(Tensor, Holder)> {
+        let tensor = tensor.to_device(&self.device)?;
+        Ok(if (self.build.trains)(name) {
+            let var = Var::from_tensor(&tensor)?;
+            (var.as_tensor().clone(), Holder::Trained(var))
+        } else {
+            (tensor.clone(), Holder::Frozen(tensor))
+        })
+    }
+
     /// A linear layer `PREFIX.weight` (`shape`, flattened to `[out, rest]`) with or without `PREFIX.bias`.
     pub(super) fn linear(&mut self, prefix: &str, shape: &[usize], has_bias: bool) -> Result<Linear> {
+        let linear = self.base(prefix, shape, has_bias)?;
+        // A patch embedding is a convolution to everybody else.
+        let &[out, input] = shape else { return Ok(linear) };
+        let Some(low_rank) = (self.build.low_rank)(prefix, [out, input])? else { return Ok(linear) };
+        if prefix == "lm_head" {
+            return Err(Error::data(
+                "a low-rank adapter over the output layer is not supported\n   = help: leave `lm_head` out of the target modules",
+            ));
+        }
+        let mut tensor = |half: &str, value: &Tensor| -> Result<Tensor> {
+            let name = format!("{prefix}.lora_{half}.weight");
+            let (tensor, holder) = self.held(&name, value)?;
+            self.parameters.low_rank.push((name, holder));
+            Ok(tensor)
+        };
+        let (a, b) = (tensor("A", &low_rank.a)?, tensor("B", &low_rank.b)?);
+        Ok(linear.with_low_rank(LowRank { a, b, scaling: low_rank.scaling }))
+    }
+
+    fn base(&mut self, prefix: &str, shape: &[usize], has_bias: bool) -> Result<Linear> {
         let name = format!("{prefix}.weight");
         let out = shape[0];
         let bias = if has_bias { Some(format!("{prefix}.bias")) } else { None };
-        if (self.trains)(&name) {
+        if (self.build.trains)(&name) {
             let weight = self.tensor(&name, shape)?;
             let bias = bias.map(|bias| self.tensor(&bias, &[out])).transpose()?;
             let flat = if shape.len() == 2 { weight } else { weight.reshape((out, ()))? };
             return Ok(Linear::of_tensor(&flat, bias.as_ref()));
         }
-        let weight = (self.source)(&name, shape)?.to_device(&self.device)?.reshape((out, ()))?;
+        let weight = (self.build.source)(&name, shape)?.to_device(&self.device)?.reshape((out, ()))?;
         let at = self.parameters.entries.len();
         let bias = bias.map(|bias| self.tensor(&bias, &[out])).transpose()?;
         let linear = Linear::frozen(&weight, bias.as_ref())?;

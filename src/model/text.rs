@@ -6,7 +6,7 @@ use super::parameters::Builder;
 use crate::error::Result;
 use crate::nn::activation::gated;
 use crate::nn::attention::{Heads, Layout, attention};
-use crate::nn::linear::Linear;
+use crate::nn::linear::{Linear, TensorMap};
 use crate::nn::{norm, rotary, rows};
 use candle_core::Tensor;
 use std::sync::Arc;
@@ -92,28 +92,30 @@ impl Decoder {
         Ok(Self { config: config.clone(), embedding, layers, norm, head })
     }
 
-    /// The same weights, shared, without gradients.
-    pub(super) fn detached(&self) -> Self {
-        let layer = |layer: &Layer| Layer {
-            input_norm: layer.input_norm.detach(),
-            q: layer.q.detached(),
-            k: layer.k.detached(),
-            v: layer.v.detached(),
-            o: layer.o.detached(),
-            q_norm: layer.q_norm.as_ref().map(Tensor::detach),
-            k_norm: layer.k_norm.as_ref().map(Tensor::detach),
-            post_norm: layer.post_norm.detach(),
-            gate: layer.gate.detached(),
-            up: layer.up.detached(),
-            down: layer.down.detached(),
+    /// The same decoder over `f` of every tensor that may train.
+    pub(super) fn map(&self, f: TensorMap<'_>) -> candle_core::Result<Self> {
+        let layer = |layer: &Layer| -> candle_core::Result<Layer> {
+            Ok(Layer {
+                input_norm: f(&layer.input_norm)?,
+                q: layer.q.map(f)?,
+                k: layer.k.map(f)?,
+                v: layer.v.map(f)?,
+                o: layer.o.map(f)?,
+                q_norm: layer.q_norm.as_ref().map(f).transpose()?,
+                k_norm: layer.k_norm.as_ref().map(f).transpose()?,
+                post_norm: f(&layer.post_norm)?,
+                gate: layer.gate.map(f)?,
+                up: layer.up.map(f)?,
+                down: layer.down.map(f)?,
+            })
         };
-        Self {
+        Ok(Self {
             config: self.config.clone(),
-            embedding: self.embedding.detach(),
-            layers: self.layers.iter().map(layer).collect(),
-            norm: self.norm.detach(),
-            head: self.head.detached(),
-        }
+            embedding: f(&self.embedding)?,
+            layers: self.layers.iter().map(layer).collect::<candle_core::Result<_>>()?,
+            norm: f(&self.norm)?,
+            head: self.head.map(f)?,
+        })
     }
 
     /// Number of layers.

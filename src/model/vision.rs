@@ -9,7 +9,7 @@ use super::positions::{self, PositionTaps};
 use crate::error::Result;
 use crate::nn::activation::{Activation, activate, gated};
 use crate::nn::attention::{Heads, Layout, attention};
-use crate::nn::linear::Linear;
+use crate::nn::linear::{Linear, TensorMap};
 use crate::nn::{norm, rotary, rows};
 use candle_core::{Device, Tensor};
 use std::sync::Arc;
@@ -91,13 +91,13 @@ impl Norm {
         })
     }
 
-    fn detached(&self) -> Self {
-        match self {
-            Self::Rms { weight, eps } => Self::Rms { weight: weight.detach(), eps: *eps },
+    fn map(&self, f: TensorMap<'_>) -> candle_core::Result<Self> {
+        Ok(match self {
+            Self::Rms { weight, eps } => Self::Rms { weight: f(weight)?, eps: *eps },
             Self::Layer { weight, bias, eps } => {
-                Self::Layer { weight: weight.detach(), bias: bias.detach(), eps: *eps }
+                Self::Layer { weight: f(weight)?, bias: f(bias)?, eps: *eps }
             }
-        }
+        })
     }
 
     fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
@@ -126,18 +126,18 @@ impl Mlp {
         })
     }
 
-    fn detached(&self) -> Self {
-        match self {
+    fn map(&self, f: TensorMap<'_>) -> candle_core::Result<Self> {
+        Ok(match self {
             Self::Gated { gate, up, down, activation } => Self::Gated {
-                gate: gate.detached(),
-                up: up.detached(),
-                down: down.detached(),
+                gate: gate.map(f)?,
+                up: up.map(f)?,
+                down: down.map(f)?,
                 activation: *activation,
             },
             Self::Plain { input, output, activation } => {
-                Self::Plain { input: input.detached(), output: output.detached(), activation: *activation }
+                Self::Plain { input: input.map(f)?, output: output.map(f)?, activation: *activation }
             }
-        }
+        })
     }
 
     fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
@@ -172,13 +172,9 @@ impl Merger {
         })
     }
 
-    fn detached(&self) -> Self {
-        Self {
-            norm: self.norm.detached(),
-            input: self.input.detached(),
-            output: self.output.detached(),
-            ..self.clone()
-        }
+    fn map(&self, f: TensorMap<'_>) -> candle_core::Result<Self> {
+        let (norm, input, output) = (self.norm.map(f)?, self.input.map(f)?, self.output.map(f)?);
+        Ok(Self { norm, input, output, ..self.clone() })
     }
 
     /// `[patches, hidden]` to `[merged, out_hidden]`; rows of a merge block are adjacent.
@@ -221,23 +217,29 @@ impl VisionTower {
         Ok(Self { config: config.clone(), patch_embed, position_table, blocks, merger, deepstack })
     }
 
-    /// The same weights, shared, without gradients.
-    pub(super) fn detached(&self) -> Self {
-        let block = |block: &VisionBlock| VisionBlock {
-            norm1: block.norm1.detached(),
-            qkv: block.qkv.detached(),
-            proj: block.proj.detached(),
-            norm2: block.norm2.detached(),
-            mlp: block.mlp.detached(),
+    /// The same tower over `f` of every tensor that may train.
+    pub(super) fn map(&self, f: TensorMap<'_>) -> candle_core::Result<Self> {
+        let block = |block: &VisionBlock| -> candle_core::Result<VisionBlock> {
+            Ok(VisionBlock {
+                norm1: block.norm1.map(f)?,
+                qkv: block.qkv.map(f)?,
+                proj: block.proj.map(f)?,
+                norm2: block.norm2.map(f)?,
+                mlp: block.mlp.map(f)?,
+            })
         };
-        Self {
+        Ok(Self {
             config: self.config.clone(),
-            patch_embed: self.patch_embed.detached(),
-            position_table: self.position_table.as_ref().map(Tensor::detach),
-            blocks: self.blocks.iter().map(block).collect(),
-            merger: self.merger.detached(),
-            deepstack: self.deepstack.iter().map(Merger::detached).collect(),
-        }
+            patch_embed: self.patch_embed.map(f)?,
+            position_table: self.position_table.as_ref().map(f).transpose()?,
+            blocks: self.blocks.iter().map(block).collect::<candle_core::Result<_>>()?,
+            merger: self.merger.map(f)?,
+            deepstack: self
+                .deepstack
+                .iter()
+                .map(|merger| merger.map(f))
+                .collect::<candle_core::Result<_>>()?,
+        })
     }
 
     /// Number of blocks.

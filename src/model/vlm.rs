@@ -5,7 +5,7 @@
 
 use super::config::VlmConfig;
 use super::kv_cache::KvCache;
-use super::parameters::{Builder, Parameters, Source};
+use super::parameters::{Build, Builder, Parameters};
 use super::patches::Patchify;
 use super::positions;
 use super::text::{Decoder, RowPlan};
@@ -13,6 +13,7 @@ use super::vision::{VisionPlan, VisionTower};
 use crate::error::Result;
 use crate::nn::attention::Layout;
 use crate::nn::cross_entropy;
+use crate::nn::linear::TensorMap;
 use crate::nn::recompute::Stage;
 use crate::nn::rows;
 use candle_core::{Device, Tensor};
@@ -78,18 +79,12 @@ impl Features {
 }
 
 impl Vlm {
-    /// Puts a model together from named tensors; those whose name `trains` accepts get gradients.
+    /// Puts a model together from named tensors.
     ///
     /// # Errors
-    /// What `source` refuses: missing or misshapen tensors.
-    pub fn new(
-        config: &VlmConfig,
-        patchify: Patchify,
-        source: Source<'_>,
-        trains: &dyn Fn(&str) -> bool,
-        device: &Device,
-    ) -> Result<Self> {
-        let mut builder = Builder::new(source, trains, device.clone());
+    /// What the sources refuse: missing or misshapen tensors.
+    pub fn new(config: &VlmConfig, patchify: Patchify, build: Build<'_>, device: &Device) -> Result<Self> {
+        let mut builder = Builder::new(build, device.clone());
         let vision = VisionTower::load(&mut builder, &config.vision)?;
         let decoder = Decoder::load(&mut builder, &config.text, config.tie_word_embeddings)?;
         Ok(Self {
@@ -103,9 +98,23 @@ impl Vlm {
     }
 
     /// The same weights, shared, without gradients: for attacks, rollouts and evaluation while training.
-    #[must_use]
-    pub fn detached(&self) -> Self {
-        Self { vision: self.vision.detached(), decoder: self.decoder.detached(), ..self.clone() }
+    ///
+    /// # Errors
+    /// When the device has no room.
+    pub fn detached(&self) -> Result<Self> {
+        self.map(&|tensor| Ok(tensor.detach()))
+    }
+
+    /// A copy that later updates of trained weights do not reach, without gradients; frozen weights are shared.
+    ///
+    /// # Errors
+    /// As [`Vlm::detached`].
+    pub fn frozen_copy(&self) -> Result<Self> {
+        self.map(&|tensor| if tensor.track_op() { tensor.detach().copy() } else { Ok(tensor.clone()) })
+    }
+
+    fn map(&self, f: TensorMap<'_>) -> Result<Self> {
+        Ok(Self { vision: self.vision.map(f)?, decoder: self.decoder.map(f)?, ..self.clone() })
     }
 
     /// The shape.

@@ -1,6 +1,7 @@
 //! The whole model against hidden states, logits and gradients computed by Hugging Face transformers.
 
 use super::config::VlmConfig;
+use super::parameters::Build;
 use super::patches::Patchify;
 use super::test_support::{fixture_json, fixtures, read_tensors};
 use super::vlm::{Batch, Vlm};
@@ -28,7 +29,9 @@ fn logits_and_pixel_gradients_equal_transformers() {
             mean: triple("image_mean"),
             std: triple("image_std"),
         };
-        let vlm = Vlm::new(&config, patchify, &|n, s| weights.get(n, s), &|_| true, &Device::Cpu).unwrap();
+        let vlm =
+            Vlm::new(&config, patchify, Build::plain(&|n, s| weights.get(n, s), &|_| true), &Device::Cpu)
+                .unwrap();
         let expected = read_tensors(&root.join(format!("expected/{name}.safetensors")));
         let meta = fixture_json(&root.join(format!("expected/{name}.json")));
         let train = &meta["train"];

@@ -1,4 +1,4 @@
-//! The linear layer: frozen (input gradient only) or trainable, with or without bias.
+//! The linear layer: frozen (input gradient only) or trainable, with or without bias and a low-rank adapter.
 //!
 //! On the CPU a frozen weight is rearranged once into the panels that the matrix product reads, which serves one row
 //! of decoding as well as a thousand of prefill; its backward never computes a weight gradient.
@@ -14,6 +14,37 @@ use std::sync::{Arc, OnceLock};
 pub struct Linear {
     weight: Weight,
     bias: Option<Tensor>,
+    low_rank: Option<LowRank>,
+}
+
+/// What is done to each tensor of a layer to make another layer of them.
+pub type TensorMap<'a> = &'a dyn Fn(&Tensor) -> Result<Tensor>;
+
+/// A low-rank update of a weight: y gains scaling · (x · Aᵀ) · Bᵀ.
+#[derive(Debug, Clone)]
+pub struct LowRank {
+    /// `[rank, in]`.
+    pub a: Tensor,
+    /// `[out, rank]`.
+    pub b: Tensor,
+    /// What the product is multiplied with.
+    pub scaling: f64,
+}
+
+impl LowRank {
+    fn map(&self, f: TensorMap<'_>) -> Result<Self> {
+        Ok(Self { a: f(&self.a)?, b: f(&self.b)?, scaling: self.scaling })
+    }
+
+    /// `y` with the update of `x` added.
+    fn add_to(&self, y: &Tensor, x: &Tensor) -> Result<Tensor> {
+        if !is_fused(x) {
+            let inner = plain::linear(x, &self.a, None)?;
+            return y + (plain::linear(&inner, &self.b, None)? * self.scaling)?;
+        }
+        let inner = x.contiguous()?.apply_op2(&self.a.contiguous()?, TrainedLinear)?;
+        y.contiguous()?.apply_op3(&inner, &self.b.contiguous()?, AddScaled(self.scaling as f32))
+    }
 }
 
 #[derive(Debug, Clone)]
@@ -50,12 +81,13 @@ impl Linear {
         let (out, input) = weight.dims2()?;
         let bias = bias.map(Tensor::detach);
         if !is_fused(weight) {
-            return Ok(Self { weight: Weight::Tensor(weight.detach()), bias });
+            return Ok(Self { weight: Weight::Tensor(weight.detach()), bias, low_rank: None });
         }
         let forward = with_slice(weight, |w| Packed::new(View::new(w, out, input).transposed()))?;
         Ok(Self {
             weight: Weight::Panels(Arc::new(FrozenWeight { forward, backward: OnceLock::new() })),
             bias,
+            low_rank: None,
         })
     }
 
@@ -69,15 +101,29 @@ impl Linear {
 
     /// A layer over tensors as they are: they get gradients if they are tracked.
     pub(crate) fn of_tensor(weight: &Tensor, bias: Option<&Tensor>) -> Self {
-        Self { weight: Weight::Tensor(weight.clone()), bias: bias.cloned() }
+        Self { weight: Weight::Tensor(weight.clone()), bias: bias.cloned(), low_rank: None }
     }
 
-    /// `x · weightᵀ + bias`.
+    /// The same layer with a low-rank update over it.
+    #[must_use]
+    pub fn with_low_rank(self, low_rank: LowRank) -> Self {
+        Self { low_rank: Some(low_rank), ..self }
+    }
+
+    /// `x · weightᵀ + bias`, and the low-rank update where there is one.
     ///
     /// # Shapes
     /// - `x`: `[rows, in]`
     /// - returns: `[rows, out]`
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let y = self.base(x)?;
+        match &self.low_rank {
+            Some(low_rank) => low_rank.add_to(&y, x),
+            None => Ok(y),
+        }
+    }
+
+    fn base(&self, x: &Tensor) -> Result<Tensor> {
         match (&self.weight, &self.bias) {
             (Weight::Panels(weight), bias) => {
                 x.contiguous()?.apply_op1(FrozenLinear { weight: weight.clone(), bias: bias.clone() })
@@ -90,17 +136,17 @@ impl Linear {
         }
     }
 
-    /// The same weights, shared, without gradients.
-    #[must_use]
-    pub fn detached(&self) -> Self {
+    /// The same layer over `f` of every tensor that may train; frozen weights are shared.
+    pub fn map(&self, f: TensorMap<'_>) -> Result<Self> {
         let weight = match &self.weight {
-            Weight::Tensor(weight) => Weight::Tensor(weight.detach()),
+            Weight::Tensor(weight) => Weight::Tensor(f(weight)?),
             Weight::Panels(weight) => Weight::Panels(weight.clone()),
         };
-        Self { weight, bias: self.bias.as_ref().map(Tensor::detach) }
+        let low_rank = self.low_rank.as_ref().map(|low_rank| low_rank.map(f)).transpose()?;
+        Ok(Self { weight, bias: self.bias.as_ref().map(f).transpose()?, low_rank })
     }
 
-    /// The weight as a tensor `[out, in]`, for export.
+    /// The weight as a tensor `[out, in]` without its low-rank update, for export.
     pub fn weight(&self) -> Result<Tensor> {
         match &self.weight {
             Weight::Panels(weight) => {
@@ -118,6 +164,46 @@ impl Linear {
             Weight::Panels(weight) => (Some(weight), None, self.bias.as_ref()),
             Weight::Tensor(weight) => (None, Some(weight), self.bias.as_ref()),
         }
+    }
+}
+
+/// y + scaling · u · bᵀ of `y` `[rows, out]`, `u` `[rows, rank]` and `b` `[out, rank]`.
+struct AddScaled(f32);
+
+impl CustomOp3 for AddScaled {
+    fn name(&self) -> &'static str {
+        "low-rank-update"
+    }
+
+    fn cpu_fwd(
+        &self,
+        y: &CpuStorage,
+        y_layout: &Layout,
+        u: &CpuStorage,
+        u_layout: &Layout,
+        b: &CpuStorage,
+        b_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (rows, rank) = u_layout.shape().dims2()?;
+        let out = b_layout.shape().dims2()?.0;
+        let u: Vec<f32> = slice(u, u_layout)?.iter().map(|value| value * self.0).collect();
+        let mut sum = slice(y, y_layout)?.to_vec();
+        let b = View::new(slice(b, b_layout)?, out, rank).transposed();
+        gemm(View::new(&u, rows, rank), b, &mut sum, out, true);
+        Ok((CpuStorage::F32(sum), Shape::from((rows, out))))
+    }
+
+    fn bwd(
+        &self,
+        y: &Tensor,
+        u: &Tensor,
+        b: &Tensor,
+        _sum: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let (du, db) = trained_backward(u, b, grad)?;
+        let scaled = |gradient: Option<Tensor>| gradient.map(|g| g * f64::from(self.0)).transpose();
+        Ok((y.track_op().then(|| grad.clone()), scaled(du)?, scaled(db)?))
     }
 }
 

@@ -3,7 +3,7 @@
 use super::activation::{Activation, activate, gated};
 use super::attention::{Block, Heads, Layout, attention};
 use super::cross_entropy::log_probs_of;
-use super::linear::Linear;
+use super::linear::{Linear, LowRank};
 use super::{norm, plain, rotary, rows};
 use crate::rng;
 use candle_core::{Device, Result, Tensor, Var};
@@ -75,6 +75,29 @@ fn linear_equals_its_composition_in_value_and_gradients() {
     check_op("frozen", &inputs[..1], &|t| Linear::frozen(&weight, Some(&bias))?.forward(&t[0]), &|t| {
         plain::linear(&t[0], &weight, Some(&bias))
     });
+}
+
+#[test]
+fn a_low_rank_update_equals_its_composition_over_trained_and_frozen_weights() {
+    let inputs = [random(&[37, 24], 1), random(&[3, 24], 12), random(&[40, 3], 13), random(&[40, 24], 2)];
+    let low_rank = |t: &[Tensor]| LowRank { a: t[1].clone(), b: t[2].clone(), scaling: 0.7 };
+    let composed = |t: &[Tensor], weight: &Tensor| {
+        let inner = plain::linear(&t[0], &t[1], None)?;
+        plain::linear(&t[0], weight, None)? + (plain::linear(&inner, &t[2], None)? * 0.7)?
+    };
+    check_op(
+        "over trained",
+        &inputs,
+        &|t| Linear::of_tensor(&t[3], None).with_low_rank(low_rank(t)).forward(&t[0]),
+        &|t| composed(t, &t[3]),
+    );
+    let weight = inputs[3].clone();
+    check_op(
+        "over frozen",
+        &inputs[..3],
+        &|t| Linear::frozen(&weight, None)?.with_low_rank(low_rank(t)).forward(&t[0]),
+        &|t| composed(t, &weight),
+    );
 }
 
 #[test]

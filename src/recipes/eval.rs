@@ -79,7 +79,7 @@ pub fn evaluate(
     run: &mut Run,
     progress: &dyn Progress,
 ) -> Result<Value> {
-    let assistant = assistant.detached();
+    let assistant = assistant.detached()?;
     inputs::note_questions(run, dataset, train, settings.asking.template)?;
     if !dataset.skipped.is_empty() {
         progress.note(&format!("{} problems: their records are left out", dataset.skipped.len()));

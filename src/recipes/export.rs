@@ -1,29 +1,35 @@
-//! `safemed export`: a checkpoint written anew as a directory that transformers loads: float32 weights, one file.
+//! `safemed export`: a checkpoint written anew, an adapter merged into it, as a directory that transformers loads:
+//! float32 weights, one file.
 
 use super::inputs;
 use super::job::Outcome;
 use crate::backend::Backend;
 use crate::error::{Error, Result};
 use crate::model::assistant::Assistant;
+use crate::model::loader::Adaptation;
+use crate::model::lora::Adapter;
 use crate::model::weights;
 use serde_json::json;
 use std::path::Path;
 
-/// Loads `model` and writes it to `out`, which must be empty or absent.
+/// Loads `model`, adds `adapter` to its weights and writes it to `out`, which must be empty or absent.
 ///
 /// # Errors
-/// A usage error for an adapter or when `out` holds something; whatever is wrong with the checkpoint.
+/// A usage error when `out` holds something; whatever is wrong with the checkpoint or the adapter.
 pub fn export(model: &str, adapter: Option<&Path>, out: &Path) -> Result<Outcome> {
-    inputs::refuse_adapter(adapter)?;
     refuse_occupied(out)?;
     let dir = weights::locate(model)?;
-    let assistant = Assistant::load(&dir, &|_| false, &Backend::Cpu.device()?)?;
+    let loaded = adapter.map(Adapter::load).transpose()?;
+    let adaptation = loaded.as_ref().map_or(Adaptation::None, Adaptation::Merged);
+    let assistant = Assistant::load_adapted(&dir, adaptation, &|_| false, &Backend::Cpu.device()?)?;
     assistant.save(out)?;
     let tensors = assistant.vlm.parameters().tensors()?;
     let parameters: usize = tensors.iter().map(|(_, tensor)| tensor.elem_count()).sum();
     let summary = json!({
         "command": "export",
         "model": model,
+        "adapter": adapter.map(|dir| dir.display().to_string()),
+        "adapted_modules": loaded.as_ref().map(|adapter| adapter.modules().count()),
         "out": out.display().to_string(),
         "tensors": tensors.len(),
         "parameters": parameters,

@@ -6,6 +6,7 @@
 use super::config::{ScheduleName, TrainConfig};
 use crate::error::{Error, Result};
 use crate::model::assistant::Assistant;
+use crate::model::lora::{self, LoraConfig};
 use crate::model::weights::{self, TensorFile};
 use crate::nn::recompute::Gradients;
 use crate::train::optimizer::{self, AdamWConfig, Moments};
@@ -22,6 +23,8 @@ pub struct Fit {
     pub assistant: Assistant,
     /// The same weights without gradients.
     pub frozen: Assistant,
+    /// Settings of the adapter, when that is what trains.
+    adapter: Option<LoraConfig>,
     parameters: Vec<(String, Var)>,
     moments: Vec<Moments>,
     /// Optimiser updates applied so far.
@@ -40,11 +43,11 @@ pub struct Update {
 }
 
 impl Fit {
-    /// A model at the beginning of its training.
+    /// A model at the beginning of its training; with `adapter`, checkpoints hold that and not the weights.
     ///
     /// # Errors
     /// When no parameter trains.
-    pub fn new(assistant: Assistant) -> Result<Self> {
+    pub fn new(assistant: Assistant, adapter: Option<LoraConfig>) -> Result<Self> {
         let parameters = assistant.vlm.parameters().trained();
         if parameters.is_empty() {
             return Err(Error::usage(
@@ -53,7 +56,15 @@ impl Fit {
         }
         let moments =
             parameters.iter().map(|(_, var)| Moments::zeros(var.as_tensor().elem_count())).collect();
-        Ok(Self { frozen: assistant.detached(), assistant, parameters, moments, updates: 0, step: 0 })
+        Ok(Self {
+            frozen: assistant.detached()?,
+            assistant,
+            adapter,
+            parameters,
+            moments,
+            updates: 0,
+            step: 0,
+        })
     }
 
     /// The tensors whose gradients are wanted.
@@ -105,8 +116,8 @@ impl Fit {
         Ok(Update { grad_norm, learning_rate })
     }
 
-    /// Writes `checkpoints/step-N`: a complete Hugging Face directory, the optimiser and the step; the directory
-    /// appears only once it is whole.
+    /// Writes `checkpoints/step-N`: a complete Hugging Face directory (or an adapter as PEFT has it), the optimiser and
+    /// the step; the directory appears only once it is whole.
     ///
     /// # Errors
     /// When a file cannot be written; the last checkpoint is untouched then.
@@ -120,7 +131,10 @@ impl Fit {
         if partial.exists() {
             fs::remove_dir_all(&partial).map_err(io("cannot remove", &partial))?;
         }
-        self.assistant.save(&partial)?;
+        match &self.adapter {
+            Some(config) => lora::save(&partial, config, &self.assistant.vlm.parameters().low_rank()?)?,
+            None => self.assistant.save(&partial)?,
+        }
         let mut tensors = Vec::with_capacity(2 * self.moments.len());
         for ((name, var), moments) in self.parameters.iter().zip(&self.moments) {
             let shape = var.as_tensor().shape();
@@ -156,7 +170,10 @@ impl Fit {
     pub fn resume(&mut self, root: &Path) -> Result<bool> {
         let Some(newest) = saved_steps(root).into_iter().max() else { return Ok(false) };
         let dir = root.join(format!("step-{newest}"));
-        let saved = weights::Weights::open(&dir)?;
+        let saved = match &self.adapter {
+            Some(_) => Saved::Adapter(TensorFile::open(&dir.join(lora::TENSOR_FILE))?),
+            None => Saved::Model(weights::Weights::open(&dir)?),
+        };
         let optimizer = TensorFile::open(&dir.join("optimizer.safetensors"))?;
         for ((name, var), moments) in self.parameters.iter().zip(&mut self.moments) {
             var.set(&saved.get(name, var.as_tensor().dims())?.to_device(var.as_tensor().device())?)?;
@@ -188,6 +205,24 @@ fn saved_steps(root: &Path) -> Vec<u64> {
     let Ok(entries) = fs::read_dir(root) else { return Vec::new() };
     let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
     names.filter_map(|name| name.strip_prefix("step-")?.parse().ok()).collect()
+}
+
+/// The values of a checkpoint.
+enum Saved {
+    Model(weights::Weights),
+    Adapter(TensorFile),
+}
+
+impl Saved {
+    fn get(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        match self {
+            Self::Model(weights) => weights.get(name, shape),
+            Self::Adapter(file) => {
+                let values = file.floats(&format!("{}{name}", lora::ROOT))?;
+                Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
+            }
+        }
+    }
 }
 
 /// The learning rate of step `step` (from 0).

@@ -9,6 +9,8 @@ use crate::data::prompt::PromptTemplate;
 use crate::data::{Dataset, ImageCheck, Sample};
 use crate::error::{Error, Result};
 use crate::model::assistant::Assistant;
+use crate::model::loader::Adaptation;
+use crate::model::lora::{self, Adapter};
 use crate::model::weights::{self, Weights};
 use rayon::prelude::*;
 use serde_json::{Map, Value, json};
@@ -24,15 +26,16 @@ pub struct OpenModel {
     pub dir: PathBuf,
     /// The model, loaded without gradients.
     pub assistant: Assistant,
-    /// Hash of the weights: see [`model_sha256`].
+    /// Hash of the weights: see [`model_sha256`]; with an adapter, of the two lines `HASH  model` and `HASH  adapter`.
     pub sha256: String,
+    /// Hash of the adapter's tensors, where there is one.
+    pub adapter_sha256: Option<String>,
 }
 
 /// The settings about the model that can be refused without opening anything.
 ///
 /// # Errors
-/// A usage error when no model is named, an adapter is, the element type is not computed with, or there is no such
-/// prompt or device.
+/// A usage error when no model is named, the element type is not computed with, or there is no such prompt or device.
 pub fn check_settings(config: &RunConfig) -> Result<PromptTemplate> {
     let template: PromptTemplate = config.prompt.parse()?;
     if config.model.is_none() {
@@ -40,7 +43,6 @@ pub fn check_settings(config: &RunConfig) -> Result<PromptTemplate> {
             "no model is named\n   = help: give `--model DIR`, a Hugging Face directory, or an id on the hub",
         ));
     }
-    refuse_adapter(config.adapter.as_deref())?;
     if config.dtype != Dtype::F32 {
         return Err(Error::usage(format!(
             "dtype `{}` is not computed with: this build computes in float32, whatever the checkpoint's own type\n   = help: leave `--dtype` out, or use `--dtype f32`",
@@ -61,20 +63,6 @@ pub fn check_job(job: &Job<'_>) -> Result<PromptTemplate> {
     Ok(template)
 }
 
-/// Refuses an adapter rather than leaving it out silently.
-///
-/// # Errors
-/// A usage error when there is one.
-pub fn refuse_adapter(adapter: Option<&Path>) -> Result<()> {
-    match adapter {
-        None => Ok(()),
-        Some(adapter) => Err(Error::usage(format!(
-            "adapters are not supported yet\n  --> {}\n   = help: merge it into its model with PEFT's `merge_and_unload`, and name the merged directory with `--model`",
-            adapter.display()
-        ))),
-    }
-}
-
 /// Opens the checkpoint of `config`; [`check_settings`] has passed.
 ///
 /// # Errors
@@ -82,9 +70,15 @@ pub fn refuse_adapter(adapter: Option<&Path>) -> Result<()> {
 pub fn open_model(config: &RunConfig) -> Result<OpenModel> {
     let dir = weights::locate(config.model.as_deref().unwrap_or_default())?;
     let device = config.backend().device()?;
-    let assistant = Assistant::load(&dir, &|_| false, &device)?;
-    let sha256 = model_sha256(&dir)?;
-    Ok(OpenModel { dir, assistant, sha256 })
+    let adapter = config.adapter.as_deref().map(Adapter::load).transpose()?;
+    let adaptation = adapter.as_ref().map_or(Adaptation::None, Adaptation::Active);
+    let assistant = Assistant::load_adapted(&dir, adaptation, &|_| false, &device)?;
+    let adapter_sha256 = config.adapter.as_deref().map(adapter_sha256).transpose()?;
+    let mut sha256 = model_sha256(&dir)?;
+    if let Some(adapter) = &adapter_sha256 {
+        sha256 = hex(&Sha256::digest(format!("{sha256}  model\n{adapter}  adapter\n")));
+    }
+    Ok(OpenModel { dir, assistant, sha256, adapter_sha256 })
 }
 
 /// The questions of `config`, and those that the option prior counts when a training split is named.
@@ -134,6 +128,9 @@ pub fn note_questions(
 /// As [`note_questions`].
 pub fn note_model(run: &mut Run, model: &OpenModel) -> Result<()> {
     run.provenance("model_sha256", json!(model.sha256))?;
+    if let Some(adapter) = &model.adapter_sha256 {
+        run.provenance("adapter_sha256", json!(adapter))?;
+    }
     run.provenance("model_files", Value::Object(model_files(&model.dir)?))?;
     run.provenance("chat_template_sha256", json!(hex(&Sha256::digest(model.assistant.chat.source()))))
 }
@@ -155,6 +152,14 @@ pub fn model_sha256(dir: &Path) -> Result<String> {
         hasher.update(format!("{hash}  {}\n", file_name(path)));
     }
     Ok(hex(&hasher.finalize()))
+}
+
+/// The hash of an adapter's tensors: what `sha256sum adapter_model.safetensors` prints.
+///
+/// # Errors
+/// When the file cannot be read.
+pub fn adapter_sha256(dir: &Path) -> Result<String> {
+    file_sha256(&dir.join(lora::TENSOR_FILE))
 }
 
 /// The hashes of the small files that decide what a checkpoint says.

@@ -3,6 +3,7 @@
 //! Recipes never print and know no command line: they report through `progress` and leave their numbers in the run
 //! directory.
 
+pub mod adapter;
 pub mod aims;
 pub mod answers;
 pub mod attack;

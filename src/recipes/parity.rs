@@ -1,20 +1,20 @@
 //! Whether this build computes what Hugging Face transformers computes: every number of an export, compared.
 //!
-//! Inputs (tokens, prompts, pictures) are compared in [`super::parity_io`], the network in [`network`], attacks in
-//! [`pgd`], losses and optimiser in [`training`]; [`dump`] writes this build's own numbers for the opposite direction. What an export holds and this build
+//! Inputs (tokens, prompts, pictures) are compared in [`super::parity_io`], the network in [`network`], adapters
+//! in [`lora`], attacks in [`pgd`], losses and optimiser in [`training`]; [`dump`] writes this build's own numbers for the opposite direction. What an export holds and this build
 //! does not compare is named in [`ParityReport::not_checked`], so that a pass says no more than it should.
 
 pub mod dump;
+pub mod lora;
 pub mod network;
 pub mod pgd;
 pub mod render;
 pub mod training;
 
-use super::parity_io::{self, Check, ReferenceCheckpoint, read_json};
+use super::parity_io::{self, Check, ReferenceCheckpoint};
 use crate::error::Result;
 use candle_core::Device;
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 use std::path::Path;
 
 /// A quantity of the export that was not compared.
@@ -44,7 +44,7 @@ pub struct ParityReport {
 pub fn parity(dir: &Path, device: &Device, progress: &mut dyn FnMut(&str)) -> Result<ParityReport> {
     progress("tokens, prompts and pictures");
     let mut checks = parity_io::collect(dir)?;
-    let mut not_checked = adapters(dir)?;
+    let mut not_checked = Vec::new();
     for name in parity_io::checkpoint_names(dir)? {
         match ReferenceCheckpoint::load(dir, &name)? {
             Some(reference) => {
@@ -62,6 +62,8 @@ pub fn parity(dir: &Path, device: &Device, progress: &mut dyn FnMut(&str)) -> Re
             }
         }
     }
+    progress("adapters");
+    checks.extend(lora::check(dir, device)?);
     progress("training");
     checks.extend(training::check(dir)?);
     progress("attacks");
@@ -84,22 +86,6 @@ fn low_precision(reference: &ReferenceCheckpoint) -> Vec<Unchecked> {
     let cases = names.iter().filter_map(|name| name.strip_suffix(".bf16_compute.logits"));
     let reason = "this build has no path that computes in bfloat16 throughout";
     cases.map(|case| unchecked(&reference.name, case, "bf16_logits", reason)).collect()
-}
-
-/// Numbers of the export about low-rank adapters, which nothing here compares.
-fn adapters(dir: &Path) -> Result<Vec<Unchecked>> {
-    let mut list = Vec::new();
-    let path = dir.join("lora.json");
-    if path.exists() {
-        let report: Value = read_json(&path)?;
-        for key in report.as_object().into_iter().flatten().map(|(key, _)| key) {
-            let (checkpoint, case) = key.rsplit_once('.').unwrap_or((key, "-"));
-            for quantity in ["lora_logits", "lora_merged"] {
-                list.push(unchecked(checkpoint, case, quantity, "this build cannot load adapters"));
-            }
-        }
-    }
-    Ok(list)
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@ use crate::model::assistant::Assistant;
 use crate::model::chat::ChatTemplate;
 use crate::model::config::{ModelSizes, SpecialIds, VlmConfig};
 use crate::model::initialise::initial_value;
+use crate::model::parameters::Build;
 use crate::model::processor::ImageProcessorConfig;
 use crate::model::tokenizer::{REASONING_TOKENS, Tokenizer, train_bpe};
 use candle_core::Device;
@@ -97,7 +98,7 @@ impl Scratch {
         };
         let source = |name: &str, shape: &[usize]| initial_value(seed, name, shape);
         let chat = ChatTemplate::default_template()?;
-        Assistant::new(&config, tokenizer, chat, image_processor, &source, trains, device)
+        Assistant::new(&config, tokenizer, chat, image_processor, Build::plain(&source, trains), device)
     }
 
     fn tokenizer(&self, samples: &[Sample], templates: &[PromptTemplate]) -> Result<Tokenizer> {

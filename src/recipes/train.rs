@@ -1,5 +1,6 @@
 //! Training: questions, one step after another, checkpoints.
 
+use super::adapter::Chosen;
 use super::config::{RecipeName, RunConfig};
 use super::fit::Fit;
 use super::inputs;
@@ -14,6 +15,7 @@ use super::{grpo, sft};
 use crate::data::Dataset;
 use crate::error::{Error, Result};
 use crate::model::assistant::Assistant;
+use crate::model::lora::LoraConfig;
 use crate::model::weights;
 use crate::nn::recompute::Memory;
 use serde_json::{Value, json};
@@ -41,6 +43,9 @@ struct Material {
     /// Where the model comes from; none from scratch.
     model: Option<PathBuf>,
     assistant: Assistant,
+    chosen: Chosen,
+    /// Settings of the adapter that trains.
+    adapter: Option<LoraConfig>,
     /// The frozen policy of GRPO's KL term.
     reference: Option<Assistant>,
 }
@@ -54,18 +59,25 @@ fn material(config: &RunConfig) -> Result<Material> {
     let model = config.model.as_deref().unwrap_or_default();
     let parts = &config.train.parts;
     let trains = |name: &str| trains(name, parts.vision, parts.merger, parts.text);
-    if model == scratch::TINY {
+    let chosen = Chosen::of(config)?;
+    let (model, assistant) = if model == scratch::TINY {
+        if !matches!(chosen, Chosen::None) {
+            return Err(Error::usage(
+                "a model from scratch has no weights to adapt\n   = help: leave `train.lora_rank` and `--adapter` out",
+            ));
+        }
         let templates = [config.prompt.parse()?];
-        let build =
-            |trains| Scratch::tiny().build(&dataset.samples, &templates, config.seed, trains, &device);
-        let assistant = build(&trains)?;
-        let reference = if needs_reference { Some(build(&|_| false)?.detached()) } else { None };
-        return Ok(Material { dataset, model: None, assistant, reference });
-    }
-    let model = weights::locate(model)?;
-    let assistant = Assistant::load(&model, &trains, &device)?;
-    let reference = if needs_reference { Some(Assistant::load(&model, &|_| false, &device)?) } else { None };
-    Ok(Material { dataset, model: Some(model), assistant, reference })
+        (None, Scratch::tiny().build(&dataset.samples, &templates, config.seed, &trains, &device)?)
+    } else {
+        let model = weights::locate(model)?;
+        let trains = |name: &str| chosen.trains(name, trains);
+        let assistant = Assistant::load_adapted(&model, chosen.adaptation(config.seed), &trains, &device)?;
+        (Some(model), assistant)
+    };
+    // The policy as it is before the first step: a new adapter changes nothing, so this is its base.
+    let reference = if needs_reference { Some(assistant.frozen_copy()?) } else { None };
+    let adapter = chosen.settings(&assistant)?;
+    Ok(Material { dataset, model, assistant, chosen, adapter, reference })
 }
 
 /// Trains in an open run directory and leaves the summary there.
@@ -77,12 +89,19 @@ pub fn run_training(config: &RunConfig, run: &mut Run, progress: &dyn Progress) 
 }
 
 fn learn(material: Material, config: &RunConfig, run: &mut Run, progress: &dyn Progress) -> Result<Value> {
-    let Material { dataset, model, assistant, reference } = material;
+    let Material { dataset, model, assistant, chosen, adapter, reference } = material;
     inputs::note_questions(run, &dataset, None, config.prompt.parse()?)?;
     if let Some(model) = &model {
         run.provenance("model_sha256", json!(inputs::model_sha256(model)?))?;
     }
-    let checkpoint = fit(&dataset, config, assistant, reference.as_ref(), run, progress)?;
+    if let Chosen::Given(adapter) = &chosen {
+        run.provenance("adapter_sha256", json!(inputs::adapter_sha256(&adapter.dir)?))?;
+    }
+    if let Some(text) = chosen.describe(&assistant)? {
+        progress.note(&text);
+    }
+    let fit = Fit::new(assistant, adapter)?;
+    let checkpoint = train_steps(&dataset, config, fit, reference.as_ref(), run, progress)?;
     let summary = json!({
         "command": "train",
         "n": dataset.samples.len(),
@@ -110,10 +129,10 @@ pub fn trains(name: &str, vision: bool, merger: bool, text: bool) -> bool {
 ///
 /// # Errors
 /// [`Error::Stopped`] when asked to stop, with everything saved.
-pub fn fit(
+fn train_steps(
     dataset: &Dataset,
     config: &RunConfig,
-    assistant: Assistant,
+    mut fit: Fit,
     reference: Option<&Assistant>,
     run: &mut Run,
     progress: &dyn Progress,
@@ -127,7 +146,6 @@ pub fn fit(
         config: settings,
         seed: config.seed,
     };
-    let mut fit = Fit::new(assistant)?;
     let checkpoints = run.path("checkpoints");
     fit.resume(&checkpoints)?;
     run.rewind_to(fit.step)?;

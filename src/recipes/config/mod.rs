@@ -344,6 +344,17 @@ section! {
         save_every: usize = 100,
         /// Checkpoints kept, the newest; 0: all.
         keep_checkpoints: usize = 2,
+        /// Rank of a low-rank adapter (LoRA) that trains in place of the weights; 0: the weights train.
+        lora_rank: usize = 0,
+        /// The adapter's update is multiplied by `lora_alpha` / `lora_rank`.
+        lora_alpha: f64 = 32.0 => Range::above(0.0),
+        /// Whether it is multiplied by `lora_alpha` / sqrt(`lora_rank`) instead.
+        lora_use_rslora: bool = false,
+        /// Linear layers with an adapter, as PEFT names them: `all-linear`, names with commas between, or a regular
+        /// expression; absent: every linear layer of the parts that train.
+        lora_target_modules: Option<String> = None,
+        /// Linear layers without one all the same; names or a regular expression.
+        lora_exclude_modules: Option<String> = None,
         /// Which parts of the model train.
         parts: TrainParts = TrainParts::default(),
         /// GRPO, for the recipes `grpo` and `at_grpo`.

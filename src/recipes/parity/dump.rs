@@ -4,7 +4,7 @@
 
 use crate::error::{Error, Result};
 use crate::model::generate::prompt_batch;
-use crate::model::loader::load_vlm;
+use crate::model::loader::{Adaptation, load_vlm};
 use crate::model::tokenizer::write_json;
 use crate::model::weights::save_file;
 use crate::pixels::decode::decode_file;
@@ -25,7 +25,7 @@ pub fn dump_logits(
     out: &Path,
     device: &Device,
 ) -> Result<()> {
-    let (vlm, processor) = load_vlm(model, &|_| false, device)?;
+    let (vlm, processor) = load_vlm(model, Adaptation::None, &|_| false, device)?;
     std::fs::create_dir_all(out).map_err(|error| Error::io("cannot create the directory", out, error))?;
     let (mut grids, mut pixels, mut patches, mut paths) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for path in images {

@@ -6,7 +6,7 @@
 
 use crate::error::{Error, Result};
 use crate::model::generate::{Decoding, Prompt, generate, prompt_batch};
-use crate::model::loader::load_vlm;
+use crate::model::loader::{Adaptation, load_vlm};
 use crate::model::positions::Grid;
 use crate::model::tokenizer::Tokenizer;
 use crate::model::vlm::{Features, Vlm};
@@ -20,21 +20,21 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 
 /// Largest difference of hidden states, logits, log-probabilities and losses, relative where values exceed one.
-const FORWARD_TOLERANCE: f64 = 1e-4;
+pub(super) const FORWARD_TOLERANCE: f64 = 1e-4;
 /// Largest difference of a gradient, relative to its largest entry.
-const GRADIENT_TOLERANCE: f64 = 1e-3;
+pub(super) const GRADIENT_TOLERANCE: f64 = 1e-3;
 /// Share of pixels whose first signed step differs.
 const FIRST_STEP_TOLERANCE: f64 = 0.002;
 /// A gradient's norm is compared relative to itself, but to no less than this share of the largest norm: below lies
 /// the rounding of gradients that cancel.
-const SMALL_NORM: f64 = 1e-3;
+pub(super) const SMALL_NORM: f64 = 1e-3;
 
 /// Every network check of one checkpoint on `device`.
 ///
 /// # Errors
 /// A data error when the checkpoint or its reference cannot be read.
 pub fn check(reference: &ReferenceCheckpoint, device: &Device) -> Result<Vec<Check>> {
-    let (vlm, processor) = load_vlm(&reference.dir, &|_| false, device)?;
+    let (vlm, processor) = load_vlm(&reference.dir, Adaptation::None, &|_| false, device)?;
     let subject = Subject { reference, vlm: &vlm };
     let mut checks = Vec::new();
     for case in &reference.cases {
@@ -46,27 +46,27 @@ pub fn check(reference: &ReferenceCheckpoint, device: &Device) -> Result<Vec<Che
     }
     if let Some(case) = subject.trained_case()? {
         subject.check_loss(case, Memory::Recompute, &mut checks)?;
-        let (trained, _) = load_vlm(&reference.dir, &|_| true, device)?;
+        let (trained, _) = load_vlm(&reference.dir, Adaptation::None, &|_| true, device)?;
         Subject { reference, vlm: &trained }.check_loss(case, Memory::Keep, &mut checks)?;
     }
     Ok(checks)
 }
 
 /// A model and what is expected of it.
-struct Subject<'a> {
+pub(super) struct Subject<'a> {
     /// What is expected.
-    reference: &'a ReferenceCheckpoint,
+    pub(super) reference: &'a ReferenceCheckpoint,
     /// The model.
-    vlm: &'a Vlm,
+    pub(super) vlm: &'a Vlm,
 }
 
 /// Largest difference, relative to the largest wanted magnitude where that exceeds one.
-fn scaled_diff(found: &[f32], wanted: &[f32]) -> f64 {
+pub(super) fn scaled_diff(found: &[f32], wanted: &[f32]) -> f64 {
     max_abs_diff(found, wanted) / magnitude(wanted).max(1.0)
 }
 
 /// Largest difference relative to the largest wanted magnitude.
-fn relative_diff(found: &[f32], wanted: &[f32]) -> f64 {
+pub(super) fn relative_diff(found: &[f32], wanted: &[f32]) -> f64 {
     let scale = magnitude(wanted);
     max_abs_diff(found, wanted) / if scale > 0.0 { scale } else { 1.0 }
 }
@@ -75,7 +75,7 @@ fn magnitude(values: &[f32]) -> f64 {
     values.iter().fold(0.0, |largest, value| largest.max(f64::from(value.abs())))
 }
 
-fn floats(tensor: &Tensor) -> Result<Vec<f32>> {
+pub(super) fn floats(tensor: &Tensor) -> Result<Vec<f32>> {
     Ok(tensor.flatten_all()?.to_vec1()?)
 }
 
@@ -97,7 +97,7 @@ impl Subject<'_> {
     }
 
     /// The resized pictures of `case`, each `[1, 3, height, width]` in [0, 1].
-    fn pixels(&self, case: &ReferenceCase) -> Result<Vec<Tensor>> {
+    pub(super) fn pixels(&self, case: &ReferenceCase) -> Result<Vec<Tensor>> {
         let picture = |index| {
             let picture = self.reference.resized(&case.name, index)?;
             Ok(picture.to_tensor(self.vlm.device())?.unsqueeze(0)?)
@@ -105,7 +105,7 @@ impl Subject<'_> {
         (0..case.images.len()).map(picture).collect()
     }
 
-    fn features(&self, cases: &[&ReferenceCase]) -> Result<Option<Features>> {
+    pub(super) fn features(&self, cases: &[&ReferenceCase]) -> Result<Option<Features>> {
         let (mut grids, mut pixels) = (Vec::new(), Vec::new());
         for case in cases {
             grids.extend_from_slice(&case.grids);
@@ -118,7 +118,7 @@ impl Subject<'_> {
         Ok(Some(self.vlm.encode_images(&pixels, &plan)?))
     }
 
-    fn prompt(&self, ids: Vec<u32>, grids: &[Grid]) -> Result<Prompt> {
+    pub(super) fn prompt(&self, ids: Vec<u32>, grids: &[Grid]) -> Result<Prompt> {
         Prompt::of_ids(self.vlm.config(), ids, grids)
     }
 

@@ -2,7 +2,7 @@ use super::*;
 use crate::model::test_support::{fixture_json, fixtures};
 use crate::model::weights::{TensorFile, save_file};
 use candle_core::Tensor;
-use serde_json::json;
+use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
@@ -36,7 +36,15 @@ fn the_whole_export_is_matched() {
     every_part_of_the_export_has_its_check(&dir, &names);
     let not_checked: BTreeSet<&str> = report.not_checked.iter().map(|entry| entry.name.as_str()).collect();
     assert!(not_checked.is_disjoint(&names));
-    assert_eq!(dir.join("lora.json").exists(), not_checked.iter().any(|name| name.ends_with("/lora_merged")));
+    if dir.join("lora.json").exists() {
+        let adapters = fixture_json(&dir.join("lora.json"));
+        for key in adapters.as_object().unwrap().keys() {
+            for quantity in ["lora_logits", "lora_merged", "weight_gradient", "loss"] {
+                let name = format!("{}/{quantity}", key.replacen('.', "/", 1));
+                assert!(names.contains(name.as_str()), "{name}");
+            }
+        }
+    }
 }
 
 /// What the files of the export hold, by the contract's names.
@@ -182,23 +190,38 @@ fn a_wrong_expectation_fails_its_own_check() {
 }
 
 #[test]
+fn an_adapter_that_computes_something_else_fails_its_own_checks() {
+    let Some(dir) = export_of("qwen3_vl") else { return };
+    let Some(source) = fixtures().filter(|source| source.join("lora.json").exists()) else { return };
+    let from = source.join("lora/qwen3_vl_list");
+    let to = dir.path().join("lora/qwen3_vl_list");
+    std::fs::create_dir_all(&to).unwrap();
+    std::fs::copy(from.join("adapter_model.safetensors"), to.join("adapter_model.safetensors")).unwrap();
+    std::fs::copy(source.join("lora.safetensors"), dir.path().join("lora.safetensors")).unwrap();
+    let report = fixture_json(&source.join("lora.json"));
+    let own = json!({"qwen3_vl.list": report["qwen3_vl.list"]});
+    std::fs::write(dir.path().join("lora.json"), own.to_string()).unwrap();
+    // Twice the scaling.
+    let mut settings = fixture_json(&from.join("adapter_config.json"));
+    settings["lora_alpha"] = json!(2.0 * settings["lora_alpha"].as_f64().unwrap());
+    std::fs::write(to.join("adapter_config.json"), settings.to_string()).unwrap();
+    let checks = lora::check(dir.path(), &Device::Cpu).unwrap();
+    let failed: BTreeSet<&str> =
+        checks.iter().filter(|check| !check.pass).map(|check| quantity(&check.name)).collect();
+    for wanted in ["lora_logits", "lora_merged", "loss", "weight_gradient"] {
+        assert!(failed.contains(wanted), "{wanted} passed: {failed:?}");
+    }
+}
+
+#[test]
 fn what_is_not_compared_is_named() {
     let Some(dir) = export_of("qwen3_vl_bf16") else { return };
-    std::fs::write(dir.path().join("lora.json"), json!({"qwen3_vl_bf16.list": {}}).to_string()).unwrap();
     std::fs::create_dir(dir.path().join("checkpoints/other")).unwrap();
     std::fs::write(dir.path().join("checkpoints/other/config.json"), "{}").unwrap();
     let report = run(dir.path());
     assert!(report.pass);
     let names: Vec<&str> = report.not_checked.iter().map(|entry| entry.name.as_str()).collect();
-    assert_eq!(
-        names,
-        [
-            "qwen3_vl_bf16/list/lora_logits",
-            "qwen3_vl_bf16/list/lora_merged",
-            "other/-/logits",
-            "qwen3_vl_bf16/single/bf16_logits"
-        ]
-    );
+    assert_eq!(names, ["other/-/logits", "qwen3_vl_bf16/single/bf16_logits"]);
     let value = serde_json::to_value(&report).unwrap();
     let keys: Vec<&str> = value["checks"][0].as_object().unwrap().keys().map(String::as_str).collect();
     assert_eq!(keys, ["name", "max_abs_diff", "tolerance", "pass"]);

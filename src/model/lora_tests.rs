@@ -1,0 +1,148 @@
+//! Matching and files of adapters, by rules written out by hand and by PEFT's own files where they are at hand.
+
+use super::*;
+use crate::model::test_support::fixtures;
+
+const QUERY: &str = "model.language_model.layers.3.self_attn.q_proj";
+
+fn read(json: &Value) -> Result<LoraConfig> {
+    let mut whole = json!({"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]});
+    for (key, value) in json.as_object().unwrap() {
+        whole[key] = value.clone();
+    }
+    LoraConfig::from_json(&whole)
+}
+
+#[test]
+fn names_match_whole_last_parts_and_patterns_match_whole_names() {
+    let names = Modules::Names(vec!["q_proj".into(), "mlp.0".into()]);
+    for (module, wanted) in [
+        (QUERY, true),
+        ("q_proj", true),
+        ("model.layers.0.my_q_proj", false),
+        ("model.visual.merger.mlp.0", true),
+        ("model.visual.merger.mlp.10", false),
+        ("model.language_model.layers.3.self_attn.q_proj.inner", false),
+    ] {
+        assert_eq!(names.contain(module).unwrap(), wanted, "{module}");
+    }
+    let pattern = Modules::Pattern(r".*language_model.*\.(q_proj|v_proj)".into());
+    assert!(pattern.contain(QUERY).unwrap());
+    assert!(!pattern.contain(&format!("{QUERY}.inner")).unwrap());
+    // Look-around, as some trainers write it.
+    let without = Modules::Pattern(r"^(?!.*visual).*(?:q_proj|proj).*".into());
+    assert!(without.contain(QUERY).unwrap() && !without.contain("model.visual.blocks.0.attn.proj").unwrap());
+    assert!(Modules::AllLinear.contain("model.visual.merger.mlp.0").unwrap());
+    assert!(!Modules::AllLinear.contain("lm_head").unwrap());
+    assert!(Modules::Pattern("(".into()).contain(QUERY).is_err());
+}
+
+#[test]
+fn what_people_type_is_a_word_names_or_a_pattern() {
+    assert_eq!(Modules::parse("all-linear"), Modules::AllLinear);
+    assert_eq!(Modules::parse("q_proj, mlp.0"), Modules::Names(vec!["q_proj".into(), "mlp.0".into()]));
+    assert_eq!(Modules::parse(r".*q_proj"), Modules::Pattern(r".*q_proj".into()));
+}
+
+#[test]
+fn layers_exclusions_and_patterns_narrow_what_is_meant() {
+    let config = read(&json!({"layers_to_transform": [1, 3], "layers_pattern": "layers"})).unwrap();
+    assert!(config.targets(QUERY).unwrap());
+    assert!(!config.targets(&QUERY.replace(".3.", ".2.")).unwrap());
+    assert!(!config.targets(&QUERY.replace("layers", "blocks")).unwrap());
+    let any = read(&json!({"layers_to_transform": 3})).unwrap();
+    assert!(any.targets(&QUERY.replace("layers", "blocks")).unwrap());
+    let excluded = read(&json!({"exclude_modules": ".*layers\\.3\\..*"})).unwrap();
+    assert!(!excluded.targets(QUERY).unwrap() && excluded.targets(&QUERY.replace(".3.", ".4.")).unwrap());
+}
+
+#[test]
+fn the_first_pattern_that_matches_decides_rank_and_alpha() {
+    let config = read(&json!({
+        "rank_pattern": {"layers.3.self_attn.q_proj": 16, "q_proj": 2},
+        "alpha_pattern": {"layers\\.[0-2]\\..*": 64},
+    }))
+    .unwrap();
+    assert_eq!(config.shape_of(QUERY, &[]).unwrap(), (16, 8.0 / 16.0));
+    assert_eq!(config.shape_of(&QUERY.replace(".3.", ".1."), &[]).unwrap(), (2, 64.0 / 2.0));
+    assert_eq!(config.shape_of("model.language_model.layers.5.mlp.up_proj", &[]).unwrap(), (4, 2.0));
+    let stabilised = read(&json!({"use_rslora": true})).unwrap();
+    assert_eq!(stabilised.shape_of(QUERY, &[]).unwrap(), (4, 4.0));
+}
+
+#[test]
+fn variants_that_compute_something_else_are_refused_by_name() {
+    for (key, value) in [
+        ("use_dora", json!(true)),
+        ("lora_bias", json!(true)),
+        ("layer_replication", json!([[0, 2]])),
+        ("init_lora_weights", json!("pissa_niter_16")),
+        ("peft_type", json!("ADALORA")),
+        ("r", json!(0)),
+    ] {
+        let message = read(&json!({ key: value })).unwrap_err().to_string();
+        assert!(message.contains(key), "{key}: {message}");
+    }
+    assert!(read(&json!({"init_lora_weights": "gaussian", "target_parameters": []})).is_ok());
+}
+
+#[test]
+fn a_new_layer_changes_nothing_and_files_come_back_as_they_were() {
+    let config = LoraConfig::new(4, 8.0, Modules::parse("q_proj,up_proj"));
+    let layer = new_layer(&config, QUERY, [6, 10], 7).unwrap().unwrap();
+    assert_eq!((layer.a.dims(), layer.b.dims(), layer.scaling), (&[4, 10][..], &[6, 4][..], 2.0));
+    let a: Vec<f32> = layer.a.flatten_all().unwrap().to_vec1().unwrap();
+    let bound = 1.0 / 10f32.sqrt();
+    assert!(a.iter().all(|v| v.abs() <= bound) && a.iter().any(|v| v.abs() > bound / 2.0));
+    assert!(layer.b.flatten_all().unwrap().to_vec1::<f32>().unwrap().iter().all(|v| *v == 0.0));
+    assert!(new_layer(&config, "model.language_model.norm", [6, 10], 7).unwrap().is_none());
+
+    let dir = tempfile::tempdir().unwrap();
+    let tensors = [(format!("{QUERY}.lora_A.weight"), layer.a), (format!("{QUERY}.lora_B.weight"), layer.b)];
+    save(dir.path(), &config, &tensors).unwrap();
+    let adapter = Adapter::load(dir.path()).unwrap();
+    assert_eq!(adapter.config, config);
+    let again = adapter.layer(QUERY, [6, 10]).unwrap().unwrap();
+    assert_eq!(again.a.flatten_all().unwrap().to_vec1::<f32>().unwrap(), a);
+    adapter.check_used().unwrap();
+    let message = adapter.layer(QUERY, [6, 11]).unwrap_err().to_string();
+    assert!(message.contains("[6, 11]"), "{message}");
+}
+
+#[test]
+fn merging_adds_the_scaled_product_and_an_unknown_module_is_an_error() {
+    let dir = tempfile::tempdir().unwrap();
+    let matrix =
+        |values: Vec<f32>, shape: (usize, usize)| Tensor::from_vec(values, shape, &Device::Cpu).unwrap();
+    let a = matrix(vec![1.0, 2.0, 3.0, 4.0], (2, 2));
+    let b = matrix(vec![1.0, 0.0, 0.5, -1.0], (2, 2));
+    let config = LoraConfig::new(2, 1.0, Modules::parse("q_proj"));
+    // Older files have the adapter's name inside and the base's older names.
+    let old = "base_model.model.model.layers.3.self_attn.q_proj";
+    let named = [(format!("{old}.lora_A.default.weight"), a), (format!("{old}.lora_B.default.weight"), b)];
+    save_file(&dir.path().join(TENSOR_FILE), &named, &[]).unwrap();
+    crate::model::tokenizer::write_json(&dir.path().join(CONFIG_FILE), &config.to_json()).unwrap();
+    let adapter = Adapter::load(dir.path()).unwrap();
+    assert!(adapter.check_used().unwrap_err().to_string().contains(QUERY));
+    let base = matrix(vec![10.0, 20.0, 30.0, 40.0], (2, 2));
+    let merged = adapter.merged(&format!("{QUERY}.weight"), base.clone()).unwrap();
+    // W + 1/2 · [[1, 2], [0.5 - 3, 1 - 4]]
+    assert_eq!(merged.to_vec2::<f32>().unwrap(), [[10.5, 21.0], [28.75, 38.5]]);
+    let other = adapter.merged("model.language_model.norm.weight", base.clone()).unwrap();
+    assert_eq!(other.to_vec2::<f32>().unwrap(), base.to_vec2::<f32>().unwrap());
+    adapter.check_used().unwrap();
+}
+
+#[test]
+fn settings_written_by_peft_are_read_with_their_meaning() {
+    let Some(root) = fixtures() else { return };
+    let list = Adapter::load(&root.join("lora/qwen2_5_vl_list")).unwrap();
+    assert!(matches!(list.config.target_modules, Modules::Names(_)));
+    assert!(list.modules().any(|name| name.starts_with("model.visual.")));
+    let language = Adapter::load(&root.join("lora/qwen2_5_vl_language")).unwrap();
+    assert!(language.modules().all(|name| name.starts_with("model.language_model.")));
+    // What the settings mean is what the file holds.
+    for adapter in [&list, &language] {
+        assert!(adapter.modules().all(|name| adapter.config.targets(name).unwrap()));
+    }
+}

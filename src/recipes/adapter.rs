@@ -1,0 +1,154 @@
+//! The low-rank adapter that a training run trains: a new one, or one that exists; and what is said about it.
+
+use super::config::RunConfig;
+use crate::error::{Error, Result};
+use crate::model::assistant::Assistant;
+use crate::model::loader::Adaptation;
+use crate::model::lora::{Adapter, LoraConfig, Modules};
+use std::collections::BTreeMap;
+
+/// Where the adapter comes from.
+#[derive(Debug)]
+pub enum Chosen {
+    /// The weights train, or parts of them.
+    None,
+    /// A new adapter of `train.lora_rank`.
+    New(LoraConfig),
+    /// The one named with `--adapter`, trained further.
+    Given(Adapter),
+}
+
+impl Chosen {
+    /// What `config` asks for.
+    ///
+    /// # Errors
+    /// A usage error when a new adapter and one that exists are both asked for; what is wrong with the latter.
+    pub fn of(config: &RunConfig) -> Result<Self> {
+        let train = &config.train;
+        let Some(dir) = &config.adapter else {
+            if train.lora_rank == 0 {
+                return Ok(Self::None);
+            }
+            let settings = LoraConfig {
+                use_rslora: train.lora_use_rslora,
+                exclude_modules: train.lora_exclude_modules.as_deref().map(Modules::parse),
+                base_model: config.model.clone(),
+                ..LoraConfig::new(train.lora_rank, train.lora_alpha, targets(config))
+            };
+            return Ok(Self::New(settings));
+        };
+        let adapter = Adapter::load(dir)?;
+        if train.lora_rank != 0 && train.lora_rank != adapter.config.rank {
+            return Err(Error::usage(format!(
+                "`train.lora_rank` is {}, the adapter that is trained further has rank {}\n  --> {}\n   = help: leave `train.lora_rank` out to go on with it, or merge it with `safemed export` and begin a new one",
+                train.lora_rank,
+                adapter.config.rank,
+                dir.display()
+            )));
+        }
+        Ok(Self::Given(adapter))
+    }
+
+    /// How the model is loaded.
+    pub fn adaptation(&self, seed: u64) -> Adaptation<'_> {
+        match self {
+            Self::None => Adaptation::None,
+            Self::New(config) => Adaptation::New { config, seed },
+            Self::Given(adapter) => Adaptation::Active(adapter),
+        }
+    }
+
+    /// Which parameters train, of those that `parts` names.
+    pub fn trains(&self, name: &str, parts: impl Fn(&str) -> bool) -> bool {
+        match self {
+            Self::None => parts(name),
+            Self::New(_) | Self::Given(_) => name.contains(".lora_"),
+        }
+    }
+
+    /// The settings that checkpoints keep: a set of modules that was not written as PEFT's own names or pattern
+    /// becomes the list of its modules, which means the same to every reader.
+    ///
+    /// # Errors
+    /// A usage error when no module is meant.
+    pub fn settings(&self, assistant: &Assistant) -> Result<Option<LoraConfig>> {
+        let config = match self {
+            Self::None => return Ok(None),
+            Self::New(config) => config,
+            Self::Given(adapter) => &adapter.config,
+        };
+        let modules = modules(assistant)?;
+        if modules.is_empty() {
+            let known = kinds(&linear_layers(assistant)?);
+            return Err(Error::usage(format!(
+                "no linear layer gets an adapter\n   = help: `train.lora_target_modules` matches none of {known}"
+            )));
+        }
+        let is_ours = matches!(self, Self::New(_)) && !matches!(config.target_modules, Modules::Names(_));
+        let is_pattern_of_ours = is_ours && matches!(config.exclude_modules, None | Some(Modules::Names(_)));
+        let target_modules =
+            if is_pattern_of_ours { Modules::Names(modules) } else { config.target_modules.clone() };
+        Ok(Some(LoraConfig { target_modules, ..config.clone() }))
+    }
+
+    /// What is told before training: rank, layers by kind, parameters.
+    ///
+    /// # Errors
+    /// As [`Chosen::settings`].
+    pub fn describe(&self, assistant: &Assistant) -> Result<Option<String>> {
+        let Some(settings) = self.settings(assistant)? else { return Ok(None) };
+        let modules = modules(assistant)?;
+        let (all, trained) = assistant.vlm.parameters().count()?;
+        Ok(Some(format!(
+            "adapter of rank {} over {} linear layers ({}): {trained} parameters train, {all} are frozen",
+            settings.rank,
+            modules.len(),
+            kinds(&modules)
+        )))
+    }
+}
+
+/// The modules of `train.lora_target_modules`, or those of the parts that train.
+fn targets(config: &RunConfig) -> Modules {
+    if let Some(wanted) = &config.train.lora_target_modules {
+        return Modules::parse(wanted);
+    }
+    let parts = &config.train.parts;
+    let patterns = [
+        (parts.vision, r"model\.visual\.(?!.*merger).*"),
+        (parts.merger, r"model\.visual\..*merger.*"),
+        (parts.text, r"model\.language_model\..*"),
+    ];
+    let chosen: Vec<&str> =
+        patterns.iter().filter(|(is_on, _)| *is_on).map(|(_, pattern)| *pattern).collect();
+    Modules::Pattern(chosen.join("|"))
+}
+
+/// The modules under an adapter, sorted.
+fn modules(assistant: &Assistant) -> Result<Vec<String>> {
+    let tensors = assistant.vlm.parameters().low_rank()?;
+    let mut modules: Vec<String> = tensors
+        .iter()
+        .filter_map(|(name, _)| name.strip_suffix(".lora_A.weight").map(str::to_owned))
+        .collect();
+    modules.sort();
+    Ok(modules)
+}
+
+/// Names of weights that are matrices.
+fn linear_layers(assistant: &Assistant) -> Result<Vec<String>> {
+    let tensors = assistant.vlm.parameters().tensors()?;
+    let is_matrix = |name: &str, rank: usize| rank == 2 && !name.contains("embed");
+    let layers = tensors.iter().filter(|(name, tensor)| is_matrix(name, tensor.rank()));
+    Ok(layers.filter_map(|(name, _)| name.strip_suffix(".weight").map(str::to_owned)).collect())
+}
+
+/// `q_proj x36, …`: the last parts of the names, with how often each occurs.
+fn kinds(modules: &[String]) -> String {
+    let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
+    for module in modules {
+        *counts.entry(module.rsplit('.').next().unwrap_or(module)).or_default() += 1;
+    }
+    let counts: Vec<String> = counts.iter().map(|(kind, count)| format!("{kind} x{count}")).collect();
+    counts.join(", ")
+}
