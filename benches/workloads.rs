@@ -43,6 +43,10 @@ mod process;
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
+/// What runs on the checkpoint as it is, and what under an adapter.
+const ON_BASE: [&str; 7] =
+    ["forward", "certify_b16", "certify_b32", "pgd_b1", "pgd_b4", "generate_b1", "generate_b8"];
+const ON_ADAPTER: [&str; 4] = ["sft_lora", "grpo_rollout", "grpo_attack_pgd5", "grpo_update"];
 const EPSILON: f64 = 8.0 / 255.0;
 const SIGMA: f64 = 0.25;
 const LETTERS: [&str; 4] = ["A", "B", "C", "D"];
@@ -97,14 +101,14 @@ fn run(args: &Args) -> Result<()> {
     let wants =
         |name: &str| args.only.is_empty() || args.only.iter().any(|only| name.starts_with(only.as_str()));
     let bench = Bench { args, data: &data, samples: &samples, wants: &wants };
-    if ["forward", "certify", "pgd", "generate"].iter().any(|name| wants(name)) {
+    if ON_BASE.iter().any(|name| wants(name)) {
         let frozen = Assistant::load(&checkpoint, &|_| false, &Device::Cpu)?;
         bench.forward(&frozen)?;
         bench.certify(&frozen)?;
-        bench.pgd(&frozen, &["pgd_b1", "pgd_b4"])?;
+        bench.pgd(&frozen, &ON_BASE)?;
         bench.generate(&frozen)?;
     }
-    if ["sft_lora", "grpo"].iter().any(|name| wants(name)) {
+    if ON_ADAPTER.iter().any(|name| wants(name)) {
         // A frozen base under an adapter over every linear layer of the decoder.
         let targets = Modules::parse(r"model\.language_model\..*");
         let config = LoraConfig::new(16, 32.0, targets);
@@ -114,7 +118,7 @@ fn run(args: &Args) -> Result<()> {
         let mut fit = Fit::new(assistant, Some(config.clone()))?;
         bench.sft(&mut fit)?;
         bench.rollout(&fit.frozen)?;
-        bench.pgd(&fit.frozen, &["grpo_attack_pgd5"])?;
+        bench.pgd(&fit.frozen, &ON_ADAPTER)?;
         bench.grpo_update(&mut fit)?;
     }
     Ok(())

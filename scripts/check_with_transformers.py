@@ -1,17 +1,20 @@
 #!/usr/bin/env python3
 """Does transformers compute the same numbers from a checkpoint that safemed saved?
 
-    check_with_transformers.py MODEL_DIR DUMP_DIR [--tolerance 1e-4]
+    check_with_transformers.py MODEL_DIR --question TEXT [--image FILE]... [--adapter DIR] [--safemed PROGRAM] [--tolerance 1e-4]
 
-DUMP_DIR is written by safemed (`recipes::parity::dump`): prompt.json with the conversation, its pictures and tokens;
-numbers.safetensors with the logits of every row and the pictures' patches. MODEL_DIR is the checkpoint they came from.
-Everything is computed in float32 on the CPU. Needs torch, torchvision, transformers, safetensors and pillow.
+Asks safemed (`safemed parity --dump`) and transformers the same question about the same pictures and compares prompt, tokens,
+patches and the logits of every row, in float32 on the CPU; with `--adapter`, PEFT runs the adapter that safemed wrote.
+Needs torch, torchvision, transformers, safetensors and pillow, and peft for adapters.
 Exit status: 0 all equal, 5 something differs.
 """
 import argparse
 import json
 import os
+import subprocess
 import sys
+import tempfile
+import warnings
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -26,7 +29,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, metavar="MODEL_DIR")
-    parser.add_argument("dump", type=Path, metavar="DUMP_DIR")
+    parser.add_argument("--question", required=True)
+    parser.add_argument("--image", action="append", default=[])
+    parser.add_argument("--adapter", type=Path)
+    parser.add_argument("--safemed", default="safemed", help="the program; default: the one on PATH")
     parser.add_argument("--tolerance", type=float, default=1e-4, help="of logits, relative where they exceed one")
     return parser.parse_args()
 
@@ -66,12 +72,44 @@ def load(directory, comparison):
     return model.eval(), AutoProcessor.from_pretrained(str(directory))
 
 
+def ask_safemed(options):
+    """What safemed makes of the question: the prompt and its tensors."""
+    with tempfile.TemporaryDirectory() as directory:
+        command = [options.safemed, "parity", "--dump", directory, "--model", options.model, "--question", options.question]
+        for image in options.image:
+            command += ["--image", image]
+        if options.adapter:
+            command += ["--adapter", options.adapter]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        directory = Path(directory)
+        return json.loads((directory / "prompt.json").read_text()), load_file(str(directory / "numbers.safetensors"))
+
+
+def with_adapter(model, directory, comparison):
+    """PEFT's model; an adapter whose tensors PEFT does not know, or misses some of, fails."""
+    from peft import PeftModel
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        adapted = PeftModel.from_pretrained(model, str(directory))
+    complaints = [str(w.message) for w in caught if "adapter" in str(w.message).lower() and "key" in str(w.message).lower()]
+    for complaint in complaints:
+        print(f"  {complaint}")
+    comparison.add("adapter, complaints of PEFT", len(complaints), 0)
+    with open(directory / "adapter_model.safetensors", "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    saved = len([name for name in header if name != "__metadata__"])
+    comparison.same("adapter, tensors", saved, len([name for name, _ in adapted.named_parameters() if "lora_" in name]))
+    return adapted.eval()
+
+
 def main():
     options = arguments()
     comparison = Comparison()
+    ours, numbers = ask_safemed(options)
     model, processor = load(options.model, comparison)
-    ours = json.loads((options.dump / "prompt.json").read_text())
-    numbers = load_file(str(options.dump / "numbers.safetensors"))
+    if options.adapter:
+        model = with_adapter(model, options.adapter, comparison)
     pictures = [Image.open(path) for path in ours["images"]]
     text = processor.apply_chat_template(ours["messages"], tokenize=False, add_generation_prompt=True)
     comparison.same("rendered prompt", ours["prompt"], text)

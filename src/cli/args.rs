@@ -381,8 +381,24 @@ pub(crate) struct DirArgs {
 #[derive(Debug, Clone, Args)]
 pub(crate) struct ParityArgs {
     /// Directory of reference numbers.
-    #[arg(value_name = "DIR")]
-    pub(crate) dir: PathBuf,
+    #[arg(value_name = "DIR", required_unless_present = "dump", conflicts_with = "dump")]
+    pub(crate) dir: Option<PathBuf>,
+    /// In place of comparing: write this build's own numbers for one question here, for
+    /// `scripts/check_with_transformers.py`.
+    #[arg(long, value_name = "OUT", requires_all = ["model", "question"], env = "SAFEMED_DUMP", hide_env = true)]
+    pub(crate) dump: Option<PathBuf>,
+    /// With --dump: Hugging Face directory, or an id on the hub.
+    #[arg(long, value_name = "DIR_OR_HUB_ID", env = "SAFEMED_MODEL", hide_env = true)]
+    pub(crate) model: Option<String>,
+    /// With --dump: LoRA adapter directory (PEFT).
+    #[arg(long, value_name = "DIR", env = "SAFEMED_ADAPTER", hide_env = true)]
+    pub(crate) adapter: Option<PathBuf>,
+    /// With --dump: an image file; repeatable.
+    #[arg(long = "image", value_name = "FILE", env = "SAFEMED_IMAGE", hide_env = true)]
+    pub(crate) images: Vec<PathBuf>,
+    /// With --dump: the question.
+    #[arg(long, value_name = "TEXT", env = "SAFEMED_QUESTION", hide_env = true)]
+    pub(crate) question: Option<String>,
     /// auto, cpu, cuda, cuda:N or metal.
     #[arg(long, value_name = "DEVICE", default_value = "auto", env = "SAFEMED_DEVICE", hide_env = true)]
     pub(crate) device: Backend,

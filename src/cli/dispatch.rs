@@ -12,9 +12,11 @@ use crate::data::phantom::PhantomConfig;
 use crate::error::{Error, Result};
 use crate::recipes::config::{Command, RunConfig, show};
 use crate::recipes::job::{Job, Outcome};
+use crate::recipes::parity::dump::Subject;
 use crate::recipes::progress::Progress;
 use crate::recipes::run::Stop;
 use crate::recipes::{self, doctor, parity, presets, report};
+use candle_core::Device;
 use clap::ArgMatches;
 use serde_json::json;
 
@@ -112,9 +114,21 @@ fn radius(args: &RadiusArgs) -> Result<Outcome> {
 fn parity(args: &ParityArgs, progress: &dyn Progress) -> Result<Outcome> {
     with_threads(args.threads, || {
         let device = args.device.device()?;
-        let report = parity::parity(&args.dir, &device, &mut |what| progress.note(what))?;
+        let Some(dir) = &args.dir else { return dump(args, &device) };
+        let report = parity::parity(dir, &device, &mut |what| progress.note(what))?;
         parity::render::outcome(&report)
     })
+}
+
+/// `parity --dump`.
+fn dump(args: &ParityArgs, device: &Device) -> Result<Outcome> {
+    let (Some(out), Some(model), Some(question)) = (&args.dump, &args.model, &args.question) else {
+        return Err(Error::usage(
+            "name a directory of reference numbers, or --dump with --model and --question",
+        ));
+    };
+    let subject = Subject { model, adapter: args.adapter.as_deref(), images: &args.images, question };
+    parity::dump::dump(&subject, out, device)
 }
 
 fn merge(args: &DirArgs, progress: &dyn Progress) -> Result<Outcome> {

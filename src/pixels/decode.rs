@@ -3,11 +3,12 @@
 //! The format is told by content, never by the name. Gray is repeated, palettes are looked up, transparency is laid
 //! over white. Sixteen-bit gray is *clipped* at 255, as `convert("RGB")` does, not scaled: 12-bit pictures turn
 //! nearly white, and should be windowed to 8 bits beforehand. Sixteen-bit colour keeps its high bytes. EXIF
-//! orientation is not applied. JPEG decoders differ by a level or two.
+//! orientation is applied, as transformers' `load_image` does and every viewer shows it. JPEG decoders differ by a level or two.
 
 use super::RgbImage8;
 use crate::error::{Error, Result};
 use image::codecs::png::PngEncoder;
+use image::metadata::Orientation;
 use image::{DynamicImage, ExtendedColorType, ImageDecoder, ImageEncoder, ImageFormat, ImageReader, Limits};
 use std::io::Cursor;
 use std::path::Path;
@@ -56,7 +57,7 @@ pub fn decode_bytes(bytes: &[u8]) -> Result<RgbImage8> {
     // Room for sixteen-bit RGBA at the pixel limit.
     limits.max_alloc = Some(MAX_PIXELS * 8);
     reader.limits(limits);
-    let decoder = reader.into_decoder().map_err(damaged)?;
+    let mut decoder = reader.into_decoder().map_err(damaged)?;
     let (width, height) = decoder.dimensions();
     if width == 0 || height == 0 {
         return Err(Error::data("the image has no pixels"));
@@ -66,8 +67,11 @@ pub fn decode_bytes(bytes: &[u8]) -> Result<RgbImage8> {
             "the image claims {width} by {height} pixels, more than the {MAX_PIXELS} allowed"
         )));
     }
-    let image = DynamicImage::from_decoder(decoder).map_err(damaged)?;
-    RgbImage8::new(width as usize, height as usize, rgb_levels(image))
+    // An orientation that cannot be read is none, as everywhere.
+    let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
+    let mut image = DynamicImage::from_decoder(decoder).map_err(damaged)?;
+    image.apply_orientation(orientation);
+    RgbImage8::new(image.width() as usize, image.height() as usize, rgb_levels(image))
 }
 
 /// Whether the entropy-coded data of the last scan goes on to the end of the file; the decoder would fill up with gray.
@@ -143,6 +147,37 @@ mod tests {
         let mut bytes = Cursor::new(Vec::new());
         image.into().write_to(&mut bytes, format).unwrap();
         bytes.into_inner()
+    }
+
+    /// A little-endian EXIF block whose only entry is the orientation.
+    fn exif(orientation: u8) -> Vec<u8> {
+        let entry = [0x12, 0x01, 3, 0, 1, 0, 0, 0, orientation, 0, 0, 0];
+        [&b"II*\0\x08\0\0\0\x01\0"[..], &entry, &[0; 4]].concat()
+    }
+
+    #[test]
+    fn exif_orientation_turns_the_picture_as_viewers_do() {
+        let stored = picture();
+        let pixel = |image: &RgbImage8, x: usize, y: usize| {
+            let at = 3 * (y * image.width + x);
+            [image.data[at], image.data[at + 1], image.data[at + 2]]
+        };
+        for (orientation, size) in [(1, [9, 7]), (3, [9, 7]), (6, [7, 9]), (8, [7, 9])] {
+            let mut bytes = Vec::new();
+            let mut encoder = PngEncoder::new(&mut bytes);
+            encoder.set_exif_metadata(exif(orientation)).unwrap();
+            encoder.write_image(&stored.data, 9, 7, ExtendedColorType::Rgb8).unwrap();
+            let shown = decode_bytes(&bytes).unwrap();
+            assert_eq!([shown.width, shown.height], size, "{orientation}");
+            // Where the stored picture's pixel (2, 1) is shown.
+            let (x, y) = match orientation {
+                3 => (9 - 1 - 2, 7 - 1 - 1),
+                6 => (7 - 1 - 1, 2),
+                8 => (1, 9 - 1 - 2),
+                _ => (2, 1),
+            };
+            assert_eq!(pixel(&shown, x, y), pixel(&stored, 2, 1), "{orientation}");
+        }
     }
 
     fn picture() -> RgbImage8 {

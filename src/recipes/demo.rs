@@ -103,7 +103,7 @@ fn plan(seed: u64, is_quick: bool) -> Plan {
         ..base.clone()
     };
     let sft = TrainConfig {
-        num_steps: steps(1500, 700),
+        num_steps: steps(1650, 900),
         batch_size: 32,
         learning_rate: 2.5e-3,
         weight_decay: 0.02,
@@ -120,7 +120,7 @@ fn plan(seed: u64, is_quick: bool) -> Plan {
         TrainConfig { captions: true, num_steps: 250, batch_size: 64, ..instruct.clone() };
     let mut at_sft = TrainConfig {
         recipe: RecipeName::AtSft,
-        num_steps: steps(700, 200),
+        num_steps: steps(600, 250),
         batch_size: 24,
         learning_rate: 1e-3,
         warmup_steps: 20,
@@ -130,7 +130,7 @@ fn plan(seed: u64, is_quick: bool) -> Plan {
     at_sft.adversary.num_steps = 2;
     let mut at_grpo = TrainConfig {
         recipe: RecipeName::AtGrpo,
-        num_steps: steps(800, 250),
+        num_steps: steps(1300, 320),
         learning_rate: 8e-4,
         ..at_sft.clone()
     };
@@ -165,7 +165,7 @@ fn plan(seed: u64, is_quick: bool) -> Plan {
         epsilon,
         attack_steps: steps(50, 20),
         curve: if is_quick { Vec::new() } else { vec![2, 4, 16] },
-        num_curve: 160,
+        num_curve: 96,
         num_certified: steps(64, 32),
         draws: [32, steps(320, 100)],
     }
@@ -464,7 +464,7 @@ impl Demo<'_> {
         let find = |key: String| rows.iter().find(|(found, _)| *found == key).map(|(_, summary)| summary);
         let mut table = Vec::new();
         let mut dirs = Vec::new();
-        for name in ["sft_instruct", "sft_cot", "at_sft", "at_grpo"] {
+        for name in ["sft_cot", "at_sft", "at_grpo", "sft_instruct"] {
             let parts = ["eval", "attack", "certify"].map(|what| find(format!("{name} {what}")));
             if let [Some(eval), Some(attack), Some(certify)] = parts {
                 table.push(row_of(name, eval, attack, certify));

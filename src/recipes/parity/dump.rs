@@ -5,27 +5,59 @@
 use crate::error::{Error, Result};
 use crate::model::generate::prompt_batch;
 use crate::model::loader::{Adaptation, load_vlm};
+use crate::model::lora::Adapter;
 use crate::model::tokenizer::write_json;
-use crate::model::weights::save_file;
+use crate::model::weights::{locate, save_file};
 use crate::pixels::decode::decode_file;
+use crate::recipes::job::Outcome;
 use candle_core::{Device, Tensor};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 
+/// One question to a model.
+#[derive(Debug, Clone, Copy)]
+pub struct Subject<'a> {
+    /// Hugging Face directory, or an id on the hub.
+    pub model: &'a str,
+    /// LoRA adapter directory.
+    pub adapter: Option<&'a Path>,
+    /// Pictures, before the question.
+    pub images: &'a [PathBuf],
+    /// The question.
+    pub question: &'a str,
+}
+
+/// `safemed parity --dump`.
+///
+/// # Errors
+/// As [`dump_logits`].
+pub fn dump(subject: &Subject<'_>, out: &Path, device: &Device) -> Result<Outcome> {
+    let mut content: Vec<Value> = subject.images.iter().map(|_| json!({"type": "image"})).collect();
+    content.push(json!({"type": "text", "text": subject.question}));
+    let messages = json!([{"role": "user", "content": content}]);
+    let dir = locate(subject.model)?;
+    dump_logits(&dir, subject.adapter, &messages, subject.images, out, device)?;
+    let summary = json!({"command": "parity", "model": dir, "adapter": subject.adapter, "dump": out});
+    Ok(Outcome::new(summary, format!("written: {}\n", out.display())))
+}
+
 /// Writes `prompt.json` and `numbers.safetensors` to `out`: the rendered prompt of `messages` (in the form of
 /// transformers' `apply_chat_template`, placeholders for `images` in order), its tokens, the pictures' patches
-/// (`pixel_values`) and the logits of every row (`[rows, vocab]`), computed from the checkpoint in `model`.
+/// (`pixel_values`) and the logits of every row (`[rows, vocab]`), computed from the checkpoint in `model` with `adapter` active.
 ///
 /// # Errors
 /// What is wrong with the checkpoint, the conversation or a picture; an I/O error.
 pub fn dump_logits(
     model: &Path,
+    adapter: Option<&Path>,
     messages: &Value,
     images: &[PathBuf],
     out: &Path,
     device: &Device,
 ) -> Result<()> {
-    let (vlm, processor) = load_vlm(model, Adaptation::None, &|_| false, device)?;
+    let adapter = adapter.map(Adapter::load).transpose()?;
+    let adaptation = adapter.as_ref().map_or(Adaptation::None, Adaptation::Active);
+    let (vlm, processor) = load_vlm(model, adaptation, &|_| false, device)?;
     std::fs::create_dir_all(out).map_err(|error| Error::io("cannot create the directory", out, error))?;
     let (mut grids, mut pixels, mut patches, mut paths) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for path in images {

@@ -234,7 +234,7 @@ fn dumped_logits_are_those_of_the_reference() {
     let case = reference.cases.iter().find(|case| case.name == "single").unwrap();
     let conversation = &parity_io::conversations(&source).unwrap()["single"];
     let out = tempfile::tempdir().unwrap();
-    dump::dump_logits(&reference.dir, conversation, &case.images, out.path(), &Device::Cpu).unwrap();
+    dump::dump_logits(&reference.dir, None, conversation, &case.images, out.path(), &Device::Cpu).unwrap();
     let prompt = fixture_json(&out.path().join("prompt.json"));
     assert_eq!(prompt["prompt"], case.prompt);
     assert_eq!(prompt["input_ids"], json!(case.input_ids));

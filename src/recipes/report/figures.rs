@@ -8,18 +8,18 @@ use std::collections::{BTreeMap, BTreeSet};
 
 /// Training metrics worth a plot, the most telling first.
 const TELLING: [&str; 14] = [
-    "reward",
-    "accuracy",
-    "format",
     "loss",
-    "clean",
-    "robust",
-    "adversarial",
-    "gain",
-    "zero_variance",
+    "reward",
+    "rewards/accuracy/mean",
+    "rewards/accuracy_adversarial/mean",
+    "rewards/accuracy_clean/mean",
+    "pgd_gain",
+    "frac_reward_zero_std",
     "kl",
     "entropy",
-    "clip",
+    "rewards/format/mean",
+    "completions/mean_length",
+    "clip_ratio/high_mean",
     "grad_norm",
     "learning_rate",
 ];
@@ -44,9 +44,13 @@ fn curve_names(runs: &[&RunDir], what: impl Fn(&RunDir) -> String) -> Vec<String
         .collect()
 }
 
-/// What is attacked: the model, by its last path component.
+/// What is attacked: the model, by its last path component; a run's checkpoint by the run's name too.
 fn model_name(run: &RunDir) -> String {
-    let name = |path: &str| path.trim_end_matches('/').rsplit('/').next().unwrap_or(path).to_owned();
+    let name = |path: &str| match path.trim_end_matches('/').rsplit('/').collect::<Vec<_>>()[..] {
+        [step, "checkpoints", run, ..] => format!("{run}/{step}"),
+        [last, ..] => last.to_owned(),
+        [] => path.to_owned(),
+    };
     let adapter = run.config.adapter.as_ref().map(|path| name(&path.to_string_lossy()));
     match (run.config.model.as_deref().map(name), adapter) {
         (Some(model), Some(adapter)) => format!("{model} + {adapter}"),
@@ -143,7 +147,7 @@ fn training_figures(runs: &[RunDir]) -> Vec<Figure> {
             by_metric.entry(metric).or_default().push(Series { name: run.name.clone(), points });
         }
     }
-    let rank = |metric: &str| TELLING.iter().position(|word| metric.contains(word)).unwrap_or(TELLING.len());
+    let rank = |metric: &str| TELLING.iter().position(|name| metric == *name).unwrap_or(TELLING.len());
     let mut metrics: Vec<(String, Vec<Series>)> =
         by_metric.into_iter().filter(|(metric, _)| rank(metric) < TELLING.len()).collect();
     metrics.sort_by_key(|(metric, _)| rank(metric));

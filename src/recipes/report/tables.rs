@@ -3,6 +3,7 @@
 use super::source::RunDir;
 use crate::eval::accuracy::{Accuracy, from_counts};
 use crate::eval::report::{Cell, Table, percent};
+use crate::recipes::config::ObjectiveName;
 use crate::recipes::records::NONE;
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -165,7 +166,11 @@ fn attack_table(runs: &[&RunDir]) -> Option<Table> {
                 first["epsilon"].as_f64().map_or(Cell::Missing, |epsilon| Cell::Number(budget(epsilon))),
                 number("num_steps"),
                 number("num_restarts"),
-                word("objective"),
+                match run.config.attack.objective {
+                    // Records name the one that an item was left with.
+                    ObjectiveName::All => Cell::Text("worst of all".to_owned()),
+                    _ => word("objective"),
+                },
                 count(records.len()),
                 share(accuracy(&records, |record| record["clean_correct"] == true)),
                 share(accuracy(&records, |record| record["robust_correct"] == true)),

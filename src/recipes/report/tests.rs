@@ -135,7 +135,7 @@ fn pictures_show_clean_attacked_and_amplified_difference() {
 fn training_curves_come_from_metrics_and_the_files_are_written() {
     let dir = tempfile::tempdir().unwrap();
     let metrics: Vec<Value> = (1..=50)
-        .map(|step| json!({"step": step, "loss": 1.0 / f64::from(step), "rewards": {"accuracy": 0.5}, "unrelated": 3}))
+        .map(|step| json!({"step": step, "loss": 1.0 / f64::from(step), "rewards/accuracy/mean": 0.5, "unrelated": 3}))
         .collect();
     for name in ["x", "y"] {
         write_run(&dir.path().join("runs").join(name), "train", &[], &metrics, true);
@@ -144,7 +144,7 @@ fn training_curves_come_from_metrics_and_the_files_are_written() {
     let outcome = report(&[dir.path().to_path_buf()], &options(&out), &Silent).unwrap();
     assert_eq!(outcome.summary["runs"][1]["steps"], 50);
     let page = fs::read_to_string(out.join("report.html")).unwrap();
-    assert!(page.contains("Training: rewards/accuracy") && page.contains("Training: loss"));
+    assert!(page.contains("Training: rewards/accuracy/mean") && page.contains("Training: loss"));
     assert!(!page.contains("unrelated"));
     assert!(fs::read_to_string(out.join("report.md")).unwrap().starts_with("# safemed: comparison of runs"));
 }
