@@ -74,14 +74,14 @@ def load(directory, comparison):
 
 def ask_safemed(options):
     """What safemed makes of the question: the prompt and its tensors."""
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory() as parent:
+        directory = Path(parent) / "dump"
         command = [options.safemed, "parity", "--dump", directory, "--model", options.model, "--question", options.question]
         for image in options.image:
             command += ["--image", image]
         if options.adapter:
             command += ["--adapter", options.adapter]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        directory = Path(directory)
         return json.loads((directory / "prompt.json").read_text()), load_file(str(directory / "numbers.safetensors"))
 
 

@@ -163,7 +163,9 @@ impl Error {
             Self::Interrupted => ExitStatus::Interrupted,
             Self::Io { source, .. } => match source.kind() {
                 std::io::ErrorKind::BrokenPipe => ExitStatus::Done,
-                std::io::ErrorKind::NotFound => ExitStatus::Data,
+                std::io::ErrorKind::NotFound
+                | std::io::ErrorKind::IsADirectory
+                | std::io::ErrorKind::NotADirectory => ExitStatus::Data,
                 _ => ExitStatus::Unexpected,
             },
             Self::Tensor(_) | Self::Other(_) => ExitStatus::Unexpected,

@@ -155,8 +155,13 @@ fn what_does_not_fit_is_refused_before_training() {
     let root = dir.path();
     for (more, adapter, status, words) in [
         (&["train.lora_target_modules=nothing_like_it"][..], None, 2, "q_proj x"),
-        (&["train.lora_target_modules=lm_head"], None, 3, "output layer"),
-        (&["train.lora_target_modules=(q_proj"], None, 3, "cannot match the pattern"),
+        (&["train.lora_target_modules=lm_head"], None, 2, "output layer"),
+        (&["train.lora_target_modules=(q_proj"], None, 2, "no regular expression"),
+        (&["train.lora_target_modules=q_proj,nope"], None, 2, "no linear layer `nope`"),
+        (&["train.lora_target_modules=q_proj", "train.parts.text=false"], None, 2, "has no effect"),
+        (&["train.lora_target_modules=q_proj", "train.lora_rank=0"], None, 2, "no adapter trains"),
+        (&["train.lora_rank=1000000"], None, 2, "exceeds both sides"),
+        (&["train.lora_target_modules=q_proj"], Some("absent"), 2, "has no effect"),
         (&[], Some("absent"), 3, "absent"),
     ] {
         let mut arguments = train(root, "out", more);

@@ -49,7 +49,7 @@ pub(crate) enum CliCommand {
     /// Fine-tune: sft, at_sft (on attacked images), grpo, at_grpo.
     #[command(after_help = "Examples:\n  safemed config preset at_grpo > at_grpo.toml\n  \
         safemed train --config at_grpo.toml --model Qwen/Qwen2.5-VL-3B-Instruct --omnimedvqa OmniMedVQA --out runs/at_grpo\n  \
-        safemed train --config at_grpo.toml --set train.grpo.group_size=4 --resume --out runs/at_grpo")]
+        safemed train --config runs/at_grpo/config.toml --resume --out runs/at_grpo")]
     Train(RunArgs),
     /// Accuracy by modality and question type, beside image-blind controls.
     #[command(
@@ -133,7 +133,7 @@ pub(crate) struct CommonArgs {
     /// Threads [default: all]; changes no result.
     #[arg(long, value_name = "N", env = "SAFEMED_THREADS", hide_env = true)]
     threads: Option<String>,
-    /// Items in one pass [default: 8]; changes no result.
+    /// Items in one pass [default: 8]; changes no result. `train`: questions of one step [default: 16], which does.
     #[arg(long, value_name = "N", env = "SAFEMED_BATCH_SIZE", hide_env = true)]
     batch_size: Option<String>,
     /// Reports without pictures.

@@ -34,13 +34,17 @@ pub enum Modules {
 }
 
 impl Modules {
-    /// `all-linear`, names with commas between, or a regular expression, as people type them.
+    /// `all-linear`, names with commas between (or a JSON list of them), or a regular expression, as people type them.
     pub fn parse(text: &str) -> Self {
         let is_name = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | '-');
-        let names: Vec<String> = text.split(',').map(|name| name.trim().to_owned()).collect();
+        if let Ok(names) = serde_json::from_str::<Vec<String>>(text) {
+            return Self::Names(names);
+        }
+        let names = text.split(',').map(|name| name.trim().to_owned());
+        let names: Vec<String> = names.filter(|name| !name.is_empty()).collect();
         if text == "all-linear" {
             Self::AllLinear
-        } else if names.iter().all(|name| !name.is_empty() && name.chars().all(is_name)) {
+        } else if names.iter().all(|name| name.chars().all(is_name)) {
             Self::Names(names)
         } else {
             Self::Pattern(text.to_owned())
@@ -66,6 +70,20 @@ impl Modules {
             Self::AllLinear => json!("all-linear"),
             Self::Names(names) => json!(names),
             Self::Pattern(text) => json!(text),
+        }
+    }
+
+    /// Refuses a regular expression that is none.
+    ///
+    /// # Errors
+    /// A data error that shows it.
+    pub fn check(&self) -> Result<()> {
+        match self {
+            Self::Pattern(pattern) => match Regex::new(pattern) {
+                Ok(_) => Ok(()),
+                Err(error) => Err(Error::data(format!("`{pattern}` is no regular expression: {error}"))),
+            },
+            Self::AllLinear | Self::Names(_) => Ok(()),
         }
     }
 
@@ -182,10 +200,14 @@ impl LoraConfig {
             Value::Array(many) => many.iter().filter_map(|one| one.as_str().map(str::to_owned)).collect(),
             _ => Vec::new(),
         };
+        let alpha = number("lora_alpha")?;
+        if !(alpha.is_finite() && alpha != 0.0 && alpha.abs() < 1e9) {
+            return Err(wrong_type("lora_alpha", "a number that scales, not 0 and not beyond 1e9"));
+        }
         Ok(Self {
             rank: rank as usize,
-            alpha: number("lora_alpha")?,
-            use_rslora: value["use_rslora"].as_bool().unwrap_or(false),
+            alpha,
+            use_rslora: switch(value, "use_rslora")?,
             target_modules: Modules::from_json(&value["target_modules"], "target_modules")?
                 .unwrap_or_else(|| Modules::Names(Vec::new())),
             exclude_modules: Modules::from_json(&value["exclude_modules"], "exclude_modules")?,
@@ -283,6 +305,15 @@ fn whole_or_float(value: f64) -> Value {
     if value.fract() == 0.0 && value.abs() < 1e15 { json!(value as i64) } else { json!(value) }
 }
 
+/// A setting that is on or off; absent is off.
+fn switch(value: &Value, key: &str) -> Result<bool> {
+    match &value[key] {
+        Value::Null => Ok(false),
+        Value::Bool(is_on) => Ok(*is_on),
+        _ => Err(wrong_type(key, "true or false")),
+    }
+}
+
 /// Refuses what is not plain low-rank adaptation rather than computing something else.
 fn refuse_variants(value: &Value) -> Result<()> {
     const SWITCHES: [&str; 5] = ["use_dora", "use_qalora", "use_bdlora", "fan_in_fan_out", "lora_bias"];
@@ -301,8 +332,10 @@ fn refuse_variants(value: &Value) -> Result<()> {
             "{CONFIG_FILE}: `{key}` is set, which is not supported\n   = help: merge the adapter with PEFT's `merge_and_unload`, and name the merged directory with `--model`"
         ))
     };
-    if let Some(key) = SWITCHES.iter().find(|key| value[**key].as_bool() == Some(true)) {
-        return Err(refused(key));
+    for key in SWITCHES {
+        if switch(value, key)? {
+            return Err(refused(key));
+        }
     }
     let is_set = |value: &Value| match value {
         Value::Null => false,
@@ -480,10 +513,15 @@ impl Adapter {
         let (Some(module), [out, input]) = (name.strip_suffix(".weight"), base.dims()) else {
             return Ok(base);
         };
-        match self.layer(module, [*out, *input])? {
-            Some(LowRank { a, b, scaling }) => Ok((base + (b.matmul(&a)? * scaling)?)?),
-            None => Ok(base),
+        let Some(LowRank { a, b, scaling }) = self.layer(module, [*out, *input])? else { return Ok(base) };
+        let sum = (base + (b.matmul(&a)? * scaling)?)?;
+        if sum.flatten_all()?.to_vec1::<f32>()?.iter().any(|value| !value.is_finite()) {
+            return Err(Error::NonFinite(format!(
+                "with the adapter added, `{name}` is not all finite\n  --> {}",
+                self.dir.display()
+            )));
         }
+        Ok(sum)
     }
 
     /// Refuses an adapter of which a whole model has asked for less than everything.
@@ -523,13 +561,23 @@ fn canonical_module(module: &str) -> String {
 /// A new adapter's layer: A uniform within ±1/√in as PEFT draws it, B zero, so that nothing changes at first.
 ///
 /// # Errors
-/// As [`LoraConfig::targets`].
+/// As [`LoraConfig::targets`]; a usage error for the output layer, or a rank that no layer of this shape needs.
 pub fn new_layer(config: &LoraConfig, module: &str, shape: [usize; 2], seed: u64) -> Result<Option<LowRank>> {
     if !config.targets(module)? {
         return Ok(None);
     }
+    if module == "lm_head" {
+        return Err(Error::usage(
+            "`train.lora_target_modules` takes in the output layer, which cannot have an adapter\n   = help: leave `lm_head` out",
+        ));
+    }
     let [out, input] = shape;
     let (rank, scaling) = config.shape_of(module, &[])?;
+    if rank > out.max(input) {
+        return Err(Error::usage(format!(
+            "`train.lora_rank` {rank} exceeds both sides of `{module}`, {out} x {input}\n   = help: 8 to 64 is usual"
+        )));
+    }
     let bound = 1.0 / (input as f32).sqrt();
     let mut stream = rng::stream(seed, "lora", &[rng::key_of(module)]);
     let values: Vec<f32> = (0..rank * input).map(|_| stream.random_range(-bound..bound)).collect();

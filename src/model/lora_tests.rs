@@ -41,6 +41,9 @@ fn names_match_whole_last_parts_and_patterns_match_whole_names() {
 fn what_people_type_is_a_word_names_or_a_pattern() {
     assert_eq!(Modules::parse("all-linear"), Modules::AllLinear);
     assert_eq!(Modules::parse("q_proj, mlp.0"), Modules::Names(vec!["q_proj".into(), "mlp.0".into()]));
+    assert_eq!(Modules::parse(r#"["q_proj"]"#), Modules::Names(vec!["q_proj".into()]));
+    assert_eq!(Modules::parse("q_proj,,v_proj, "), Modules::Names(vec!["q_proj".into(), "v_proj".into()]));
+    assert!(Modules::parse("((q").check().is_err() && Modules::parse("q_proj|v").check().is_ok());
     assert_eq!(Modules::parse(r".*q_proj"), Modules::Pattern(r".*q_proj".into()));
 }
 
@@ -79,6 +82,10 @@ fn variants_that_compute_something_else_are_refused_by_name() {
         ("init_lora_weights", json!("pissa_niter_16")),
         ("peft_type", json!("ADALORA")),
         ("r", json!(0)),
+        ("use_rslora", json!("yes")),
+        ("use_dora", json!("true")),
+        ("lora_alpha", json!(0)),
+        ("lora_alpha", json!(1e39)),
     ] {
         let message = read(&json!({ key: value })).unwrap_err().to_string();
         assert!(message.contains(key), "{key}: {message}");

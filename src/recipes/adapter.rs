@@ -1,6 +1,6 @@
 //! The low-rank adapter that a training run trains: a new one, or one that exists; and what is said about it.
 
-use super::config::RunConfig;
+use super::config::{RunConfig, TrainConfig};
 use crate::error::{Error, Result};
 use crate::model::assistant::Assistant;
 use crate::model::loader::Adaptation;
@@ -25,9 +25,35 @@ impl Chosen {
     /// A usage error when a new adapter and one that exists are both asked for; what is wrong with the latter.
     pub fn of(config: &RunConfig) -> Result<Self> {
         let train = &config.train;
+        let names = [
+            ("lora_target_modules", &train.lora_target_modules),
+            ("lora_exclude_modules", &train.lora_exclude_modules),
+        ];
+        let given = names.into_iter().find_map(|(key, value)| value.as_ref().map(|_| key));
+        let parts = &train.parts;
+        let has_all_parts = parts.vision && parts.merger && parts.text;
+        let no_effect = |key: &str, why: &str, help: &str| {
+            Err(Error::usage(format!("`train.{key}` has no effect: {why}\n   = help: {help}")))
+        };
         let Some(dir) = &config.adapter else {
             if train.lora_rank == 0 {
-                return Ok(Self::None);
+                return match given {
+                    Some(key) => no_effect(key, "no adapter trains", "set `train.lora_rank`, 16 for example"),
+                    None => Ok(Self::None),
+                };
+            }
+            if train.lora_target_modules.is_some() && !has_all_parts {
+                return no_effect(
+                    "parts",
+                    "`train.lora_target_modules` says what gets an adapter",
+                    "leave one of the two out",
+                );
+            }
+            for (key, value) in names {
+                if let Some(value) = value {
+                    let wrong = |error: Error| Error::usage(format!("`train.{key}`: {error}"));
+                    Modules::parse(value).check().map_err(wrong)?;
+                }
             }
             let settings = LoraConfig {
                 use_rslora: train.lora_use_rslora,
@@ -37,7 +63,17 @@ impl Chosen {
             };
             return Ok(Self::New(settings));
         };
+        let help = "an adapter that exists is trained as it is; leave `--adapter` out to begin a new one";
+        if let Some(key) = given {
+            return no_effect(key, "the adapter named with `--adapter` has its own modules", help);
+        }
+        if !has_all_parts {
+            return no_effect("parts", "the adapter named with `--adapter` has its own modules", help);
+        }
         let adapter = Adapter::load(dir)?;
+        if train.lora_alpha != TrainConfig::default().lora_alpha && train.lora_alpha != adapter.config.alpha {
+            return no_effect("lora_alpha", "the adapter named with `--adapter` has its own", help);
+        }
         if train.lora_rank != 0 && train.lora_rank != adapter.config.rank {
             return Err(Error::usage(format!(
                 "`train.lora_rank` is {}, the adapter that is trained further has rank {}\n  --> {}\n   = help: leave `train.lora_rank` out to go on with it, or merge it with `safemed export` and begin a new one",
@@ -78,11 +114,25 @@ impl Chosen {
             Self::Given(adapter) => &adapter.config,
         };
         let modules = modules(assistant)?;
+        let known = || Ok::<_, Error>(kinds(&linear_layers(assistant)?));
         if modules.is_empty() {
-            let known = kinds(&linear_layers(assistant)?);
             return Err(Error::usage(format!(
-                "no linear layer gets an adapter\n   = help: `train.lora_target_modules` matches none of {known}"
+                "no linear layer gets an adapter\n   = help: `train.lora_target_modules` less `train.lora_exclude_modules` leaves none of {}",
+                known()?
             )));
+        }
+        if let (Self::New(_), Modules::Names(names)) = (self, &config.target_modules) {
+            let layers = linear_layers(assistant)?;
+            for name in names {
+                let one = Modules::Names(vec![name.clone()]);
+                if !layers.iter().map(|layer| one.contain(layer)).collect::<Result<Vec<_>>>()?.contains(&true)
+                {
+                    return Err(Error::usage(format!(
+                        "`train.lora_target_modules`: there is no linear layer `{name}`\n   = help: there are {}",
+                        known()?
+                    )));
+                }
+            }
         }
         let is_ours = matches!(self, Self::New(_)) && !matches!(config.target_modules, Modules::Names(_));
         let is_pattern_of_ours = is_ours && matches!(config.exclude_modules, None | Some(Modules::Names(_)));
@@ -138,7 +188,8 @@ fn modules(assistant: &Assistant) -> Result<Vec<String>> {
 /// Names of weights that are matrices.
 fn linear_layers(assistant: &Assistant) -> Result<Vec<String>> {
     let tensors = assistant.vlm.parameters().tensors()?;
-    let is_matrix = |name: &str, rank: usize| rank == 2 && !name.contains("embed");
+    let is_matrix =
+        |name: &str, rank: usize| rank == 2 && !name.contains("embed") && name != "lm_head.weight";
     let layers = tensors.iter().filter(|(name, tensor)| is_matrix(name, tensor.rank()));
     Ok(layers.filter_map(|(name, _)| name.strip_suffix(".weight").map(str::to_owned)).collect())
 }

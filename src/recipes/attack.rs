@@ -395,7 +395,7 @@ fn finish(assistant: &Assistant, item: &Item<'_>, setting: &Setting<'_>, run: &R
         space: attack.space.word().to_owned(),
         epsilon: attack.epsilon,
         step_size: attack.resolved_step_size(),
-        num_steps: attack.num_steps,
+        num_steps: attack.resolved_num_steps(),
         num_restarts: attack.num_restarts,
         objective: item.objective.word().to_owned(),
         answer: sample.answer_letter().to_string(),

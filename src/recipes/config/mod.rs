@@ -471,9 +471,22 @@ impl DataConfig {
 }
 
 impl AttackConfig {
-    /// The length of one step: `step_size`, else 2.5 x `epsilon` / `num_steps`.
+    /// The length of one step: `step_size`, else 2.5 x `epsilon` / `num_steps` and at most `epsilon`; of FGSM `epsilon`.
     pub fn resolved_step_size(&self) -> f64 {
-        self.step_size.unwrap_or_else(|| 2.5 * self.epsilon / self.num_steps.max(1) as f64)
+        match (self.method, self.step_size) {
+            (Method::Fgsm, _) => self.epsilon,
+            (_, Some(step_size)) => step_size,
+            (_, None) => (2.5 * self.epsilon / self.num_steps.max(1) as f64).min(self.epsilon),
+        }
+    }
+
+    /// Gradient steps of a restart: none of noise, one of FGSM.
+    pub fn resolved_num_steps(&self) -> usize {
+        match self.method {
+            Method::Noise => 0,
+            Method::Fgsm => 1,
+            _ => self.num_steps,
+        }
     }
 }
 

@@ -31,6 +31,27 @@ fn defaults_are_the_contracts() {
 }
 
 #[test]
+fn a_derived_step_never_exceeds_the_budget_and_is_read_back() {
+    for (method, steps, length, count) in [
+        ("pgd", "1", 1.0, 1),
+        ("pgd", "0", 1.0, 0),
+        ("pgd", "5", 0.5, 5),
+        ("fgsm", "5", 1.0, 1),
+        ("noise", "5", 0.5, 0),
+    ] {
+        let overrides = [set("attack.num_steps", steps, "--set"), set("attack.method", method, "--set")];
+        let config = RunConfig::load(Command::Attack, None, &overrides).unwrap();
+        let epsilon = config.attack.epsilon;
+        assert!((config.attack.resolved_step_size() - length * epsilon).abs() < 1e-15, "{method} {steps}");
+        assert_eq!(config.attack.resolved_num_steps(), count, "{method} {steps}");
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("config.toml");
+        fs::write(&path, config.to_toml(Command::Attack).unwrap()).unwrap();
+        RunConfig::load(Command::Attack, Some(&path), &[]).unwrap();
+    }
+}
+
+#[test]
 fn later_layers_win_over_earlier_ones() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("run.toml");

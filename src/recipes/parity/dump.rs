@@ -9,6 +9,7 @@ use crate::model::lora::Adapter;
 use crate::model::tokenizer::write_json;
 use crate::model::weights::{locate, save_file};
 use crate::pixels::decode::decode_file;
+use crate::recipes::export::refuse_occupied;
 use crate::recipes::job::Outcome;
 use candle_core::{Device, Tensor};
 use serde_json::{Value, json};
@@ -35,6 +36,7 @@ pub fn dump(subject: &Subject<'_>, out: &Path, device: &Device) -> Result<Outcom
     let mut content: Vec<Value> = subject.images.iter().map(|_| json!({"type": "image"})).collect();
     content.push(json!({"type": "text", "text": subject.question}));
     let messages = json!([{"role": "user", "content": content}]);
+    refuse_occupied(out)?;
     let dir = locate(subject.model)?;
     dump_logits(&dir, subject.adapter, &messages, subject.images, out, device)?;
     let summary = json!({"command": "parity", "model": dir, "adapter": subject.adapter, "dump": out});
@@ -58,7 +60,6 @@ pub fn dump_logits(
     let adapter = adapter.map(Adapter::load).transpose()?;
     let adaptation = adapter.as_ref().map_or(Adaptation::None, Adaptation::Active);
     let (vlm, processor) = load_vlm(model, adaptation, &|_| false, device)?;
-    std::fs::create_dir_all(out).map_err(|error| Error::io("cannot create the directory", out, error))?;
     let (mut grids, mut pixels, mut patches, mut paths) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for path in images {
         let picture = processor.image_processor.process(&decode_file(path)?)?;
@@ -72,12 +73,17 @@ pub fn dump_logits(
     let features =
         if pixels.is_empty() { None } else { Some(vlm.encode_images(&pixels, &vlm.vision_plan(&grids)?)?) };
     let (batch, _) = prompt_batch(&vlm, std::slice::from_ref(&prompt))?;
-    let mut tensors = vec![("logits".to_string(), vlm.logits(&vlm.forward(features.as_ref(), &batch)?)?)];
+    let logits = vlm.logits(&vlm.forward(features.as_ref(), &batch)?)?;
+    if logits.flatten_all()?.to_vec1::<f32>()?.iter().any(|logit| !logit.is_finite()) {
+        return Err(Error::NonFinite(format!("the logits are not all finite\n  --> {}", model.display())));
+    }
+    let mut tensors = vec![("logits".to_string(), logits)];
     if !patches.is_empty() {
         let rows: usize = grids.iter().map(|[frames, rows, columns]| frames * rows * columns).sum();
         let shape = (rows, patches.len() / rows);
         tensors.push(("pixel_values".to_string(), Tensor::from_vec(patches, shape, &Device::Cpu)?));
     }
+    std::fs::create_dir_all(out).map_err(|error| Error::io("cannot create the directory", out, error))?;
     let description = json!({
         "messages": messages,
         "images": paths,
