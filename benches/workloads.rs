@@ -21,7 +21,7 @@ use safemed::data::{DatasetConfig, ImageCheck, Sample};
 use safemed::error;
 use safemed::model::assistant::Assistant;
 use safemed::model::generate::{Decoding, Prompt};
-use safemed::model::loader::Adaptation;
+use safemed::model::loader::{Adaptation, Storage};
 use safemed::model::lora::{LoraConfig, Modules};
 use safemed::nn::recompute::{Memory, Stage, loss_and_gradients};
 use safemed::pixels::decode::decode_file;
@@ -114,7 +114,7 @@ fn run(args: &Args) -> Result<()> {
         let config = LoraConfig::new(16, 32.0, targets);
         let adaptation = Adaptation::New { config: &config, seed: 0 };
         let trains = |name: &str| name.contains(".lora_");
-        let assistant = Assistant::load_adapted(&checkpoint, adaptation, &trains, &Device::Cpu)?;
+        let assistant = Assistant::load_adapted(&checkpoint, adaptation, Storage::AsStored, &trains, &Device::Cpu)?;
         let mut fit = Fit::new(assistant, Some(config.clone()))?;
         bench.sft(&mut fit)?;
         bench.rollout(&fit.frozen)?;

@@ -430,7 +430,8 @@ fn a_damaged_checkpoint_is_exit_status_3_with_the_file_named() {
         weights
             .names()
             .filter_map(|name| {
-                let tensor = weights.get(name, weights.shape(name).unwrap()).unwrap();
+                let shape = weights.shape(name).unwrap();
+                let tensor = weights.get(name, shape).unwrap().into_tensor(shape).unwrap();
                 change(name, tensor).map(|tensor| (name.to_owned(), tensor))
             })
             .collect::<Vec<_>>()
@@ -460,7 +461,7 @@ fn a_damaged_checkpoint_is_exit_status_3_with_the_file_named() {
 fn what_this_build_does_not_do_is_a_usage_error_and_not_ignored() {
     let Material { model, data, .. } = material();
     for (more, words) in [
-        (&["--dtype", "bf16"][..], "dtype `bf16`"),
+        (&["--dtype", "f8"][..], "`auto`, `f32` or `bf16`"),
         (&["--prompt", "phantm"], "did you mean `phantom`"),
         (&["--device", "cuda"], "no CUDA"),
     ] {

@@ -5,6 +5,8 @@
 mod adapters;
 /// Floors (imports go down only); every module documented.
 mod architecture;
+/// How a checkpoint is stored, loaded and exported.
+mod checkpoints;
 /// Help, statuses, what goes to which stream.
 mod cli;
 /// `eval`, `predict`, `data`, `export`, `merge`: their files, and what they refuse.

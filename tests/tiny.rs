@@ -84,7 +84,7 @@ pub(crate) fn assistant_of(kind: Kind, weights: Weights, trains: bool) -> Assist
     }
     .unwrap();
     let loud: Vec<u32> = ANSWERS.iter().map(|answer| id(answer)).chain([ids.turn_end]).collect();
-    let source = |name: &str, shape: &[usize]| {
+    let tensor = |name: &str, shape: &[usize]| -> safemed::error::Result<Tensor> {
         let value = initial_value(7, name, shape)?;
         if weights == Weights::Fresh {
             return Ok(value);
@@ -107,6 +107,7 @@ pub(crate) fn assistant_of(kind: Kind, weights: Weights, trains: bool) -> Assist
             (0..shape[0] as u32).map(|row| if loud.contains(&row) { 20.0 } else { 1.0 }).collect();
         Ok(value.broadcast_mul(&Tensor::from_vec(factor, (shape[0], 1), &Device::Cpu)?)?)
     };
+    let source = |name: &str, shape: &[usize]| Ok((&tensor(name, shape)?).try_into()?);
     let processor = ImageProcessorConfig {
         min_pixels: 32 * 32,
         max_pixels: 64 * 64,

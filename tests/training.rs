@@ -445,12 +445,10 @@ fn what_cannot_be_done_is_refused_before_anything_is_written() {
         assert!(!out.exists(), "{more:?}");
     }
     for command in [Attack, Certify, Train] {
-        for (more, words) in [(("dtype", "bf16"), "dtype `bf16`"), (("device", "cuda"), "no CUDA")] {
-            let more = [("certify.sigma", "0.25"), more];
-            let error = run_as(command, &settings(&material().loud, &out, &more), 1).unwrap_err();
-            assert_eq!(error.status(), ExitStatus::Usage, "{error}");
-            assert!(error.to_string().contains(words), "{command}: {error}");
-        }
+        let more = [("certify.sigma", "0.25"), ("device", "cuda")];
+        let error = run_as(command, &settings(&material().loud, &out, &more), 1).unwrap_err();
+        assert_eq!(error.status(), ExitStatus::Usage, "{error}");
+        assert!(error.to_string().contains("no CUDA"), "{command}: {error}");
         let mut nameless = settings(&material().loud, &out, &[("certify.sigma", "0.25")]);
         nameless.retain(|(key, _)| key != "model");
         let error = run_as(command, &nameless, 1).unwrap_err();
@@ -492,7 +490,8 @@ fn a_damaged_image_or_weight_is_named() {
     let tensors: Vec<(String, candle_core::Tensor)> = weights
         .names()
         .map(|each| {
-            let tensor = weights.get(each, weights.shape(each).unwrap()).unwrap();
+            let shape = weights.shape(each).unwrap();
+            let tensor = weights.get(each, shape).unwrap().into_tensor(shape).unwrap();
             (each.to_owned(), if each == name { (tensor * f64::NAN).unwrap() } else { tensor })
         })
         .collect();

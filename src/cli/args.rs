@@ -2,6 +2,7 @@
 //! so that a flag, a file and `--set` are judged alike.
 
 use crate::backend::Backend;
+use crate::recipes::config::Dtype;
 use crate::recipes::config::keys::parse_number;
 use clap::builder::FalseyValueParser;
 use clap::{ArgAction, Args, Parser, Subcommand};
@@ -415,6 +416,9 @@ pub(crate) struct ExportArgs {
     /// LoRA adapter directory (PEFT).
     #[arg(long, value_name = "DIR", env = "SAFEMED_ADAPTER", hide_env = true)]
     pub(crate) adapter: Option<PathBuf>,
+    /// Type of the weights: auto (the checkpoint's, float32 once an adapter is added), f32 or bf16.
+    #[arg(long, value_name = "auto|f32|bf16", env = "SAFEMED_DTYPE", hide_env = true, default_value = "auto")]
+    pub(crate) dtype: Dtype,
     /// Where to write the checkpoint.
     #[arg(long, value_name = "DIR", env = "SAFEMED_OUT", hide_env = true)]
     pub(crate) out: PathBuf,

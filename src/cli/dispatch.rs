@@ -11,6 +11,7 @@ use crate::certify::audit::AuditOptions;
 use crate::data::phantom::PhantomConfig;
 use crate::error::{Error, Result};
 use crate::recipes::config::{Command, RunConfig, show};
+use crate::recipes::export::Export;
 use crate::recipes::job::{Job, Outcome};
 use crate::recipes::parity::dump::Subject;
 use crate::recipes::progress::Progress;
@@ -136,7 +137,9 @@ fn merge(args: &DirArgs, progress: &dyn Progress) -> Result<Outcome> {
 }
 
 fn export(args: &ExportArgs, _progress: &dyn Progress) -> Result<Outcome> {
-    with_threads(None, || recipes::export::export(&args.model, args.adapter.as_deref(), &args.out))
+    let ExportArgs { model, adapter, dtype, out } = args;
+    let export = Export { model, adapter: adapter.as_deref(), dtype: *dtype, out };
+    with_threads(None, || recipes::export::export(&export))
 }
 
 fn data(command: &DataCommand, matches: &ArgMatches, terminal: &Terminal) -> Result<Outcome> {

@@ -3,7 +3,7 @@
 use super::chat::{ChatTemplate, Message, RenderOptions};
 use super::config::VlmConfig;
 use super::generate::{Completion, Decoding, Prompt};
-use super::loader::{self, Adaptation, Processor};
+use super::loader::{self, Adaptation, Processor, Storage};
 use super::parameters::Build;
 use super::positions::Grid;
 use super::processor::{ImageProcessorConfig, ProcessedImage};
@@ -34,21 +34,22 @@ impl Assistant {
     /// # Errors
     /// A data error for what is missing, damaged or does not fit; a non-finite error that names the weight.
     pub fn load(dir: &Path, trains: &dyn Fn(&str) -> bool, device: &Device) -> Result<Self> {
-        Self::load_adapted(dir, Adaptation::None, trains, device)
+        Self::load_adapted(dir, Adaptation::None, Storage::AsStored, trains, device)
     }
 
-    /// The same with a low-rank adapter over it, or in it.
+    /// The same with a low-rank adapter over it, or in it, and frozen weights held in another type.
     ///
     /// # Errors
     /// As [`Assistant::load`]; a data error when the adapter does not fit.
     pub fn load_adapted(
         dir: &Path,
         adaptation: Adaptation<'_>,
+        storage: Storage,
         trains: &dyn Fn(&str) -> bool,
         device: &Device,
     ) -> Result<Self> {
         let (vlm, Processor { tokenizer, chat, image_processor }) =
-            loader::load_vlm(dir, adaptation, trains, device)?;
+            loader::load_vlm(dir, adaptation, storage, trains, device)?;
         Ok(Self { vlm, tokenizer, chat, image_processor })
     }
 

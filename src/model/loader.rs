@@ -13,9 +13,9 @@ use super::positions::{Grid, image_tokens};
 use super::processor::ImageProcessorConfig;
 use super::tokenizer::Tokenizer;
 use super::vlm::Vlm;
-use super::weights::Weights;
+use super::weights::{Numbers, Weights};
 use crate::error::{Error, Result};
-use candle_core::{Device, Tensor};
+use candle_core::Device;
 use serde_json::Value;
 use std::path::Path;
 
@@ -91,6 +91,28 @@ pub enum Adaptation<'a> {
     },
 }
 
+/// How frozen weights are held; arithmetic is float32 for all of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Storage {
+    /// As the checkpoint holds them: float32, or bfloat16, which is widened exactly as it is used; float16 in float32.
+    #[default]
+    AsStored,
+    /// In float32; the same results as from bfloat16, to the byte.
+    Single,
+    /// Rounded to bfloat16.
+    Half,
+}
+
+impl Storage {
+    fn apply(self, numbers: Numbers<'_>) -> Numbers<'_> {
+        match self {
+            Self::AsStored => numbers,
+            Self::Single => numbers.widened(),
+            Self::Half => numbers.rounded(),
+        }
+    }
+}
+
 /// Loads a checkpoint directory; parameters whose canonical name `trains` accepts get gradients.
 ///
 /// # Errors
@@ -99,6 +121,7 @@ pub enum Adaptation<'a> {
 pub fn load_vlm(
     dir: &Path,
     adaptation: Adaptation<'_>,
+    storage: Storage,
     trains: &dyn Fn(&str) -> bool,
     device: &Device,
 ) -> Result<(Vlm, Processor)> {
@@ -110,12 +133,13 @@ pub fn load_vlm(
     })?;
     let weights = Weights::open(dir)?;
     let source = |name: &str, shape: &[usize]| {
-        let base = finite_tensor(&weights, name, shape)?;
-        match adaptation {
-            Adaptation::Active(adapter) => adapter.replaced(name, base),
-            Adaptation::Merged(adapter) => adapter.merged(name, base),
-            Adaptation::None | Adaptation::New { .. } => Ok(base),
-        }
+        let base = finite_numbers(&weights, name, shape)?;
+        let numbers = match adaptation {
+            Adaptation::Active(adapter) => adapter.replacement(name, shape)?.map_or(base, Numbers::from),
+            Adaptation::Merged(adapter) => adapter.merged(name, shape, base)?,
+            Adaptation::None | Adaptation::New { .. } => base,
+        };
+        Ok(storage.apply(numbers))
     };
     let low_rank = |module: &str, shape: [usize; 2]| match adaptation {
         Adaptation::Active(adapter) => adapter.layer(module, shape),
@@ -154,17 +178,16 @@ pub fn patchify_of(config: &VlmConfig, processor: &ImageProcessorConfig) -> Resu
     })
 }
 
-/// Tensor `name`, refused when it holds a number that is not finite.
-fn finite_tensor(weights: &Weights, name: &str, shape: &[usize]) -> Result<Tensor> {
-    let values = weights.values(name, shape)?;
-    if let Some(place) = values.iter().position(|value| !value.is_finite()) {
+/// The numbers of `name`, refused when one is not finite.
+fn finite_numbers<'a>(weights: &'a Weights, name: &str, shape: &[usize]) -> Result<Numbers<'a>> {
+    let numbers = weights.get(name, shape)?;
+    if let Some((place, value)) = numbers.not_finite() {
         return Err(Error::NonFinite(format!(
-            "weight `{name}` holds {} at position {place}\n  --> {}\n   = help: the checkpoint is damaged or comes from a run that diverged",
-            values[place],
+            "weight `{name}` holds {value} at position {place}\n  --> {}\n   = help: the checkpoint is damaged or comes from a run that diverged",
             weights.dir().display()
         )));
     }
-    Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
+    Ok(numbers)
 }
 
 #[cfg(test)]
@@ -172,6 +195,7 @@ mod tests {
     use super::*;
     use crate::model::test_support::fixtures;
     use crate::model::weights::{TensorFile, save_file};
+    use candle_core::Tensor;
     use serde_json::json;
 
     fn copy_of(name: &str) -> Option<tempfile::TempDir> {
@@ -219,7 +243,7 @@ mod tests {
             })
             .collect();
         save_file(&path, &tensors, &[]).unwrap();
-        let error = load_vlm(dir.path(), Adaptation::None, &|_| false, &Device::Cpu).unwrap_err();
+        let error = load_vlm(dir.path(), Adaptation::None, Storage::AsStored, &|_| false, &Device::Cpu).unwrap_err();
         assert!(matches!(error, Error::NonFinite(_)), "{error}");
         assert!(
             error.to_string().contains("model.language_model.norm.weight") && error.to_string().contains('3')
@@ -230,7 +254,7 @@ mod tests {
     fn a_prompt_holds_a_placeholder_for_every_merged_patch() {
         let Some(dir) = copy_of("qwen3_vl") else { return };
         let (vlm, processor) =
-            load_vlm(dir.path(), Adaptation::None, &|name| name == "lm_head.weight", &Device::Cpu).unwrap();
+            load_vlm(dir.path(), Adaptation::None, Storage::AsStored, &|name| name == "lm_head.weight", &Device::Cpu).unwrap();
         assert_eq!(vlm.parameters().trained().len(), 1);
         let messages =
             json!([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Normal?"}]}]);

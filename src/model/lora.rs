@@ -4,7 +4,7 @@
 //! Hu et al. 2021, <https://arxiv.org/abs/2106.09685>; rank-stabilised scaling: Kalajdzievski 2023,
 //! <https://arxiv.org/abs/2312.03732>. Matching follows PEFT 0.21: names are those of `named_modules()`.
 
-use super::weights::{TensorFile, canonical_name, save_file};
+use super::weights::{Numbers, TensorFile, canonical_name, save_file};
 use crate::error::{Error, Result};
 use crate::nn::linear::LowRank;
 use crate::rng;
@@ -486,42 +486,43 @@ impl Adapter {
         Ok(Some(layer.clone()))
     }
 
-    /// The base's tensor `name`, or what replaces it.
+    /// What replaces the base's tensor `name`, where something does.
     ///
     /// # Errors
-    /// A data error when the adapter's has another shape.
-    pub fn replaced(&self, name: &str, base: Tensor) -> Result<Tensor> {
-        let Some(own) = self.whole.get(name) else { return Ok(base) };
+    /// A data error when it has another shape.
+    pub fn replacement(&self, name: &str, shape: &[usize]) -> Result<Option<Vec<f32>>> {
+        let Some(own) = self.whole.get(name) else { return Ok(None) };
         self.used.borrow_mut().insert(name.to_owned());
-        if own.dims() != base.dims() {
+        if own.dims() != shape {
             return Err(Error::data(format!(
-                "the adapter's `{name}` is {:?}, the model's {:?}\n  --> {}",
+                "the adapter's `{name}` is {:?}, the model's {shape:?}\n  --> {}",
                 own.dims(),
-                base.dims(),
                 self.dir.display()
             )));
         }
-        Ok(own.clone())
+        Ok(Some(own.flatten_all()?.to_vec1()?))
     }
 
-    /// The base's tensor `name` with the adapter added: W + scaling · B · A.
+    /// The base's tensor `name` with the adapter added: W + scaling · B · A, in float32; `base` itself where the
+    /// adapter leaves it alone.
     ///
     /// # Errors
-    /// As [`Adapter::layer`] and [`Adapter::replaced`].
-    pub fn merged(&self, name: &str, base: Tensor) -> Result<Tensor> {
-        let base = self.replaced(name, base)?;
-        let (Some(module), [out, input]) = (name.strip_suffix(".weight"), base.dims()) else {
+    /// As [`Adapter::layer`] and [`Adapter::replacement`].
+    pub fn merged<'a>(&self, name: &str, shape: &[usize], base: Numbers<'a>) -> Result<Numbers<'a>> {
+        let base = self.replacement(name, shape)?.map_or(base, Numbers::from);
+        let (Some(module), [out, input]) = (name.strip_suffix(".weight"), shape) else {
             return Ok(base);
         };
         let Some(LowRank { a, b, scaling }) = self.layer(module, [*out, *input])? else { return Ok(base) };
-        let sum = (base + (b.matmul(&a)? * scaling)?)?;
-        if sum.flatten_all()?.to_vec1::<f32>()?.iter().any(|value| !value.is_finite()) {
+        let sum = (base.into_tensor(shape)? + (b.matmul(&a)? * scaling)?)?;
+        let sum: Vec<f32> = sum.flatten_all()?.to_vec1()?;
+        if sum.iter().any(|value| !value.is_finite()) {
             return Err(Error::NonFinite(format!(
                 "with the adapter added, `{name}` is not all finite\n  --> {}",
                 self.dir.display()
             )));
         }
-        Ok(sum)
+        Ok(sum.into())
     }
 
     /// Refuses an adapter of which a whole model has asked for less than everything.

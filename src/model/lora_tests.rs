@@ -131,12 +131,12 @@ fn merging_adds_the_scaled_product_and_an_unknown_module_is_an_error() {
     crate::model::tokenizer::write_json(&dir.path().join(CONFIG_FILE), &config.to_json()).unwrap();
     let adapter = Adapter::load(dir.path()).unwrap();
     assert!(adapter.check_used().unwrap_err().to_string().contains(QUERY));
-    let base = matrix(vec![10.0, 20.0, 30.0, 40.0], (2, 2));
-    let merged = adapter.merged(&format!("{QUERY}.weight"), base.clone()).unwrap();
+    let base = vec![10.0f32, 20.0, 30.0, 40.0];
+    let merged = adapter.merged(&format!("{QUERY}.weight"), &[2, 2], base.clone().into()).unwrap();
     // W + 1/2 · [[1, 2], [0.5 - 3, 1 - 4]]
-    assert_eq!(merged.to_vec2::<f32>().unwrap(), [[10.5, 21.0], [28.75, 38.5]]);
-    let other = adapter.merged("model.language_model.norm.weight", base.clone()).unwrap();
-    assert_eq!(other.to_vec2::<f32>().unwrap(), base.to_vec2::<f32>().unwrap());
+    assert_eq!(merged.into_floats(), [10.5, 21.0, 28.75, 38.5]);
+    let other = adapter.merged("model.language_model.norm.weight", &[4], base.clone().into()).unwrap();
+    assert_eq!(other.into_floats(), base);
     adapter.check_used().unwrap();
 }
 

@@ -13,6 +13,7 @@ pub mod patches;
 pub mod positions;
 pub mod processor;
 pub mod resize;
+pub mod tensor_file;
 pub mod text;
 pub mod tokenizer;
 pub mod vision;

@@ -1,11 +1,12 @@
 //! Named parameters: where they come from, which of them train, and how they are found again for saving.
 
+use super::tensor_file::Numbers;
 use crate::error::{Error, Result};
 use crate::nn::linear::{Linear, LowRank};
-use candle_core::{Device, Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var};
 
-/// Gives the tensor of a canonical name, checked to have this shape.
-pub type Source<'a> = &'a dyn Fn(&str, &[usize]) -> Result<Tensor>;
+/// Gives the numbers of a canonical name, checked to have this shape.
+pub type Source<'a> = &'a dyn Fn(&str, &[usize]) -> Result<Numbers<'a>>;
 
 /// Gives the low-rank update of a linear layer by its name and shape `[out, in]`, where it has one.
 pub type LowRankSource<'a> = &'a dyn Fn(&str, [usize; 2]) -> Result<Option<LowRank>>;
@@ -39,7 +40,8 @@ impl<'a> Build<'a> {
 enum Holder {
     Trained(Var),
     Frozen(Tensor),
-    FrozenWeight(Linear),
+    /// With the shape it has in a checkpoint.
+    FrozenWeight(Linear, Vec<usize>),
 }
 
 /// All parameters of a model by canonical name, in the order of the forward pass.
@@ -92,22 +94,44 @@ fn values(entries: &[(String, Holder)]) -> Result<Vec<(String, Tensor)>> {
         Ok(match holder {
             Holder::Trained(var) => var.as_tensor().detach(),
             Holder::Frozen(tensor) => tensor.clone(),
-            Holder::FrozenWeight(linear) => linear.weight()?,
+            Holder::FrozenWeight(linear, shape) => linear.weight()?.reshape(shape.as_slice())?,
         })
     };
     entries.iter().map(|(name, holder)| Ok((name.clone(), value(holder)?))).collect()
 }
+
+/// Names and shapes of the parameters that a model asks for, in the order of the forward pass.
+pub type Outline = Vec<(String, Vec<usize>)>;
 
 /// Takes parameters from a [`Build`] while a model is put together.
 pub(super) struct Builder<'a> {
     build: Build<'a>,
     device: Device,
     parameters: Parameters,
+    /// Names and shapes, when nothing else is wanted: no number is read and none is held.
+    outline: Option<Outline>,
 }
 
 impl<'a> Builder<'a> {
     pub(super) fn new(build: Build<'a>, device: Device) -> Self {
-        Self { build, device, parameters: Parameters::default() }
+        Self { build, device, parameters: Parameters::default(), outline: None }
+    }
+
+    /// A builder that only takes notes.
+    pub(super) fn of_outline() -> Self {
+        let build = Build::plain(&|_, _| Err(Error::data("an outline has no numbers")), &|_| false);
+        Self { outline: Some(Vec::new()), ..Self::new(build, Device::Cpu) }
+    }
+
+    pub(super) fn into_outline(self) -> Outline {
+        self.outline.unwrap_or_default()
+    }
+
+    /// A stand-in of this shape that takes no room, when only names and shapes are wanted.
+    fn noted(&mut self, name: &str, shape: &[usize]) -> Result<Option<Tensor>> {
+        let Some(outline) = &mut self.outline else { return Ok(None) };
+        outline.push((name.to_owned(), shape.to_vec()));
+        Ok(Some(Tensor::zeros(1, DType::F32, &Device::Cpu)?.broadcast_as(shape)?))
     }
 
     pub(super) fn finish(self) -> Parameters {
@@ -116,7 +140,10 @@ impl<'a> Builder<'a> {
 
     /// A vector or table: tracked if it trains.
     pub(super) fn tensor(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
-        let tensor = (self.build.source)(name, shape)?;
+        if let Some(stand_in) = self.noted(name, shape)? {
+            return Ok(stand_in);
+        }
+        let tensor = (self.build.source)(name, shape)?.into_tensor(shape)?;
         let (tensor, holder) = self.held(name, &tensor)?;
         self.parameters.entries.push((name.to_owned(), holder));
         Ok(tensor)
@@ -135,8 +162,11 @@ impl<'a> Builder<'a> {
     /// A linear layer `PREFIX.weight` (`shape`, flattened to `[out, rest]`) with or without `PREFIX.bias`.
     pub(super) fn linear(&mut self, prefix: &str, shape: &[usize], has_bias: bool) -> Result<Linear> {
         let linear = self.base(prefix, shape, has_bias)?;
-        // A patch embedding is a convolution to everybody else.
+        // A patch embedding is a convolution to everybody else, and a token embedding no layer.
         let &[out, input] = shape else { return Ok(linear) };
+        if prefix.ends_with("embed_tokens") {
+            return Ok(linear);
+        }
         let Some(low_rank) = (self.build.low_rank)(prefix, [out, input])? else { return Ok(linear) };
         if prefix == "lm_head" {
             return Err(Error::data(
@@ -157,21 +187,23 @@ impl<'a> Builder<'a> {
         let name = format!("{prefix}.weight");
         let out = shape[0];
         let bias = if has_bias { Some(format!("{prefix}.bias")) } else { None };
+        let flat: [usize; 2] = [out, shape[1..].iter().product()];
+        if self.noted(&name, shape)?.is_some() {
+            bias.map(|bias| self.noted(&bias, &[out])).transpose()?;
+            let stand_in = Tensor::zeros((1, 1), DType::F32, &Device::Cpu)?.broadcast_as(&flat)?;
+            return Ok(Linear::of_tensor(&stand_in, None));
+        }
         if (self.build.trains)(&name) {
             let weight = self.tensor(&name, shape)?;
             let bias = bias.map(|bias| self.tensor(&bias, &[out])).transpose()?;
             let flat = if shape.len() == 2 { weight } else { weight.reshape((out, ()))? };
             return Ok(Linear::of_tensor(&flat, bias.as_ref()));
         }
-        let weight = (self.build.source)(&name, shape)?.to_device(&self.device)?.reshape((out, ()))?;
+        let weight = (self.build.source)(&name, shape)?;
         let at = self.parameters.entries.len();
         let bias = bias.map(|bias| self.tensor(&bias, &[out])).transpose()?;
-        let linear = Linear::frozen(&weight, bias.as_ref())?;
-        let holder = if shape.len() == 2 {
-            Holder::FrozenWeight(linear.clone())
-        } else {
-            Holder::Frozen(weight.reshape(shape)?)
-        };
+        let linear = Linear::frozen_values(weight.values(), flat, bias.as_ref(), &self.device)?;
+        let holder = Holder::FrozenWeight(linear.clone(), shape.to_vec());
         self.parameters.entries.insert(at, (name, holder));
         Ok(linear)
     }

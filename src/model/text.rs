@@ -7,7 +7,7 @@ use crate::error::Result;
 use crate::nn::activation::gated;
 use crate::nn::attention::{Heads, Layout, attention};
 use crate::nn::linear::{Linear, TensorMap};
-use crate::nn::{norm, rotary, rows};
+use crate::nn::{norm, rotary};
 use candle_core::Tensor;
 use std::sync::Arc;
 
@@ -15,8 +15,8 @@ use std::sync::Arc;
 #[derive(Debug, Clone)]
 pub struct Decoder {
     config: TextConfig,
-    /// `[vocab, hidden]`.
-    pub(super) embedding: Tensor,
+    /// The embedding table `[vocab, hidden]`, unless it is the output layer.
+    embedding: Option<Linear>,
     layers: Vec<Layer>,
     norm: Tensor,
     /// The output layer, `[vocab, hidden]`.
@@ -54,7 +54,7 @@ impl Decoder {
         let root = "model.language_model";
         let (hidden, inner, dim) = (config.hidden_size, config.intermediate_size, config.head_dim);
         let (q_width, kv_width) = (config.num_heads * dim, config.num_kv_heads * dim);
-        let embedding = b.tensor(&format!("{root}.embed_tokens.weight"), &[config.vocab_size, hidden])?;
+        let table = b.linear(&format!("{root}.embed_tokens"), &[config.vocab_size, hidden], false)?;
         let mut layers = Vec::with_capacity(config.num_layers);
         for index in 0..config.num_layers {
             let prefix = format!("{root}.layers.{index}");
@@ -80,14 +80,10 @@ impl Decoder {
             });
         }
         let norm = b.tensor(&format!("{root}.norm.weight"), &[hidden])?;
-        let head = if is_tied {
-            if embedding.is_variable() {
-                Linear::of_tensor(&embedding, None)
-            } else {
-                Linear::frozen(&embedding, None)?
-            }
+        let (embedding, head) = if is_tied {
+            (None, table)
         } else {
-            b.linear("lm_head", &[config.vocab_size, hidden], false)?
+            (Some(table), b.linear("lm_head", &[config.vocab_size, hidden], false)?)
         };
         Ok(Self { config: config.clone(), embedding, layers, norm, head })
     }
@@ -111,7 +107,7 @@ impl Decoder {
         };
         Ok(Self {
             config: self.config.clone(),
-            embedding: f(&self.embedding)?,
+            embedding: self.embedding.as_ref().map(|table| table.map(f)).transpose()?,
             layers: self.layers.iter().map(layer).collect::<candle_core::Result<_>>()?,
             norm: f(&self.norm)?,
             head: self.head.map(f)?,
@@ -125,7 +121,7 @@ impl Decoder {
 
     /// Token rows.
     pub(super) fn embed(&self, ids: &[u32]) -> candle_core::Result<Tensor> {
-        rows::select(&self.embedding, ids)
+        self.embedding.as_ref().unwrap_or(&self.head).weight_rows(ids)
     }
 
     /// Layer `index`; with a cache, the rows' keys and values are written to the cache rows given and attention reads

@@ -5,7 +5,7 @@
 
 use super::config::VlmConfig;
 use super::kv_cache::KvCache;
-use super::parameters::{Build, Builder, Parameters};
+use super::parameters::{Build, Builder, Outline, Parameters};
 use super::patches::Patchify;
 use super::positions;
 use super::text::{Decoder, RowPlan};
@@ -95,6 +95,17 @@ impl Vlm {
             parameters: builder.finish(),
             device: device.clone(),
         })
+    }
+
+    /// Canonical names and shapes of the weights that a model of this shape has, without making it.
+    ///
+    /// # Errors
+    /// When the configuration contradicts itself.
+    pub fn outline(config: &VlmConfig) -> Result<Outline> {
+        let mut builder = Builder::of_outline();
+        VisionTower::load(&mut builder, &config.vision)?;
+        Decoder::load(&mut builder, &config.text, config.tie_word_embeddings)?;
+        Ok(builder.into_outline())
     }
 
     /// The same weights, shared, without gradients: for attacks, rollouts and evaluation while training.

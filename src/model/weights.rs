@@ -1,142 +1,18 @@
-//! A checkpoint's tensors: finding, mapping, checking, reading and writing safetensors.
+//! A checkpoint's tensors: finding, checking, reading and writing.
 //!
 //! Names are canonical inside this crate, whatever layout a file has: `model.visual.…`,
-//! `model.language_model.…` and `lm_head.weight`. [`NameLayout`] remembers the file's own, for saving. Numbers become
-//! float32 on the CPU. What the tensors mean, and how they are laid out for speed, is not known here.
+//! `model.language_model.…` and `lm_head.weight`. [`NameLayout`] remembers the file's own, for saving. What the tensors
+//! mean, and how they are laid out for speed, is not known here.
 
+pub use super::tensor_file::{Entry, Numbers, TensorFile, write_atomically, write_tensors};
 use crate::error::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
-use memmap2::Mmap;
-use safetensors::tensor::{Dtype, Metadata, SafeTensors, TensorInfo};
-use serde_json::{Map, Value, json};
+use safetensors::tensor::Dtype;
+use serde_json::Value;
+use std::borrow::Cow;
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::{BufWriter, Write};
 use std::path::{Component, Path, PathBuf};
-
-/// One safetensors file, mapped; its header is checked, its numbers are not read until asked for.
-pub struct TensorFile {
-    path: PathBuf,
-    map: Mmap,
-    header: Metadata,
-    /// Where the numbers begin.
-    data_start: usize,
-}
-
-impl std::fmt::Debug for TensorFile {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("TensorFile").field("path", &self.path).finish_non_exhaustive()
-    }
-}
-
-impl TensorFile {
-    /// Maps `path` and checks its header: every tensor lies inside the file, none overlaps another, and each one's
-    /// length is that of its shape.
-    ///
-    /// # Errors
-    /// A data error when the file is truncated or damaged; an I/O error when it cannot be opened.
-    pub fn open(path: &Path) -> Result<Self> {
-        let file = File::open(path).map_err(|error| Error::io("cannot open the weights", path, error))?;
-        // SAFETY: a mapping is sound as long as nobody truncates the file meanwhile; checkpoints are written to a
-        // temporary name and renamed, so a mapped file is never changed by this program.
-        #[expect(unsafe_code, reason = "mapping a file is unsafe in every binding")]
-        let map = unsafe { Mmap::map(&file) }
-            .map_err(|error| Error::io("cannot map the weights into memory", path, error))?;
-        let (length, header) = SafeTensors::read_metadata(&map).map_err(|error| {
-            Error::data(format!(
-                "not a sound safetensors file: {error}\n  --> {}\n   = help: {}",
-                path.display(),
-                if map.starts_with(b"version https://git-lfs") {
-                    "this is a Git LFS pointer: fetch the file itself with `git lfs pull`"
-                } else {
-                    "it may be truncated: fetch or copy it again"
-                }
-            ))
-        })?;
-        Ok(Self { path: path.to_path_buf(), map, header, data_start: 8 + length })
-    }
-
-    /// The file's path.
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
-    /// Names as written in the file, sorted.
-    pub fn names(&self) -> Vec<String> {
-        let mut names = self.header.offset_keys();
-        names.sort_unstable();
-        names
-    }
-
-    /// Shape of `name`, when the file has it.
-    pub fn shape(&self, name: &str) -> Option<&[usize]> {
-        self.header.info(name).map(|info| info.shape.as_slice())
-    }
-
-    /// The free-form text pairs of the header.
-    pub fn metadata(&self) -> BTreeMap<String, String> {
-        self.header.metadata().iter().flatten().map(|(key, value)| (key.clone(), value.clone())).collect()
-    }
-
-    fn info(&self, name: &str) -> Result<&TensorInfo> {
-        self.header
-            .info(name)
-            .ok_or_else(|| Error::data(format!("tensor `{name}` is missing\n  --> {}", self.path.display())))
-    }
-
-    fn bytes(&self, info: &TensorInfo) -> &[u8] {
-        // `read_metadata` has checked that every range lies inside the file.
-        let (start, end) = info.data_offsets;
-        &self.map[self.data_start + start..self.data_start + end]
-    }
-
-    /// The numbers of `name` as float32, row-major, from float32, float16 or bfloat16.
-    ///
-    /// # Errors
-    /// A data error when the tensor is missing or holds other numbers.
-    pub fn floats(&self, name: &str) -> Result<Vec<f32>> {
-        let info = self.info(name)?;
-        let bytes = self.bytes(info);
-        let pairs = || bytes.chunks_exact(2).map(|b| [b[0], b[1]]);
-        match info.dtype {
-            Dtype::F32 => {
-                Ok(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
-            }
-            Dtype::BF16 => Ok(pairs().map(|pair| bf16::from_le_bytes(pair).to_f32()).collect()),
-            Dtype::F16 => Ok(pairs().map(|pair| f16::from_le_bytes(pair).to_f32()).collect()),
-            other => Err(Error::data(format!(
-                "tensor `{name}` holds {other:?} numbers; float32, bfloat16 and float16 are supported\n  --> {}\n   = help: quantised checkpoints cannot be used; take the unquantised one",
-                self.path.display()
-            ))),
-        }
-    }
-
-    /// The bytes of `name`, which must be of type uint8.
-    ///
-    /// # Errors
-    /// A data error when the tensor is missing or holds other numbers.
-    pub fn bytes_u8(&self, name: &str) -> Result<&[u8]> {
-        let info = self.info(name)?;
-        if info.dtype != Dtype::U8 {
-            return Err(Error::data(format!(
-                "tensor `{name}` holds {:?} numbers instead of bytes\n  --> {}",
-                info.dtype,
-                self.path.display()
-            )));
-        }
-        Ok(self.bytes(info))
-    }
-
-    /// `name` as a float32 tensor on the CPU, in the file's shape.
-    ///
-    /// # Errors
-    /// As [`Self::floats`].
-    pub fn tensor(&self, name: &str) -> Result<Tensor> {
-        let shape = self.info(name)?.shape.clone();
-        Ok(Tensor::from_vec(self.floats(name)?, shape, &Device::Cpu)?)
-    }
-}
 
 /// How a checkpoint spells its tensors' names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -273,7 +149,7 @@ impl Weights {
             if let Some((_, other)) = places.insert(canonical.clone(), (number, name.clone())) {
                 return Err(Error::data(format!(
                     "tensors `{other}` and `{name}` are both `{canonical}`\n  --> {}",
-                    files[number].path.display()
+                    files[number].path().display()
                 )));
             }
         }
@@ -311,6 +187,11 @@ impl Weights {
         self.places.get(name).map(|(_, original)| original.as_str())
     }
 
+    /// The files, in the order of opening.
+    pub fn files(&self) -> &[TensorFile] {
+        &self.files
+    }
+
     /// Paths of the files, in the order of opening.
     pub fn paths(&self) -> impl Iterator<Item = &Path> {
         self.files.iter().map(TensorFile::path)
@@ -326,29 +207,39 @@ impl Weights {
         }
     }
 
-    /// Tensor `name` (canonical) as float32 on the CPU.
+    /// The numbers of `name` (canonical), row-major, as the file holds them.
     ///
     /// # Errors
-    /// A data error when it is missing or of another shape than `shape`.
-    pub fn get(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
-        Ok(Tensor::from_vec(self.values(name, shape)?, shape, &Device::Cpu)?)
+    /// A data error when it is missing, of another shape than `shape`, or no floating-point tensor.
+    pub fn get(&self, name: &str, shape: &[usize]) -> Result<Numbers<'_>> {
+        self.check(name, shape)?;
+        let (file, original) = self.place(name)?;
+        file.numbers(original)
     }
 
-    /// The numbers of `name` (canonical), row-major.
+    /// Refuses `name` (canonical) when it is missing or of another shape than `shape`.
     ///
     /// # Errors
-    /// As [`Self::get`].
-    pub fn values(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+    /// A data error for either.
+    pub fn check(&self, name: &str, shape: &[usize]) -> Result<()> {
         let (file, original) = self.place(name)?;
         let info = file.info(original)?;
         if info.shape != shape {
             return Err(Error::data(format!(
                 "tensor `{original}` has shape {:?}, but config.json needs {shape:?}\n  --> {}\n   = help: config.json and weights may be of different models",
                 info.shape,
-                file.path.display()
+                file.path().display()
             )));
         }
-        file.floats(original)
+        Ok(())
+    }
+
+    /// The numbers of `name` (canonical) as float32, row-major.
+    ///
+    /// # Errors
+    /// As [`Self::get`].
+    pub fn values(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+        Ok(self.get(name, shape)?.into_floats())
     }
 
     /// Checks that every number of every tensor is finite.
@@ -358,10 +249,10 @@ impl Weights {
     pub fn check_finite(&self) -> Result<()> {
         for (number, original) in self.places.values() {
             let file = &self.files[*number];
-            if let Some(index) = file.floats(original)?.iter().position(|value| !value.is_finite()) {
+            if let Some((index, _)) = file.numbers(original)?.not_finite() {
                 return Err(Error::NonFinite(format!(
                     "tensor `{original}` holds a number that is not finite, at position {index}\n  --> {}",
-                    file.path.display()
+                    file.path().display()
                 )));
             }
         }
@@ -396,44 +287,26 @@ pub fn save_file(path: &Path, tensors: &[(String, Tensor)], metadata: &[(&str, &
     if let Some(pair) = sorted.windows(2).find(|pair| pair[0].0 == pair[1].0) {
         return Err(Error::data(format!("tensor `{}` is to be saved twice", pair[0].0)));
     }
-    let header = header_of(&sorted, metadata)?;
-    write_atomically(path, |out| {
-        let failed = |error| Error::io("cannot write the weights", path, error);
-        out.write_all(&(header.len() as u64).to_le_bytes()).map_err(failed)?;
-        out.write_all(header.as_bytes()).map_err(failed)?;
-        for (_, tensor) in &sorted {
-            write_numbers(out, tensor)?.map_err(failed)?;
-        }
-        Ok(())
-    })
+    let entries: Vec<Entry> = sorted
+        .iter()
+        .map(|(name, tensor)| {
+            let dtype = match tensor.dtype() {
+                DType::F32 => Dtype::F32,
+                DType::F16 => Dtype::F16,
+                DType::BF16 => Dtype::BF16,
+                other => {
+                    return Err(Error::data(format!("tensor `{name}` of type {other:?} cannot be saved")));
+                }
+            };
+            Ok(Entry { name: name.clone(), dtype, shape: tensor.dims().to_vec() })
+        })
+        .collect::<Result<_>>()?;
+    let metadata = metadata.iter().map(|(key, value)| (key.to_string(), value.to_string())).collect();
+    write_tensors(path, &entries, &metadata, &mut |index| bytes_of(&sorted[index].1))
 }
 
-/// The JSON header, padded so that the numbers start at a multiple of 8.
-fn header_of(sorted: &[&(String, Tensor)], metadata: &[(&str, &str)]) -> Result<String> {
-    let mut header = Map::new();
-    let pairs: BTreeMap<&str, &str> = metadata.iter().copied().collect();
-    header.insert("__metadata__".to_string(), json!(pairs));
-    let mut start = 0usize;
-    for (name, tensor) in sorted {
-        let dtype = match tensor.dtype() {
-            DType::F32 => "F32",
-            DType::F16 => "F16",
-            DType::BF16 => "BF16",
-            other => return Err(Error::data(format!("tensor `{name}` of type {other:?} cannot be saved"))),
-        };
-        let end = start + tensor.elem_count() * tensor.dtype().size_in_bytes();
-        header.insert(
-            name.clone(),
-            json!({"dtype": dtype, "shape": tensor.dims(), "data_offsets": [start, end]}),
-        );
-        start = end;
-    }
-    let mut text = Value::Object(header).to_string();
-    text.extend(std::iter::repeat_n(' ', text.len().next_multiple_of(8) - text.len()));
-    Ok(text)
-}
-
-fn write_numbers(out: &mut impl Write, tensor: &Tensor) -> Result<std::io::Result<()>> {
+/// The tensor's numbers as a file holds them.
+fn bytes_of(tensor: &Tensor) -> Result<Cow<'static, [u8]>> {
     fn encode<T: candle_core::WithDType, const N: usize>(
         flat: &Tensor,
         bytes_of: impl Fn(T) -> [u8; N],
@@ -446,35 +319,7 @@ fn write_numbers(out: &mut impl Write, tensor: &Tensor) -> Result<std::io::Resul
         DType::BF16 => encode(&flat, bf16::to_le_bytes)?,
         _ => encode(&flat, f32::to_le_bytes)?,
     };
-    Ok(out.write_all(&bytes))
-}
-
-/// Writes a file through a temporary name beside it, flushed to disk, then renamed into place.
-///
-/// # Errors
-/// Whatever `write` returns, and I/O errors of the steps around it.
-pub fn write_atomically(path: &Path, write: impl FnOnce(&mut BufWriter<File>) -> Result<()>) -> Result<()> {
-    let failed = |error| Error::io("cannot write the file", path, error);
-    let mut name = path.file_name().unwrap_or_default().to_os_string();
-    name.push(format!(".tmp-{}", std::process::id()));
-    let temporary = path.with_file_name(name);
-    let result = (|| {
-        let mut out = BufWriter::with_capacity(1 << 20, File::create(&temporary).map_err(failed)?);
-        write(&mut out)?;
-        let file = out.into_inner().map_err(|error| failed(error.into_error()))?;
-        file.sync_all().map_err(failed)?;
-        std::fs::rename(&temporary, path).map_err(failed)
-    })();
-    if result.is_err() {
-        // The first error is the one to report.
-        let _ = std::fs::remove_file(&temporary);
-        return result;
-    }
-    // The rename itself is durable once the directory is; not every file system lets one open a directory.
-    if let Some(dir) = path.parent().and_then(|parent| File::open(parent).ok()) {
-        let _ = dir.sync_all();
-    }
-    result
+    Ok(bytes.into())
 }
 
 /// The directory of `model`: itself when it is one, else the local copy of the hub's repository of that id,
@@ -614,10 +459,10 @@ mod tests {
         let dir = tempdir().unwrap();
         save(dir.path(), &[("x".to_string(), tensor(&[1.0, 2.0]))]).unwrap();
         let weights = Weights::open(dir.path()).unwrap();
-        let text = weights.get("x", &[3]).unwrap_err().to_string();
+        let text = weights.values("x", &[3]).unwrap_err().to_string();
         assert!(text.contains("`x`") && text.contains("[2]") && text.contains("[3]"), "{text}");
         assert!(text.contains("model.safetensors"), "{text}");
-        assert!(weights.get("y", &[2]).unwrap_err().to_string().contains("`y` is missing"));
+        assert!(weights.values("y", &[2]).unwrap_err().to_string().contains("`y` is missing"));
     }
 
     #[test]
@@ -662,7 +507,7 @@ mod tests {
         }
         let integers = raw(r#"{"a":{"dtype":"I32","shape":[1],"data_offsets":[0,4]}}"#, 4);
         std::fs::write(&path, integers).unwrap();
-        assert!(Weights::open(dir.path()).unwrap().get("a", &[1]).unwrap_err().to_string().contains("I32"));
+        assert!(Weights::open(dir.path()).unwrap().values("a", &[1]).unwrap_err().to_string().contains("I32"));
     }
 
     #[test]

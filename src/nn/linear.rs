@@ -6,7 +6,11 @@
 use super::kernel::gemm::{Packed, Right, View, gemm, gemm_new, product, product_new};
 use super::kernel::{is_fused, slice, with_slice, zeros};
 use super::plain;
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor, Var};
+use super::rows;
+use candle_core::{
+    CpuStorage, CustomOp1, CustomOp2, CustomOp3, Device, Layout, Result, Shape, Tensor, Var,
+};
+use half::bf16;
 use std::sync::{Arc, OnceLock};
 
 /// A matrix that multiplies from the right, transposed: `y = x · weightᵀ + bias`.
@@ -15,6 +19,15 @@ pub struct Linear {
     weight: Weight,
     bias: Option<Tensor>,
     low_rank: Option<LowRank>,
+}
+
+/// Numbers of a weight, row-major, in either type that frozen weights are held in.
+#[derive(Debug, Clone, Copy)]
+pub enum Values<'a> {
+    /// float32.
+    Single(&'a [f32]),
+    /// bfloat16: half the memory, and products to the byte those of the same values in float32.
+    Half(&'a [bf16]),
 }
 
 /// What is done to each tensor of a layer to make another layer of them.
@@ -79,16 +92,52 @@ impl Linear {
     /// - `weight`: `[out, in]`, `bias`: `[out]`
     pub fn frozen(weight: &Tensor, bias: Option<&Tensor>) -> Result<Self> {
         let (out, input) = weight.dims2()?;
-        let bias = bias.map(Tensor::detach);
         if !is_fused(weight) {
-            return Ok(Self { weight: Weight::Tensor(weight.detach()), bias, low_rank: None });
+            let (weight, bias) = (Weight::Tensor(weight.detach()), bias.map(Tensor::detach));
+            return Ok(Self { weight, bias, low_rank: None });
         }
-        let forward = with_slice(weight, |w| Packed::new(View::new(w, out, input).transposed()))?;
-        Ok(Self {
-            weight: Weight::Panels(Arc::new(FrozenWeight { forward, backward: OnceLock::new() })),
-            bias,
-            low_rank: None,
-        })
+        with_slice(weight, |values| {
+            Self::frozen_values(Values::Single(values), [out, input], bias, weight.device())
+        })?
+    }
+
+    /// As [`Linear::frozen`], from numbers that are copied nowhere else on the way.
+    ///
+    /// # Shapes
+    /// - `weight`: `shape`, `[out, in]`; `bias`: `[out]`, on `device`
+    ///
+    /// # Errors
+    /// When the weight has another shape, or the device has no room.
+    pub fn frozen_values(
+        weight: Values<'_>,
+        shape: [usize; 2],
+        bias: Option<&Tensor>,
+        device: &Device,
+    ) -> Result<Self> {
+        let [out, input] = shape;
+        let len = match weight {
+            Values::Single(values) => values.len(),
+            Values::Half(values) => values.len(),
+        };
+        if out.checked_mul(input) != Some(len) {
+            candle_core::bail!("a weight {out} x {input} cannot have {len} numbers");
+        }
+        let bias = bias.map(Tensor::detach);
+        if !device.is_cpu() {
+            let tensor = match weight {
+                Values::Single(values) => Tensor::from_slice(values, (out, input), device)?,
+                Values::Half(values) => {
+                    Tensor::from_slice(values, (out, input), device)?.to_dtype(candle_core::DType::F32)?
+                }
+            };
+            return Ok(Self { weight: Weight::Tensor(tensor), bias, low_rank: None });
+        }
+        let forward = match weight {
+            Values::Single(values) => Packed::new(View::new(values, out, input).transposed()),
+            Values::Half(values) => Packed::half(View::new(values, out, input).transposed()),
+        };
+        let weight = Arc::new(FrozenWeight { forward, backward: OnceLock::new() });
+        Ok(Self { weight: Weight::Panels(weight), bias, low_rank: None })
     }
 
     /// A layer whose weight and bias are trained.
@@ -136,6 +185,29 @@ impl Linear {
         }
     }
 
+    /// Rows of the weight, in that order: the layer read as an embedding table.
+    ///
+    /// # Shapes
+    /// - returns: `[rows.len(), in]`
+    ///
+    /// # Errors
+    /// When a row does not exist.
+    pub fn weight_rows(&self, rows: &[u32]) -> Result<Tensor> {
+        match &self.weight {
+            Weight::Tensor(weight) => rows::select(weight, rows),
+            Weight::Panels(weight) => {
+                let packed = weight.forward();
+                rows::check(rows, packed.n)?;
+                Tensor::from_vec(packed.gather(rows), (rows.len(), packed.k), &Device::Cpu)
+            }
+        }
+    }
+
+    /// Whether its frozen weight is held in bfloat16.
+    pub fn is_half(&self) -> bool {
+        matches!(&self.weight, Weight::Panels(weight) if weight.forward().is_half())
+    }
+
     /// The same layer over `f` of every tensor that may train; frozen weights are shared.
     pub fn map(&self, f: TensorMap<'_>) -> Result<Self> {
         let weight = match &self.weight {
@@ -152,7 +224,7 @@ impl Linear {
             Weight::Panels(weight) => {
                 let packed = weight.forward();
                 let shape = (packed.n, packed.k);
-                Tensor::from_vec(packed.unpack_transposed(), shape, &candle_core::Device::Cpu)
+                Tensor::from_vec(packed.unpack_transposed(), shape, &Device::Cpu)
             }
             Weight::Tensor(weight) => Ok(weight.clone()),
         }

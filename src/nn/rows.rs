@@ -8,7 +8,7 @@ fn index(rows: &[u32], like: &Tensor) -> Result<Tensor> {
     Tensor::new(rows, like.device())
 }
 
-fn check(rows: &[u32], n: usize) -> Result<()> {
+pub(super) fn check(rows: &[u32], n: usize) -> Result<()> {
     match rows.iter().find(|&&row| row as usize >= n) {
         Some(row) => candle_core::bail!("row {row} of a matrix of {n} rows"),
         None => Ok(()),

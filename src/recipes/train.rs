@@ -71,7 +71,8 @@ fn material(config: &RunConfig) -> Result<Material> {
     } else {
         let model = weights::locate(model)?;
         let trains = |name: &str| chosen.trains(name, trains);
-        let assistant = Assistant::load_adapted(&model, chosen.adaptation(config.seed), &trains, &device)?;
+        let (adaptation, storage) = (chosen.adaptation(config.seed), config.dtype.storage());
+        let assistant = Assistant::load_adapted(&model, adaptation, storage, &trains, &device)?;
         (Some(model), assistant)
     };
     // The policy as it is before the first step: a new adapter changes nothing, so this is its base.

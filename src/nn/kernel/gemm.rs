@@ -6,6 +6,7 @@
 #![expect(unsafe_code, reason = "vector kernels on raw pointers; bounds are checked once at the entrance")]
 
 use super::{Isa, isa};
+use half::bf16;
 use rayon::prelude::*;
 
 /// Columns of a packed panel.
@@ -23,22 +24,22 @@ const PARALLEL_WORK: usize = 128 * 1024;
 
 /// A strided view of a matrix inside a slice.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct View<'a> {
-    pub(crate) data: &'a [f32],
+pub(crate) struct View<'a, T = f32> {
+    pub(crate) data: &'a [T],
     pub(crate) rows: usize,
     pub(crate) columns: usize,
     pub(crate) row_stride: usize,
     pub(crate) column_stride: usize,
 }
 
-impl<'a> View<'a> {
+impl<'a, T: Copy> View<'a, T> {
     /// A row-major matrix.
-    pub(crate) fn new(data: &'a [f32], rows: usize, columns: usize) -> Self {
+    pub(crate) fn new(data: &'a [T], rows: usize, columns: usize) -> Self {
         Self::strided(data, rows, columns, columns)
     }
 
     /// Rows `row_stride` apart, columns adjacent.
-    pub(crate) fn strided(data: &'a [f32], rows: usize, columns: usize, row_stride: usize) -> Self {
+    pub(crate) fn strided(data: &'a [T], rows: usize, columns: usize, row_stride: usize) -> Self {
         Self { data, rows, columns, row_stride, column_stride: 1 }
     }
 
@@ -62,11 +63,25 @@ impl<'a> View<'a> {
 }
 
 /// A right-hand matrix rearranged into panels of [`PANEL`] columns, each contiguous along `k`.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub(crate) struct Packed {
     pub(crate) k: usize,
     pub(crate) n: usize,
-    data: Vec<f32>,
+    data: Panels,
+}
+
+/// What panels are made of. Products are the same bytes for either, given the same values: a bfloat16 is widened, which
+/// is exact, on its way into a register.
+#[derive(Debug, Clone)]
+enum Panels {
+    Single(Vec<f32>),
+    Half(Vec<bf16>),
+}
+
+impl Default for Packed {
+    fn default() -> Self {
+        Self { k: 0, n: 0, data: Panels::Single(Vec::new()) }
+    }
 }
 
 impl Packed {
@@ -77,75 +92,151 @@ impl Packed {
         packed
     }
 
+    /// Packs `b` (`[k, n]`), kept in bfloat16.
+    pub(crate) fn half(b: View<'_, bf16>) -> Self {
+        let mut data = Vec::new();
+        pack_panels(b, &mut data, true);
+        Self { k: b.rows, n: b.columns, data: Panels::Half(data) }
+    }
+
     /// Packs into the memory already held.
     pub(crate) fn pack(&mut self, b: View<'_>, parallel: bool) {
-        b.check();
         (self.k, self.n) = (b.rows, b.columns);
-        let panel_len = self.k * PANEL;
-        self.data.resize(self.n.div_ceil(PANEL) * panel_len, 0.0);
-        if panel_len == 0 {
-            return;
+        if let Panels::Half(_) = self.data {
+            self.data = Panels::Single(Vec::new());
         }
-        if parallel && self.k * self.n > 64 * 1024 {
-            self.data
-                .par_chunks_mut(panel_len)
-                .enumerate()
-                .for_each(|(panel, out)| pack_panel(b, panel * PANEL, out));
-        } else {
-            for (panel, out) in self.data.chunks_mut(panel_len).enumerate() {
-                pack_panel(b, panel * PANEL, out);
-            }
+        if let Panels::Single(data) = &mut self.data {
+            pack_panels(b, data, parallel);
+        }
+    }
+
+    /// Whether the panels are bfloat16.
+    pub(crate) fn is_half(&self) -> bool {
+        matches!(self.data, Panels::Half(_))
+    }
+
+    /// Columns `columns` of the matrix (rows of a checkpoint's weight), one after another, `k` numbers each.
+    pub(crate) fn gather(&self, columns: &[u32]) -> Vec<f32> {
+        fn rows<T: Copy + Sync>(
+            packed: &Packed,
+            data: &[T],
+            columns: &[u32],
+            widen: impl Fn(T) -> f32 + Sync,
+        ) -> Vec<f32> {
+            super::computed(columns.len() * packed.k, packed.k.max(1), |i, row| {
+                let j = columns[i] as usize;
+                let panel = &data[j / PANEL * packed.k * PANEL..];
+                for (p, value) in row.iter_mut().enumerate() {
+                    *value = widen(panel[p * PANEL + j % PANEL]);
+                }
+            })
+        }
+        match &self.data {
+            Panels::Single(data) => rows(self, data, columns, |value| value),
+            Panels::Half(data) => rows(self, data, columns, bf16::to_f32),
         }
     }
 
     /// Undoes the packing: `[n, k]` row-major, the layout of a checkpoint's weight.
     pub(crate) fn unpack_transposed(&self) -> Vec<f32> {
-        let mut out = vec![0.0; self.n * self.k];
-        for (j, row) in out.chunks_mut(self.k.max(1)).enumerate() {
-            let panel = &self.data[(j / PANEL) * self.k * PANEL..];
-            for (p, value) in row.iter_mut().enumerate() {
-                *value = panel[p * PANEL + j % PANEL];
-            }
-        }
-        out
+        let all: Vec<u32> = (0..self.n as u32).collect();
+        self.gather(&all)
     }
 
     /// The packing of the transposed matrix (`[n, k]`).
     pub(crate) fn transposed(&self) -> Self {
-        let panel_len = self.n * PANEL;
-        let mut data = vec![0.0; self.k.div_ceil(PANEL) * panel_len];
-        if panel_len > 0 {
-            data.par_chunks_mut(panel_len).enumerate().for_each(|(panel, out)| {
-                let first = panel * PANEL;
-                let width = PANEL.min(self.k - first);
-                for (j, row) in out.chunks_exact_mut(PANEL).enumerate() {
-                    let source = &self.data[(j / PANEL) * self.k * PANEL + first * PANEL + j % PANEL..];
-                    for (p, value) in row[..width].iter_mut().enumerate() {
-                        *value = source[p * PANEL];
-                    }
-                }
-            });
-        }
+        let data = match &self.data {
+            Panels::Single(data) => Panels::Single(transposed_panels(data, self.k, self.n)),
+            Panels::Half(data) => Panels::Half(transposed_panels(data, self.k, self.n)),
+        };
         Self { k: self.n, n: self.k, data }
     }
 
-    fn panel(&self, panel: usize) -> &[f32] {
-        &self.data[panel * self.k * PANEL..(panel + 1) * self.k * PANEL]
+    /// Where panel `panel` begins at depth `p0`.
+    fn start(&self, panel: usize, p0: usize) -> Elements {
+        let at = panel * self.k * PANEL + p0 * PANEL;
+        match &self.data {
+            Panels::Single(data) => Elements::Single(data[at..].as_ptr()),
+            Panels::Half(data) => Elements::Half(data[at..].as_ptr().cast()),
+        }
     }
 }
 
-fn pack_panel(b: View<'_>, column: usize, out: &mut [f32]) {
+/// The panels of `b` (`[k, n]`) in the memory of `data`.
+fn pack_panels<T: Copy + Default + Send + Sync>(b: View<'_, T>, data: &mut Vec<T>, parallel: bool) {
+    b.check();
+    let panel_len = b.rows * PANEL;
+    data.resize(b.columns.div_ceil(PANEL) * panel_len, T::default());
+    if panel_len == 0 {
+        return;
+    }
+    if parallel && b.rows * b.columns > 64 * 1024 {
+        data.par_chunks_mut(panel_len)
+            .enumerate()
+            .for_each(|(panel, out)| pack_panel(b, panel * PANEL, out));
+    } else {
+        for (panel, out) in data.chunks_mut(panel_len).enumerate() {
+            pack_panel(b, panel * PANEL, out);
+        }
+    }
+}
+
+fn transposed_panels<T: Copy + Default + Send + Sync>(source: &[T], k: usize, n: usize) -> Vec<T> {
+    let panel_len = n * PANEL;
+    let mut data = vec![T::default(); k.div_ceil(PANEL) * panel_len];
+    if panel_len > 0 {
+        data.par_chunks_mut(panel_len).enumerate().for_each(|(panel, out)| {
+            let first = panel * PANEL;
+            let width = PANEL.min(k - first);
+            for (j, row) in out.chunks_exact_mut(PANEL).enumerate() {
+                let source = &source[(j / PANEL) * k * PANEL + first * PANEL + j % PANEL..];
+                for (p, value) in row[..width].iter_mut().enumerate() {
+                    *value = source[p * PANEL];
+                }
+            }
+        });
+    }
+    data
+}
+
+/// Where a tile finds its right-hand side.
+#[derive(Debug, Clone, Copy)]
+enum Elements {
+    Single(*const f32),
+    /// The bits of bfloat16 numbers.
+    Half(*const u16),
+}
+
+impl Elements {
+    /// `columns` elements further.
+    fn right(self, columns: usize) -> Self {
+        match self {
+            Self::Single(data) => Self::Single(data.wrapping_add(columns)),
+            Self::Half(data) => Self::Half(data.wrapping_add(columns)),
+        }
+    }
+
+    /// The address, whatever the numbers are.
+    fn address(self) -> *const u8 {
+        match self {
+            Self::Single(data) => data.cast(),
+            Self::Half(data) => data.cast(),
+        }
+    }
+}
+
+fn pack_panel<T: Copy + Default>(b: View<'_, T>, column: usize, out: &mut [T]) {
     let width = PANEL.min(b.columns - column);
     if b.column_stride == 1 {
         for (p, row) in out.chunks_exact_mut(PANEL).enumerate() {
             let start = p * b.row_stride + column;
             row[..width].copy_from_slice(&b.data[start..start + width]);
-            row[width..].fill(0.0);
+            row[width..].fill(T::default());
         }
         return;
     }
     if width < PANEL {
-        out.fill(0.0);
+        out.fill(T::default());
     }
     if b.row_stride == 1 {
         // A transposed source: tiles keep both sides within the cache's lines.
@@ -400,9 +491,10 @@ fn block(
             for panel in panels.clone() {
                 let column = panel * PANEL;
                 let (b_start, b_stride) = match b {
-                    Right::Packed(packed) => (packed.panel(panel)[p0 * PANEL..].as_ptr(), PANEL),
+                    Right::Packed(packed) => (packed.start(panel, p0), PANEL),
                     Right::Direct(view) => {
-                        (view.data[p0 * view.row_stride + column..].as_ptr(), view.row_stride)
+                        let start = view.data[p0 * view.row_stride + column..].as_ptr();
+                        (Elements::Single(start), view.row_stride)
                     }
                 };
                 let mut r = r0;
@@ -436,7 +528,8 @@ struct Tile {
     a: *const f32,
     a_row: usize,
     a_column: usize,
-    b: *const f32,
+    b: Elements,
+    /// Elements from one row to the next.
     b_row: usize,
     c: *mut f32,
     c_row: usize,
@@ -445,18 +538,24 @@ struct Tile {
 }
 
 macro_rules! by_rows {
-    ($tile:expr, $count:expr, $kernel:ident, $($vectors:tt)*) => {
+    ($tile:expr, $count:expr, $kernel:ident, $vectors:literal) => {
+        match $tile.b {
+            Elements::Single(_) => by_rows!($tile, $count, $kernel, $vectors, false),
+            Elements::Half(_) => by_rows!($tile, $count, $kernel, $vectors, true),
+        }
+    };
+    ($tile:expr, $count:expr, $kernel:ident, $vectors:literal, $half:literal) => {
         // SAFETY: the caller of `Tile::run` vouches for pointers and instructions.
         unsafe {
             match $count {
-                1 => $kernel::<1, $($vectors)*>($tile),
-                2 => $kernel::<2, $($vectors)*>($tile),
-                3 => $kernel::<3, $($vectors)*>($tile),
-                4 => $kernel::<4, $($vectors)*>($tile),
-                5 => $kernel::<5, $($vectors)*>($tile),
-                6 => $kernel::<6, $($vectors)*>($tile),
-                7 => $kernel::<7, $($vectors)*>($tile),
-                _ => $kernel::<8, $($vectors)*>($tile),
+                1 => $kernel::<1, $vectors, $half>($tile),
+                2 => $kernel::<2, $vectors, $half>($tile),
+                3 => $kernel::<3, $vectors, $half>($tile),
+                4 => $kernel::<4, $vectors, $half>($tile),
+                5 => $kernel::<5, $vectors, $half>($tile),
+                6 => $kernel::<6, $vectors, $half>($tile),
+                7 => $kernel::<7, $vectors, $half>($tile),
+                _ => $kernel::<8, $vectors, $half>($tile),
             }
         }
     };
@@ -501,7 +600,7 @@ impl Tile {
     fn halves(&self) -> impl Iterator<Item = (Tile, usize)> + '_ {
         (0..self.columns).step_by(LANES).map(|column| {
             let tile = Tile {
-                b: self.b.wrapping_add(column),
+                b: self.b.right(column),
                 c: self.c.wrapping_add(column),
                 columns: LANES.min(self.columns - column),
                 ..*self
@@ -518,11 +617,14 @@ impl Tile {
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f")]
-unsafe fn tile_avx512<const ROWS: usize, const VECTORS: usize>(t: &Tile) {
+unsafe fn tile_avx512<const ROWS: usize, const VECTORS: usize, const HALF: bool>(t: &Tile) {
     use std::arch::x86_64::{
-        __m512, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps,
-        _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps,
+        __m512, _mm256_loadu_si256, _mm512_castsi512_ps, _mm512_cvtepu16_epi32, _mm512_fmadd_ps,
+        _mm512_loadu_ps, _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps, _mm512_set1_ps, _mm512_setzero_ps,
+        _mm512_slli_epi32, _mm512_storeu_ps,
     };
+    let width = if HALF { 2 } else { 4 };
+    let stride = t.b_row * width;
     // SAFETY: see `Tile::run`; partial vectors are masked.
     unsafe {
         let full = VECTORS * LANES == t.columns;
@@ -541,7 +643,7 @@ unsafe fn tile_avx512<const ROWS: usize, const VECTORS: usize>(t: &Tile) {
                 }
             }
         }
-        let mut b_row = t.b;
+        let mut b_row = t.b.address();
         if t.a_column == 1 {
             let mut a_rows = [t.a; ROWS];
             for (i, row) in a_rows.iter_mut().enumerate() {
@@ -550,7 +652,14 @@ unsafe fn tile_avx512<const ROWS: usize, const VECTORS: usize>(t: &Tile) {
             for p in 0..t.k {
                 let mut b = [_mm512_setzero_ps(); VECTORS];
                 for (v, value) in b.iter_mut().enumerate() {
-                    *value = _mm512_loadu_ps(b_row.add(v * LANES));
+                    let at = b_row.add(v * LANES * width);
+                    *value = if HALF {
+                        // The bits of a bfloat16 are the upper half of a float32's.
+                        let bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(at.cast()));
+                        _mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits))
+                    } else {
+                        _mm512_loadu_ps(at.cast())
+                    };
                 }
                 for i in 0..ROWS {
                     let x: __m512 = _mm512_set1_ps(*a_rows[i].add(p));
@@ -558,14 +667,21 @@ unsafe fn tile_avx512<const ROWS: usize, const VECTORS: usize>(t: &Tile) {
                         acc[i][v] = _mm512_fmadd_ps(x, b[v], acc[i][v]);
                     }
                 }
-                b_row = b_row.wrapping_add(t.b_row);
+                b_row = b_row.wrapping_add(stride);
             }
         } else {
             let mut a_column = t.a;
             for _ in 0..t.k {
                 let mut b = [_mm512_setzero_ps(); VECTORS];
                 for (v, value) in b.iter_mut().enumerate() {
-                    *value = _mm512_loadu_ps(b_row.add(v * LANES));
+                    let at = b_row.add(v * LANES * width);
+                    *value = if HALF {
+                        // The bits of a bfloat16 are the upper half of a float32's.
+                        let bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(at.cast()));
+                        _mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits))
+                    } else {
+                        _mm512_loadu_ps(at.cast())
+                    };
                 }
                 for i in 0..ROWS {
                     let x: __m512 = _mm512_set1_ps(*a_column.add(i * t.a_row));
@@ -574,7 +690,7 @@ unsafe fn tile_avx512<const ROWS: usize, const VECTORS: usize>(t: &Tile) {
                     }
                 }
                 a_column = a_column.wrapping_add(t.a_column);
-                b_row = b_row.wrapping_add(t.b_row);
+                b_row = b_row.wrapping_add(stride);
             }
         }
         for (i, row) in acc.iter().enumerate() {
@@ -592,22 +708,23 @@ unsafe fn tile_avx512<const ROWS: usize, const VECTORS: usize>(t: &Tile) {
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
-unsafe fn tile_avx2_rows<const ROWS: usize, const UNUSED: usize>(t: &Tile) {
+unsafe fn tile_avx2_rows<const ROWS: usize, const UNUSED: usize, const HALF: bool>(t: &Tile) {
     // SAFETY: see `Tile::run`.
-    unsafe { tile_lanes::<ROWS, true>(t) }
+    unsafe { tile_lanes::<ROWS, true, HALF>(t) }
 }
 
-unsafe fn tile_portable<const ROWS: usize, const UNUSED: usize>(t: &Tile) {
+unsafe fn tile_portable<const ROWS: usize, const UNUSED: usize, const HALF: bool>(t: &Tile) {
     // SAFETY: see `Tile::run`.
-    unsafe { tile_lanes::<ROWS, { cfg!(any(target_feature = "fma", target_arch = "aarch64")) }>(t) }
+    unsafe { tile_lanes::<ROWS, { cfg!(any(target_feature = "fma", target_arch = "aarch64")) }, HALF>(t) }
 }
 
 /// The kernel in plain Rust, left to the compiler's vectoriser; `FUSED` needs hardware fused multiply-add.
 #[inline(always)]
-unsafe fn tile_lanes<const ROWS: usize, const FUSED: bool>(t: &Tile) {
+unsafe fn tile_lanes<const ROWS: usize, const FUSED: bool, const HALF: bool>(t: &Tile) {
     // SAFETY: see `Tile::run`. A right-hand side is readable to its full vector: panels are padded, and rows read in
     // place have a multiple of `LANES` columns.
     unsafe {
+        let start = t.b.address();
         let mut acc = [[0f32; LANES]; ROWS];
         if t.accumulate {
             for (i, row) in acc.iter_mut().enumerate() {
@@ -617,7 +734,12 @@ unsafe fn tile_lanes<const ROWS: usize, const FUSED: bool>(t: &Tile) {
             }
         }
         for p in 0..t.k {
-            let b: [f32; LANES] = *t.b.add(p * t.b_row).cast();
+            let b: [f32; LANES] = if HALF {
+                let bits: [u16; LANES] = *start.add(p * t.b_row * 2).cast();
+                bits.map(|bits| f32::from_bits(u32::from(bits) << 16))
+            } else {
+                *start.add(p * t.b_row * 4).cast()
+            };
             for i in 0..ROWS {
                 let x = *t.a.add(i * t.a_row + p * t.a_column);
                 for j in 0..LANES {
@@ -725,35 +847,63 @@ mod tests {
         let packed = Packed::new(View::new(&weight, n, k).transposed());
         assert_eq!(packed.unpack_transposed(), weight);
         let direct = Packed::new(View::new(&weight, n, k));
-        assert_eq!(packed.transposed().data, direct.data);
+        assert_eq!(packed.transposed().unpack_transposed(), direct.unpack_transposed());
+        assert_eq!(packed.gather(&[69, 3, 3]), [&weight[69 * k..], &weight[3 * k..4 * k], &weight[3 * k..4 * k]].concat());
+    }
+
+    #[test]
+    fn bfloat16_panels_give_the_bytes_of_their_widened_values() {
+        for (index, &(m, n, k)) in SHAPES.iter().enumerate() {
+            let a = random(m * k, index as u64);
+            let weight: Vec<bf16> =
+                random(n * k, 50 + index as u64).into_iter().map(bf16::from_f32).collect();
+            let widened: Vec<f32> = weight.iter().map(|value| value.to_f32()).collect();
+            let half = Packed::half(View::new(&weight, n, k).transposed());
+            let single = Packed::new(View::new(&widened, n, k).transposed());
+            assert!(half.is_half() && !single.is_half());
+            assert_eq!(half.unpack_transposed(), widened);
+            let a = View::new(&a, m, k);
+            assert_eq!(
+                product_new(a, Right::Packed(&half), None),
+                product_new(a, Right::Packed(&single), None)
+            );
+            let back = View::new(a.data, m, k);
+            let dy = gemm_new(back, View::new(&widened, n, k).transposed(), None);
+            assert_eq!(
+                product_new(View::new(&dy, m, n), Right::Packed(&half.transposed()), None),
+                product_new(View::new(&dy, m, n), Right::Packed(&single.transposed()), None)
+            );
+        }
     }
 
     #[test]
     fn the_portable_kernels_agree_with_the_vector_kernel() {
         let (m, n, k) = (8, 29, 200);
         let (a, b) = (random(m * k, 8), random(k * n, 9));
-        let packed = Packed::new(View::new(&b, k, n));
-        let mut expected = vec![0.0; m * n];
-        product(View::new(&a, m, k), Right::Packed(&packed), &mut expected, n, false, false);
-        let mut plain = vec![0.0; m * n];
-        let tile = Tile {
-            k,
-            a: a.as_ptr(),
-            a_row: k,
-            a_column: 1,
-            b: packed.data.as_ptr(),
-            b_row: PANEL,
-            c: plain.as_mut_ptr(),
-            c_row: n,
-            columns: n,
-            accumulate: false,
-        };
-        for (half, _) in tile.halves() {
-            // SAFETY: `plain` holds the 8 x 29 result and `packed` its padded panel.
-            unsafe { tile_portable::<8, 0>(&half) };
-        }
-        for (x, y) in plain.iter().zip(&expected) {
-            assert!((x - y).abs() < 1e-4 * (1.0 + y.abs()), "{x} {y}");
+        let rounded: Vec<bf16> = b.iter().copied().map(bf16::from_f32).collect();
+        let panels = [Packed::new(View::new(&b, k, n)), Packed::half(View::new(&rounded, k, n))];
+        for packed in panels {
+            let mut expected = vec![0.0; m * n];
+            product(View::new(&a, m, k), Right::Packed(&packed), &mut expected, n, false, false);
+            let mut plain = vec![0.0; m * n];
+            let tile = Tile {
+                k,
+                a: a.as_ptr(),
+                a_row: k,
+                a_column: 1,
+                b: packed.start(0, 0),
+                b_row: PANEL,
+                c: plain.as_mut_ptr(),
+                c_row: n,
+                columns: n,
+                accumulate: false,
+            };
+            for (half, _) in tile.halves() {
+                by_rows!(&half, 8, tile_portable, 0);
+            }
+            for (x, y) in plain.iter().zip(&expected) {
+                assert!((x - y).abs() < 1e-4 * (1.0 + y.abs()), "{x} {y}");
+            }
         }
     }
 }

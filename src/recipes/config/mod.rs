@@ -15,6 +15,7 @@ pub use values::DeviceWord;
 use crate::data::prompt::PromptTemplate;
 use crate::data::{DatasetConfig, Shard};
 use crate::error::{ConfigError, Error, Result};
+use crate::model::loader::Storage;
 use keys::{Key, Node, Range, Setting, section, words};
 use std::path::{Path, PathBuf};
 
@@ -37,14 +38,14 @@ words! {
 }
 
 words! {
-    /// Element type of weights and activations.
-    pub enum Dtype = F32 {
-        /// 32-bit floats: what every parity figure and every certificate of the small models is stated for.
+    /// How frozen weights are held in memory. Arithmetic is float32 whichever it is, and so are trained weights.
+    pub enum Dtype = Auto {
+        /// As the checkpoint holds them: float32 or bfloat16; float16 in float32.
+        Auto = "auto",
+        /// In float32: the same results as `auto`, to the byte, in twice the memory where the file is bfloat16.
         F32 = "f32",
-        /// bfloat16.
+        /// Rounded to bfloat16 where the file is not: half the memory, other numbers.
         Bf16 = "bf16",
-        /// 16-bit floats.
-        F16 = "f16",
     }
 }
 
@@ -204,8 +205,8 @@ section! {
         seed: u64 = 0,
         /// Where tensors live: `auto`, `cpu`, `cuda`, `cuda:N` or `metal`.
         device: DeviceWord = DeviceWord::default(),
-        /// Element type of weights and activations.
-        dtype: Dtype = Dtype::F32,
+        /// How frozen weights are held: `auto`, `f32` or `bf16`; arithmetic is float32.
+        dtype: Dtype = Dtype::Auto,
         /// Threads of the processor; absent: all. Changes no result.
         threads: Option<usize> = None => Range::at_least(1.0),
         /// Checkpoint: a Hugging Face directory, or an id on the hub; `scratch:tiny` trains a tiny model from scratch.
@@ -443,12 +444,12 @@ impl RecipeName {
 }
 
 impl Dtype {
-    /// candle's name for it.
-    pub const fn to_candle(self) -> candle_core::DType {
+    /// The same for the loader.
+    pub const fn storage(self) -> Storage {
         match self {
-            Self::F32 => candle_core::DType::F32,
-            Self::Bf16 => candle_core::DType::BF16,
-            Self::F16 => candle_core::DType::F16,
+            Self::Auto => Storage::AsStored,
+            Self::F32 => Storage::Single,
+            Self::Bf16 => Storage::Half,
         }
     }
 }

@@ -6,7 +6,7 @@
 
 use crate::error::{Error, Result};
 use crate::model::generate::{Decoding, Prompt, generate, prompt_batch};
-use crate::model::loader::{Adaptation, load_vlm};
+use crate::model::loader::{Adaptation, Storage, load_vlm};
 use crate::model::positions::Grid;
 use crate::model::tokenizer::Tokenizer;
 use crate::model::vlm::{Features, Vlm};
@@ -23,6 +23,9 @@ use std::collections::BTreeMap;
 pub(super) const FORWARD_TOLERANCE: f64 = 1e-4;
 /// Largest difference of a gradient, relative to its largest entry.
 pub(super) const GRADIENT_TOLERANCE: f64 = 1e-3;
+/// Logits of a reference that rounds every intermediate result to bfloat16. Ours come from the same bfloat16 weights in
+/// float32 arithmetic: the difference is that rounding.
+const HALF_TOLERANCE: f64 = 0.25;
 /// Share of pixels whose first signed step differs.
 const FIRST_STEP_TOLERANCE: f64 = 0.002;
 /// A gradient's norm is compared relative to itself, but to no less than this share of the largest norm: below lies
@@ -34,7 +37,7 @@ pub(super) const SMALL_NORM: f64 = 1e-3;
 /// # Errors
 /// A data error when the checkpoint or its reference cannot be read.
 pub fn check(reference: &ReferenceCheckpoint, device: &Device) -> Result<Vec<Check>> {
-    let (vlm, processor) = load_vlm(&reference.dir, Adaptation::None, &|_| false, device)?;
+    let (vlm, processor) = load_vlm(&reference.dir, Adaptation::None, Storage::AsStored, &|_| false, device)?;
     let subject = Subject { reference, vlm: &vlm };
     let mut checks = Vec::new();
     for case in &reference.cases {
@@ -46,7 +49,7 @@ pub fn check(reference: &ReferenceCheckpoint, device: &Device) -> Result<Vec<Che
     }
     if let Some(case) = subject.trained_case()? {
         subject.check_loss(case, Memory::Recompute, &mut checks)?;
-        let (trained, _) = load_vlm(&reference.dir, Adaptation::None, &|_| true, device)?;
+        let (trained, _) = load_vlm(&reference.dir, Adaptation::None, Storage::AsStored, &|_| true, device)?;
         Subject { reference, vlm: &trained }.check_loss(case, Memory::Keep, &mut checks)?;
     }
     Ok(checks)
@@ -179,12 +182,20 @@ impl Subject<'_> {
         let row = &self.reference.expected["cases"][&case.name];
         let vocab = self.vlm.config().text.vocab_size;
         let logits = floats(&self.vlm.logits(hidden)?)?;
-        let mut found = Vec::new();
-        let key = format!("{}.logits", case.name);
-        for place in typed::<Vec<usize>>(&row[format!("{}.positions", case.name)], "positions")? {
-            found.extend_from_slice(logits.get(place * vocab..(place + 1) * vocab).unwrap_or_default());
+        let difference_of = |run: &str| -> Result<f64> {
+            let mut found = Vec::new();
+            for place in typed::<Vec<usize>>(&row[format!("{run}.positions")], "positions")? {
+                found.extend_from_slice(logits.get(place * vocab..(place + 1) * vocab).unwrap_or_default());
+            }
+            Ok(scaled_diff(&found, &tensors.floats(&format!("{run}.logits"))?))
+        };
+        let half = format!("{}.bf16_compute", case.name);
+        if self.has(&format!("{half}.logits")) {
+            let difference = difference_of(&half)?;
+            let name = &self.reference.name;
+            checks.push(Check::new(name, &case.name, "bf16_logits", difference, HALF_TOLERANCE));
         }
-        let mut difference = scaled_diff(&found, &tensors.floats(&key)?);
+        let mut difference = difference_of(&case.name)?;
         let key = format!("{}.logsumexp", case.name);
         if self.has(&key) {
             let found: Vec<f32> = logits.chunks_exact(vocab).map(log_sum_exp).collect();

@@ -221,7 +221,9 @@ fn what_is_not_compared_is_named() {
     let report = run(dir.path());
     assert!(report.pass);
     let names: Vec<&str> = report.not_checked.iter().map(|entry| entry.name.as_str()).collect();
-    assert_eq!(names, ["other/-/logits", "qwen3_vl_bf16/single/bf16_logits"]);
+    assert_eq!(names, ["other/-/logits"]);
+    let half = report.checks.iter().find(|check| check.name == "qwen3_vl_bf16/single/bf16_logits").unwrap();
+    assert!(half.max_abs_diff > 1e-4, "the reference rounds, and this build does not: {half:?}");
     let value = serde_json::to_value(&report).unwrap();
     let keys: Vec<&str> = value["checks"][0].as_object().unwrap().keys().map(String::as_str).collect();
     assert_eq!(keys, ["name", "max_abs_diff", "tolerance", "pass"]);
