@@ -147,6 +147,9 @@ pub(crate) struct ModelArgs {
     /// Hugging Face directory, or an id on the hub.
     #[arg(long, value_name = "DIR_OR_HUB_ID", env = "SAFEMED_MODEL", hide_env = true)]
     model: Option<String>,
+    /// Branch, tag or commit of a model on the hub [default: main].
+    #[arg(long, value_name = "REV", env = "SAFEMED_REVISION", hide_env = true)]
+    revision: Option<String>,
     /// LoRA adapter directory (PEFT).
     #[arg(long, value_name = "DIR", env = "SAFEMED_ADAPTER", hide_env = true)]
     adapter: Option<String>,
@@ -390,6 +393,9 @@ pub(crate) struct ParityArgs {
     /// With --dump: Hugging Face directory, or an id on the hub.
     #[arg(long, value_name = "DIR_OR_HUB_ID", env = "SAFEMED_MODEL", hide_env = true)]
     pub(crate) model: Option<String>,
+    /// With --dump: branch, tag or commit of a model on the hub [default: main].
+    #[arg(long, value_name = "REV", env = "SAFEMED_REVISION", hide_env = true)]
+    pub(crate) revision: Option<String>,
     /// With --dump: LoRA adapter directory (PEFT).
     #[arg(long, value_name = "DIR", env = "SAFEMED_ADAPTER", hide_env = true)]
     pub(crate) adapter: Option<PathBuf>,
@@ -412,6 +418,9 @@ pub(crate) struct ExportArgs {
     /// Hugging Face directory, or an id on the hub.
     #[arg(long, value_name = "DIR_OR_HUB_ID", env = "SAFEMED_MODEL", hide_env = true)]
     pub(crate) model: String,
+    /// Branch, tag or commit of a model on the hub [default: main].
+    #[arg(long, value_name = "REV", env = "SAFEMED_REVISION", hide_env = true)]
+    pub(crate) revision: Option<String>,
     /// LoRA adapter directory (PEFT).
     #[arg(long, value_name = "DIR", env = "SAFEMED_ADAPTER", hide_env = true)]
     pub(crate) adapter: Option<PathBuf>,

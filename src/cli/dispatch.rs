@@ -114,29 +114,31 @@ fn radius(args: &RadiusArgs) -> Result<Outcome> {
 fn parity(args: &ParityArgs, progress: &dyn Progress) -> Result<Outcome> {
     with_threads(args.threads, || {
         let device = args.device.device()?;
-        let Some(dir) = &args.dir else { return dump(args, &device) };
+        let Some(dir) = &args.dir else { return dump(args, &device, progress) };
         let report = parity::parity(dir, &device, &mut |what| progress.note(what))?;
         parity::render::outcome(&report)
     })
 }
 
 /// `parity --dump`.
-fn dump(args: &ParityArgs, device: &Device) -> Result<Outcome> {
+fn dump(args: &ParityArgs, device: &Device, progress: &dyn Progress) -> Result<Outcome> {
     let (Some(out), Some(model), Some(question)) = (&args.dump, &args.model, &args.question) else {
         return Err(Error::usage(
             "name a directory of reference numbers, or --dump with --model and --question",
         ));
     };
-    let subject = Subject { model, adapter: args.adapter.as_deref(), images: &args.images, question };
-    parity::dump::dump(&subject, out, device)
+    let (revision, adapter) = (args.revision.as_deref(), args.adapter.as_deref());
+    let subject = Subject { model, revision, adapter, images: &args.images, question };
+    parity::dump::dump(&subject, out, device, progress)
 }
 
 fn merge(args: &DirArgs, progress: &dyn Progress) -> Result<Outcome> {
     recipes::merge::merge(&args.dir, progress)
 }
 
-fn export(args: &ExportArgs, _progress: &dyn Progress) -> Result<Outcome> {
-    with_threads(None, || recipes::export::export(&args.model, args.adapter.as_deref(), &args.out))
+fn export(args: &ExportArgs, progress: &dyn Progress) -> Result<Outcome> {
+    let (revision, adapter) = (args.revision.as_deref(), args.adapter.as_deref());
+    with_threads(None, || recipes::export::export(&args.model, revision, adapter, &args.out, progress))
 }
 
 fn data(command: &DataCommand, matches: &ArgMatches, terminal: &Terminal) -> Result<Outcome> {

@@ -1,7 +1,7 @@
 //! A checkpoint directory to a model and what prepares its input.
 //!
 //! This is the one place where `config.json`, the weights and the processor's files meet, and where they are checked
-//! against each other. Where a directory comes from (a path or a hub id) is [`super::weights::locate`]'s business.
+//! against each other. Where a directory comes from (a path or a hub id) is [`super::hub::locate`]'s business.
 
 use super::chat::{ChatTemplate, RenderOptions, expand_image_tokens};
 use super::config::VlmConfig;

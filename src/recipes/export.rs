@@ -3,31 +3,39 @@
 
 use super::inputs;
 use super::job::Outcome;
+use super::progress::Progress;
+use super::run::Stop;
 use crate::backend::Backend;
 use crate::error::{Error, Result};
 use crate::model::assistant::Assistant;
 use crate::model::loader::Adaptation;
 use crate::model::lora::Adapter;
-use crate::model::weights;
 use serde_json::json;
 use std::path::Path;
 
-/// Loads `model`, adds `adapter` to its weights and writes it to `out`, which must be empty or absent.
+/// Loads `model`, at `revision` when it is on the hub, adds `adapter` to its weights and writes it to `out`, which must be empty or absent.
 ///
 /// # Errors
 /// A usage error when `out` holds something; whatever is wrong with the checkpoint or the adapter.
-pub fn export(model: &str, adapter: Option<&Path>, out: &Path) -> Result<Outcome> {
+pub fn export(
+    model: &str,
+    revision: Option<&str>,
+    adapter: Option<&Path>,
+    out: &Path,
+    progress: &dyn Progress,
+) -> Result<Outcome> {
     refuse_occupied(out)?;
-    let dir = weights::locate(model)?;
+    let location = inputs::locate_model(model, revision, &Stop::default(), progress)?;
     let loaded = adapter.map(Adapter::load).transpose()?;
     let adaptation = loaded.as_ref().map_or(Adaptation::None, Adaptation::Merged);
-    let assistant = Assistant::load_adapted(&dir, adaptation, &|_| false, &Backend::Cpu.device()?)?;
+    let assistant = Assistant::load_adapted(&location.dir, adaptation, &|_| false, &Backend::Cpu.device()?)?;
     assistant.save(out)?;
     let tensors = assistant.vlm.parameters().tensors()?;
     let parameters: usize = tensors.iter().map(|(_, tensor)| tensor.elem_count()).sum();
     let summary = json!({
         "command": "export",
         "model": model,
+        "model_revision": location.commit,
         "adapter": adapter.map(|dir| dir.display().to_string()),
         "adapted_modules": loaded.as_ref().map(|adapter| adapter.modules().count()),
         "out": out.display().to_string(),
