@@ -114,7 +114,8 @@ fn run(args: &Args) -> Result<()> {
         let config = LoraConfig::new(16, 32.0, targets);
         let adaptation = Adaptation::New { config: &config, seed: 0 };
         let trains = |name: &str| name.contains(".lora_");
-        let assistant = Assistant::load_adapted(&checkpoint, adaptation, Storage::AsStored, &trains, &Device::Cpu)?;
+        let assistant =
+            Assistant::load_adapted(&checkpoint, adaptation, Storage::AsStored, &trains, &Device::Cpu)?;
         let mut fit = Fit::new(assistant, Some(config.clone()))?;
         bench.sft(&mut fit)?;
         bench.rollout(&fit.frozen)?;

@@ -50,7 +50,10 @@ fn material() -> &'static Path {
                 save_file(&shards.join(&file), part, &[("format", "pt")]).unwrap();
                 index.extend(part.iter().map(|(name, _)| (name.clone(), json!(file))));
             }
-            write(&shards.join("model.safetensors.index.json"), &json!({"metadata": {}, "weight_map": index}));
+            write(
+                &shards.join("model.safetensors.index.json"),
+                &json!({"metadata": {}, "weight_map": index}),
+            );
             let mut config = read(&shards.join("config.json"));
             config.as_object_mut().unwrap().remove("dtype");
             config["torch_dtype"] = json!("bfloat16");

@@ -13,6 +13,8 @@ mod cli;
 mod commands;
 /// A bad file and the exact message.
 mod config_errors;
+/// Checkpoints by hub id, against a hub on this machine.
+mod hub;
 /// The network itself: gradients against differences, independence of neighbours, generation with and without a cache.
 mod network;
 /// The program, run in a directory of its own.

@@ -148,6 +148,9 @@ pub(crate) struct ModelArgs {
     /// Hugging Face directory, or an id on the hub.
     #[arg(long, value_name = "DIR_OR_HUB_ID", env = "SAFEMED_MODEL", hide_env = true)]
     model: Option<String>,
+    /// Branch, tag or commit of a model on the hub [default: main].
+    #[arg(long, value_name = "REV", env = "SAFEMED_REVISION", hide_env = true)]
+    revision: Option<String>,
     /// LoRA adapter directory (PEFT).
     #[arg(long, value_name = "DIR", env = "SAFEMED_ADAPTER", hide_env = true)]
     adapter: Option<String>,
@@ -391,6 +394,9 @@ pub(crate) struct ParityArgs {
     /// With --dump: Hugging Face directory, or an id on the hub.
     #[arg(long, value_name = "DIR_OR_HUB_ID", env = "SAFEMED_MODEL", hide_env = true)]
     pub(crate) model: Option<String>,
+    /// With --dump: branch, tag or commit of a model on the hub [default: main].
+    #[arg(long, value_name = "REV", env = "SAFEMED_REVISION", hide_env = true)]
+    pub(crate) revision: Option<String>,
     /// With --dump: LoRA adapter directory (PEFT).
     #[arg(long, value_name = "DIR", env = "SAFEMED_ADAPTER", hide_env = true)]
     pub(crate) adapter: Option<PathBuf>,
@@ -413,11 +419,20 @@ pub(crate) struct ExportArgs {
     /// Hugging Face directory, or an id on the hub.
     #[arg(long, value_name = "DIR_OR_HUB_ID", env = "SAFEMED_MODEL", hide_env = true)]
     pub(crate) model: String,
+    /// Branch, tag or commit of a model on the hub [default: main].
+    #[arg(long, value_name = "REV", env = "SAFEMED_REVISION", hide_env = true)]
+    pub(crate) revision: Option<String>,
     /// LoRA adapter directory (PEFT).
     #[arg(long, value_name = "DIR", env = "SAFEMED_ADAPTER", hide_env = true)]
     pub(crate) adapter: Option<PathBuf>,
     /// Type of the weights: auto (the checkpoint's, float32 once an adapter is added), f32 or bf16.
-    #[arg(long, value_name = "auto|f32|bf16", env = "SAFEMED_DTYPE", hide_env = true, default_value = "auto")]
+    #[arg(
+        long,
+        value_name = "auto|f32|bf16",
+        env = "SAFEMED_DTYPE",
+        hide_env = true,
+        default_value = "auto"
+    )]
     pub(crate) dtype: Dtype,
     /// Where to write the checkpoint.
     #[arg(long, value_name = "DIR", env = "SAFEMED_OUT", hide_env = true)]

@@ -115,31 +115,33 @@ fn radius(args: &RadiusArgs) -> Result<Outcome> {
 fn parity(args: &ParityArgs, progress: &dyn Progress) -> Result<Outcome> {
     with_threads(args.threads, || {
         let device = args.device.device()?;
-        let Some(dir) = &args.dir else { return dump(args, &device) };
+        let Some(dir) = &args.dir else { return dump(args, &device, progress) };
         let report = parity::parity(dir, &device, &mut |what| progress.note(what))?;
         parity::render::outcome(&report)
     })
 }
 
 /// `parity --dump`.
-fn dump(args: &ParityArgs, device: &Device) -> Result<Outcome> {
+fn dump(args: &ParityArgs, device: &Device, progress: &dyn Progress) -> Result<Outcome> {
     let (Some(out), Some(model), Some(question)) = (&args.dump, &args.model, &args.question) else {
         return Err(Error::usage(
             "name a directory of reference numbers, or --dump with --model and --question",
         ));
     };
-    let subject = Subject { model, adapter: args.adapter.as_deref(), images: &args.images, question };
-    parity::dump::dump(&subject, out, device)
+    let (revision, adapter) = (args.revision.as_deref(), args.adapter.as_deref());
+    let subject = Subject { model, revision, adapter, images: &args.images, question };
+    parity::dump::dump(&subject, out, device, progress)
 }
 
 fn merge(args: &DirArgs, progress: &dyn Progress) -> Result<Outcome> {
     recipes::merge::merge(&args.dir, progress)
 }
 
-fn export(args: &ExportArgs, _progress: &dyn Progress) -> Result<Outcome> {
-    let ExportArgs { model, adapter, dtype, out } = args;
-    let export = Export { model, adapter: adapter.as_deref(), dtype: *dtype, out };
-    with_threads(None, || recipes::export::export(&export))
+fn export(args: &ExportArgs, progress: &dyn Progress) -> Result<Outcome> {
+    let ExportArgs { model, revision, adapter, dtype, out } = args;
+    let export =
+        Export { model, revision: revision.as_deref(), adapter: adapter.as_deref(), dtype: *dtype, out };
+    with_threads(None, || recipes::export::export(&export, progress))
 }
 
 fn data(command: &DataCommand, matches: &ArgMatches, terminal: &Terminal) -> Result<Outcome> {

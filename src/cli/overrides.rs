@@ -6,12 +6,13 @@ use clap::ArgMatches;
 use clap::parser::ValueSource;
 
 /// Flags of the top level of the configuration.
-const TOP: [&str; 12] = [
+const TOP: [&str; 13] = [
     "seed",
     "device",
     "dtype",
     "threads",
     "model",
+    "revision",
     "adapter",
     "prompt",
     "scoring",

@@ -6,7 +6,7 @@
 
 use crate::error::{Error, Result};
 use crate::recipes::progress::Progress;
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{BinaryBytes, ProgressBar, ProgressStyle};
 use std::io::{IsTerminal as _, Write as _};
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -75,6 +75,10 @@ pub(super) struct Terminal {
     bar: Shared<Option<ProgressBar>>,
     phase: Shared<String>,
     total: Shared<usize>,
+    /// How much of the phase was done when it began.
+    begun: Shared<usize>,
+    /// Whether the phase is counted in bytes.
+    in_bytes: Shared<bool>,
     started: Shared<Instant>,
     last_line: Shared<Instant>,
     last_done: Shared<usize>,
@@ -92,6 +96,8 @@ impl Terminal {
             bar: Shared::new(None),
             phase: Shared::new(String::new()),
             total: Shared::new(0),
+            begun: Shared::new(0),
+            in_bytes: Shared::new(false),
             started: Shared::new(now),
             last_line: Shared::new(now),
             last_done: Shared::new(0),
@@ -115,11 +121,39 @@ impl Terminal {
     fn plain(&self, done: usize, figures: &str) {
         let total = self.total.get();
         let seconds = self.started.get().elapsed().as_secs_f64();
-        let rate = done as f64 / seconds.max(1e-9);
-        let eta = (total.saturating_sub(done)) as f64 / rate.max(1e-9);
+        let rate = done.saturating_sub(self.begun.get()) as f64 / seconds.max(1e-9);
+        let eta = clock((total.saturating_sub(done)) as f64 / rate.max(1e-9));
         let phase = self.phase.lock();
-        let pace = if done == 0 { String::new() } else { format!(", {rate:.2}/s, eta {}", clock(eta)) };
+        if self.in_bytes.get() {
+            let [done, total, rate] = [done as u64, total as u64, rate as u64].map(BinaryBytes);
+            self.line(&format!("{phase}: {done}/{total}, {rate}/s, eta {eta}"));
+            return;
+        }
+        let pace = if done == 0 { String::new() } else { format!(", {rate:.2}/s, eta {eta}") };
         self.line(&format!("{phase}: {done}/{total}{pace}{figures}"));
+    }
+
+    /// Begins a phase of which `done` are done already; on a terminal with a bar of the form `template`.
+    fn begin(&self, what: &str, total: usize, done: usize, template: &str) {
+        self.finish();
+        let now = Instant::now();
+        self.started.set(now);
+        self.last_line.set(now);
+        self.last_done.set(done);
+        self.total.set(total);
+        self.begun.set(done);
+        what.clone_into(&mut self.phase.lock());
+        if self.loudness == Loudness::Normal && std::io::stderr().is_terminal() {
+            let bar = ProgressBar::new(total as u64).with_position(done as u64);
+            if let Ok(style) = ProgressStyle::with_template(template) {
+                bar.set_style(style.progress_chars("━╸─"));
+            }
+            // The pace is that of this process.
+            bar.reset_eta();
+            bar.set_prefix(what.to_owned());
+            bar.enable_steady_tick(Duration::from_millis(250));
+            *self.bar.lock() = Some(bar);
+        }
     }
 }
 
@@ -146,26 +180,21 @@ fn figures_text(figures: &[(&str, f64)]) -> String {
 
 impl Progress for Terminal {
     fn start(&self, total: usize, what: &str) {
-        self.finish();
-        let now = Instant::now();
-        self.started.set(now);
-        self.last_line.set(now);
-        self.last_done.set(0);
-        self.total.set(total);
-        what.clone_into(&mut self.phase.lock());
-        if self.loudness == Loudness::Normal && std::io::stderr().is_terminal() {
-            let bar = ProgressBar::new(total as u64);
-            let template =
-                "{prefix:<22} {bar:24.cyan/black.bright} {pos}/{len} {per_sec:.dim} eta {eta:.dim}{msg}";
-            if let Ok(style) = ProgressStyle::with_template(template) {
-                bar.set_style(style.progress_chars("━╸─"));
-            }
-            bar.set_prefix(what.to_owned());
-            bar.enable_steady_tick(Duration::from_millis(250));
-            *self.bar.lock() = Some(bar);
-        } else if self.loudness != Loudness::Quiet {
+        self.in_bytes.set(false);
+        let template =
+            "{prefix:<22} {bar:24.cyan/black.bright} {pos}/{len} {per_sec:.dim} eta {eta:.dim}{msg}";
+        self.begin(what, total, 0, template);
+        if self.bar.lock().is_none() && self.loudness != Loudness::Quiet {
             self.plain(0, "");
         }
+    }
+
+    /// Without a terminal only what takes long is worth a line.
+    fn start_transfer(&self, file: &str, total: u64, done: u64) {
+        self.in_bytes.set(true);
+        let template = "{prefix:<34} {bar:24.cyan/black.bright} {binary_bytes}/{binary_total_bytes} \
+            {binary_bytes_per_sec:.dim} eta {eta:.dim}";
+        self.begin(file, total as usize, done as usize, template);
     }
 
     fn tick(&self, done: usize, figures: &[(&str, f64)]) {
@@ -175,7 +204,8 @@ impl Progress for Terminal {
             bar.set_position(done as u64);
             return;
         }
-        let is_due = self.last_line.get().elapsed() >= PLAIN_EVERY || done >= self.total.get();
+        let is_last = done >= self.total.get() && !self.in_bytes.get();
+        let is_due = self.last_line.get().elapsed() >= PLAIN_EVERY || is_last;
         if self.loudness != Loudness::Quiet && is_due {
             self.last_line.set(Instant::now());
             self.plain(done, &figures_text(figures));
@@ -252,6 +282,7 @@ pub(super) fn start_log(verbosity: u8, quiet: bool) {
     let _ = tracing_subscriber::fmt()
         .with_env_filter(tracing_subscriber::EnvFilter::new(filter))
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
         .with_target(false)
         .try_init();
 }

@@ -1,7 +1,7 @@
 //! A checkpoint directory to a model and what prepares its input.
 //!
 //! This is the one place where `config.json`, the weights and the processor's files meet, and where they are checked
-//! against each other. Where a directory comes from (a path or a hub id) is [`super::weights::locate`]'s business.
+//! against each other. Where a directory comes from (a path or a hub id) is [`super::hub::locate`]'s business.
 
 use super::chat::{ChatTemplate, RenderOptions, expand_image_tokens};
 use super::config::VlmConfig;
@@ -243,7 +243,8 @@ mod tests {
             })
             .collect();
         save_file(&path, &tensors, &[]).unwrap();
-        let error = load_vlm(dir.path(), Adaptation::None, Storage::AsStored, &|_| false, &Device::Cpu).unwrap_err();
+        let error =
+            load_vlm(dir.path(), Adaptation::None, Storage::AsStored, &|_| false, &Device::Cpu).unwrap_err();
         assert!(matches!(error, Error::NonFinite(_)), "{error}");
         assert!(
             error.to_string().contains("model.language_model.norm.weight") && error.to_string().contains('3')
@@ -253,8 +254,14 @@ mod tests {
     #[test]
     fn a_prompt_holds_a_placeholder_for_every_merged_patch() {
         let Some(dir) = copy_of("qwen3_vl") else { return };
-        let (vlm, processor) =
-            load_vlm(dir.path(), Adaptation::None, Storage::AsStored, &|name| name == "lm_head.weight", &Device::Cpu).unwrap();
+        let (vlm, processor) = load_vlm(
+            dir.path(),
+            Adaptation::None,
+            Storage::AsStored,
+            &|name| name == "lm_head.weight",
+            &Device::Cpu,
+        )
+        .unwrap();
         assert_eq!(vlm.parameters().trained().len(), 1);
         let messages =
             json!([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Normal?"}]}]);

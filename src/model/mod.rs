@@ -4,6 +4,7 @@ pub mod assistant;
 pub mod chat;
 pub mod config;
 pub mod generate;
+pub mod hub;
 pub mod initialise;
 pub mod kv_cache;
 pub mod loader;

@@ -60,9 +60,8 @@ impl Drop for Pages<'_> {
             // SAFETY: the mapping is private, read-only and never written: a page that is dropped and read again holds
             // the same bytes.
             #[expect(unsafe_code, reason = "advice that would lose writes to an anonymous mapping")]
-            let advised = unsafe {
-                self.file.map.unchecked_advise_range(DontNeed, self.range.start, self.range.len())
-            };
+            let advised =
+                unsafe { self.file.map.unchecked_advise_range(DontNeed, self.range.start, self.range.len()) };
             // Advice that is not taken costs memory, nothing else.
             drop(advised);
         }
@@ -373,7 +372,11 @@ impl TensorFile {
                 _ => bytes.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]])).collect(),
             }),
             Dtype::F16 => Kind::Single(
-                bytes.par_chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32()).collect::<Vec<_>>().into(),
+                bytes
+                    .par_chunks_exact(2)
+                    .map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32())
+                    .collect::<Vec<_>>()
+                    .into(),
             ),
             other => {
                 return Err(Error::data(format!(

@@ -1,4 +1,4 @@
-//! A checkpoint's tensors: finding, checking, reading and writing.
+//! A checkpoint's tensors: checking, reading and writing.
 //!
 //! Names are canonical inside this crate, whatever layout a file has: `model.visual.…`,
 //! `model.language_model.…` and `lm_head.weight`. [`NameLayout`] remembers the file's own, for saving. What the tensors
@@ -96,31 +96,19 @@ impl Weights {
     }
 
     fn open_sharded(dir: &Path, index: &Path) -> Result<Self> {
-        let wrong = |what: String| Error::data(format!("{what}\n  --> {}", index.display()));
-        let text = std::fs::read_to_string(index)
-            .map_err(|error| Error::io("cannot read the index of the weights", index, error))?;
-        let value: Value =
-            serde_json::from_str(&text).map_err(|error| wrong(format!("not valid JSON: {error}")))?;
-        let entries = value
-            .get("weight_map")
-            .and_then(Value::as_object)
-            .ok_or_else(|| wrong("`weight_map` is missing".to_string()))?;
+        let entries = weight_map(index)?;
         let mut files = Vec::new();
         let mut numbers: BTreeMap<&str, usize> = BTreeMap::new();
         let mut places = Vec::with_capacity(entries.len());
-        for (name, shard) in entries {
-            let shard = shard.as_str().filter(|shard| is_plain_file_name(shard)).ok_or_else(|| {
-                wrong(format!(
-                    "tensor `{name}` is said to be in {shard}, which is not a file name in this directory"
-                ))
-            })?;
-            let number = if let Some(&number) = numbers.get(shard) {
+        for (name, shard) in &entries {
+            let number = if let Some(&number) = numbers.get(shard.as_str()) {
                 number
             } else {
                 let path = dir.join(shard);
                 if !path.exists() {
-                    return Err(wrong(format!(
-                        "shard `{shard}` is listed but not there\n   = help: fetch the missing file"
+                    return Err(Error::data(format!(
+                        "shard `{shard}` is listed but not there\n  --> {}\n   = help: fetch the missing file",
+                        index.display()
                     )));
                 }
                 files.push(TensorFile::open(&path)?);
@@ -260,6 +248,40 @@ impl Weights {
     }
 }
 
+/// The files that the index of a sharded checkpoint lists, sorted, each once.
+///
+/// # Errors
+/// A data error when the index is damaged or names anything but files of its own directory.
+pub fn shards(index: &Path) -> Result<Vec<String>> {
+    let mut shards: Vec<String> = weight_map(index)?.into_iter().map(|(_, shard)| shard).collect();
+    shards.sort_unstable();
+    shards.dedup();
+    Ok(shards)
+}
+
+/// Each tensor of a sharded checkpoint with the file it is in, in the order of the index.
+fn weight_map(index: &Path) -> Result<Vec<(String, String)>> {
+    let wrong = |what: String| Error::data(format!("{what}\n  --> {}", index.display()));
+    let text = std::fs::read_to_string(index)
+        .map_err(|error| Error::io("cannot read the index of the weights", index, error))?;
+    let value: Value =
+        serde_json::from_str(&text).map_err(|error| wrong(format!("not valid JSON: {error}")))?;
+    let entries = value
+        .get("weight_map")
+        .and_then(Value::as_object)
+        .ok_or_else(|| wrong("`weight_map` is missing".to_string()))?;
+    let mut places = Vec::with_capacity(entries.len());
+    for (name, shard) in entries {
+        let shard = shard.as_str().filter(|shard| is_plain_file_name(shard)).ok_or_else(|| {
+            wrong(format!(
+                "tensor `{name}` is said to be in {shard}, which is not a file name in this directory"
+            ))
+        })?;
+        places.push((name.clone(), shard.to_owned()));
+    }
+    Ok(places)
+}
+
 /// Whether `name` names a file right in the directory: no separators, no parent, no root.
 fn is_plain_file_name(name: &str) -> bool {
     let mut parts = Path::new(name).components();
@@ -320,82 +342,6 @@ fn bytes_of(tensor: &Tensor) -> Result<Cow<'static, [u8]>> {
         _ => encode(&flat, f32::to_le_bytes)?,
     };
     Ok(bytes.into())
-}
-
-/// The directory of `model`: itself when it is one, else the local copy of the hub's repository of that id,
-/// downloaded when needed. `HF_HOME`, `HF_HUB_CACHE`, `HF_ENDPOINT`, `HF_TOKEN` and `HF_HUB_OFFLINE` are honoured.
-///
-/// # Errors
-/// A data error when there is no such directory and no such repository, or it cannot be fetched.
-pub fn locate(model: &str) -> Result<PathBuf> {
-    let path = Path::new(model);
-    if path.is_dir() {
-        return Ok(path.to_path_buf());
-    }
-    if !is_hub_id(model) {
-        return Err(Error::data(format!(
-            "no such model directory\n  --> {model}\n   = help: `--model` takes a directory, or a hub id such as `Qwen/Qwen2.5-VL-3B-Instruct`"
-        )));
-    }
-    let mut cache = hf_hub::Cache::from_env();
-    if let Some(dir) = std::env::var_os("HF_HUB_CACHE") {
-        cache = hf_hub::Cache::new(PathBuf::from(dir));
-    }
-    if is_true("HF_HUB_OFFLINE") {
-        return cache
-            .model(model.to_string())
-            .get("config.json")
-            .and_then(|file| file.parent().map(Path::to_path_buf))
-            .ok_or_else(|| {
-                Error::data(format!(
-                    "model `{model}` is not in the local cache, and HF_HUB_OFFLINE forbids fetching it\n  --> {}\n   = help: unset HF_HUB_OFFLINE, or pass a directory",
-                    cache.path().display()
-                ))
-            });
-    }
-    fetch(model, &cache)
-}
-
-/// Whether `model` has the form `owner/name` of a hub id and no file-system look.
-fn is_hub_id(model: &str) -> bool {
-    let allowed = |part: &str| {
-        !part.is_empty()
-            && !part.starts_with('.')
-            && part.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
-    };
-    matches!(model.split_once('/'), Some((owner, name)) if allowed(owner) && allowed(name))
-}
-
-fn is_true(variable: &str) -> bool {
-    std::env::var(variable)
-        .is_ok_and(|value| matches!(value.to_lowercase().as_str(), "1" | "true" | "yes" | "on"))
-}
-
-fn fetch(model: &str, cache: &hf_hub::Cache) -> Result<PathBuf> {
-    let failed = |error: hf_hub::api::sync::ApiError| {
-        Error::data(format!(
-            "model `{model}` cannot be fetched: {error}\n   = help: check the id and the network; for a gated model set HF_TOKEN; or pass a local directory"
-        ))
-    };
-    let token = std::env::var("HF_TOKEN").ok().filter(|token| !token.is_empty()).or_else(|| cache.token());
-    let repository = hf_hub::api::sync::ApiBuilder::from_env()
-        .with_cache_dir(cache.path().clone())
-        .with_token(token)
-        .with_progress(false)
-        .build()
-        .map_err(failed)?
-        .model(model.to_string());
-    let wanted = |name: &str| {
-        let extension = Path::new(name).extension().and_then(|extension| extension.to_str());
-        !name.contains('/')
-            && (matches!(extension, Some("safetensors" | "json" | "jinja")) || name == "merges.txt")
-    };
-    let mut dir = None;
-    for file in repository.info().map_err(failed)?.siblings.iter().filter(|file| wanted(&file.rfilename)) {
-        let local = repository.get(&file.rfilename).map_err(failed)?;
-        dir = local.parent().map(Path::to_path_buf);
-    }
-    dir.ok_or_else(|| Error::data(format!("repository `{model}` holds no checkpoint")))
 }
 
 #[cfg(test)]
@@ -507,7 +453,9 @@ mod tests {
         }
         let integers = raw(r#"{"a":{"dtype":"I32","shape":[1],"data_offsets":[0,4]}}"#, 4);
         std::fs::write(&path, integers).unwrap();
-        assert!(Weights::open(dir.path()).unwrap().values("a", &[1]).unwrap_err().to_string().contains("I32"));
+        assert!(
+            Weights::open(dir.path()).unwrap().values("a", &[1]).unwrap_err().to_string().contains("I32")
+        );
     }
 
     #[test]
@@ -557,17 +505,6 @@ mod tests {
         assert!(message().contains("--adapter"));
         std::fs::write(dir.path().join("pytorch_model.bin"), "").unwrap();
         assert!(message().contains("pickled"));
-    }
-
-    #[test]
-    fn a_directory_is_its_own_location_and_nonsense_is_no_hub_id() {
-        let dir = tempdir().unwrap();
-        assert_eq!(locate(&dir.path().display().to_string()).unwrap(), dir.path());
-        for nonsense in ["", "model", "./a/b", "a/b/c", "/no/such", "../x", "a/..", "a b/c"] {
-            assert!(!is_hub_id(nonsense), "{nonsense}");
-            assert!(matches!(locate(nonsense), Err(Error::Data(_))), "{nonsense}");
-        }
-        assert!(is_hub_id("Qwen/Qwen2.5-VL-3B-Instruct"));
     }
 
     #[test]

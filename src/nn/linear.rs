@@ -7,9 +7,7 @@ use super::kernel::gemm::{Packed, Right, View, gemm, gemm_new, product, product_
 use super::kernel::{is_fused, slice, with_slice, zeros};
 use super::plain;
 use super::rows;
-use candle_core::{
-    CpuStorage, CustomOp1, CustomOp2, CustomOp3, Device, Layout, Result, Shape, Tensor, Var,
-};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Device, Layout, Result, Shape, Tensor, Var};
 use half::bf16;
 use std::sync::{Arc, OnceLock};
 

@@ -1,11 +1,12 @@
 //! Image files to 8-bit RGB, with the conventions of Pillow and transformers.
 //!
 //! The format is told by content, never by the name. Gray is repeated, palettes are looked up, transparency is laid
-//! over white. Sixteen-bit gray is *clipped* at 255, as `convert("RGB")` does, not scaled: 12-bit pictures turn
-//! nearly white, and should be windowed to 8 bits beforehand. Sixteen-bit colour keeps its high bytes. EXIF
-//! orientation is applied, as transformers' `load_image` does and every viewer shows it. JPEG decoders differ by a level or two.
+//! over white. Sixteen-bit gray is *clipped* at 255, as `convert("RGB")` does, unless another [`GrayReading`] is asked
+//! for. Sixteen-bit colour keeps its high bytes. EXIF orientation is applied, as transformers' `load_image` does and
+//! every viewer shows it. JPEG decoders differ by a level or two. DICOM files are shown as they say.
 
-use super::RgbImage8;
+use super::gray::{self, GrayReading};
+use super::{RgbImage8, dicom};
 use crate::error::{Error, Result};
 use image::codecs::png::PngEncoder;
 use image::metadata::Orientation;
@@ -16,14 +17,31 @@ use std::path::Path;
 /// Most pixels an image may have; Pillow's limit for a decompression bomb.
 const MAX_PIXELS: u64 = 178_956_970;
 
+/// A picture, and how its numbers became eight bits.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Decoded {
+    /// The picture.
+    pub image: RgbImage8,
+    /// `8-bit` for what was so already; otherwise what was done, in words.
+    pub reading: String,
+}
+
+/// Reads and decodes an image file, deep gray as transformers reads it.
+///
+/// # Errors
+/// As [`read_file`].
+pub fn decode_file(path: &Path) -> Result<RgbImage8> {
+    Ok(read_file(path, GrayReading::default())?.image)
+}
+
 /// Reads and decodes an image file.
 ///
 /// # Errors
 /// A data error with the path when the content is no supported image, truncated, empty or absurdly large; an I/O
 /// error when it cannot be read.
-pub fn decode_file(path: &Path) -> Result<RgbImage8> {
+pub fn read_file(path: &Path, reading: GrayReading) -> Result<Decoded> {
     let bytes = std::fs::read(path).map_err(|error| Error::io("cannot read the image", path, error))?;
-    decode_bytes(&bytes).map_err(|error| match error {
+    read_bytes(&bytes, reading).map_err(|error| match error {
         Error::Data(message) => Error::data(match message.split_once("\n   = help") {
             Some((what, help)) => format!("{what}\n  --> {}\n   = help{help}", path.display()),
             None => format!("{message}\n  --> {}", path.display()),
@@ -35,19 +53,19 @@ pub fn decode_file(path: &Path) -> Result<RgbImage8> {
 /// Decodes an image file's content.
 ///
 /// # Errors
-/// As [`decode_file`], without the path.
-pub fn decode_bytes(bytes: &[u8]) -> Result<RgbImage8> {
+/// As [`read_file`], without the path.
+pub fn read_bytes(bytes: &[u8], reading: GrayReading) -> Result<Decoded> {
     let damaged = |error: image::ImageError| Error::data(format!("the image cannot be decoded: {error}"));
     if bytes.is_empty() {
         return Err(Error::data("the image file is empty"));
     }
-    if bytes.get(128..132) == Some(b"DICM") {
-        return Err(Error::data(
-            "DICOM files are not read\n   = help: export the window you want to see as an 8-bit PNG",
-        ));
+    if dicom::is_dicom(bytes) {
+        return dicom::decode(bytes, reading, MAX_PIXELS);
     }
     let format = image::guess_format(bytes).map_err(|_| {
-        Error::data("the file is not a known image\n   = help: PNG, JPEG, BMP, TIFF, GIF, WebP and PNM are")
+        Error::data(
+            "the file is not a known image\n   = help: PNG, JPEG, BMP, TIFF, GIF, WebP, PNM and DICOM are",
+        )
     })?;
     if format == ImageFormat::Jpeg && is_truncated_jpeg(bytes) {
         return Err(Error::data("the JPEG file is truncated"));
@@ -71,7 +89,9 @@ pub fn decode_bytes(bytes: &[u8]) -> Result<RgbImage8> {
     let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
     let mut image = DynamicImage::from_decoder(decoder).map_err(damaged)?;
     image.apply_orientation(orientation);
-    RgbImage8::new(image.width() as usize, image.height() as usize, rgb_levels(image))
+    let (width, height) = (image.width() as usize, image.height() as usize);
+    let (levels, reading) = rgb_levels(image, reading);
+    Ok(Decoded { image: RgbImage8::new(width, height, levels)?, reading })
 }
 
 /// Whether the entropy-coded data of the last scan goes on to the end of the file; the decoder would fill up with gray.
@@ -83,38 +103,54 @@ fn is_truncated_jpeg(bytes: &[u8]) -> bool {
     }
 }
 
-fn rgb_levels(image: DynamicImage) -> Vec<u8> {
+/// Levels, and how deep numbers became eight bits.
+fn rgb_levels(image: DynamicImage, reading: GrayReading) -> (Vec<u8>, String) {
     let high = |level: u16| (level >> 8) as u8;
-    match image {
-        DynamicImage::ImageRgb8(image) => image.into_raw(),
+    let eight = "8-bit";
+    let (levels, said) = match image {
+        DynamicImage::ImageRgb8(image) => (image.into_raw(), eight),
         DynamicImage::ImageLuma8(image) => {
-            image.into_raw().into_iter().flat_map(|level| [level; 3]).collect()
+            (image.into_raw().into_iter().flat_map(|level| [level; 3]).collect(), eight)
         }
         DynamicImage::ImageLumaA8(image) => {
-            image.pixels().flat_map(|pixel| over_white([pixel.0[0]; 3], pixel.0[1])).collect()
+            (image.pixels().flat_map(|pixel| over_white([pixel.0[0]; 3], pixel.0[1])).collect(), eight)
         }
-        DynamicImage::ImageRgba8(image) => image
-            .pixels()
-            .flat_map(|pixel| over_white([pixel.0[0], pixel.0[1], pixel.0[2]], pixel.0[3]))
-            .collect(),
+        DynamicImage::ImageRgba8(image) => {
+            let pixels = image.pixels();
+            (
+                pixels
+                    .flat_map(|pixel| over_white([pixel.0[0], pixel.0[1], pixel.0[2]], pixel.0[3]))
+                    .collect(),
+                eight,
+            )
+        }
         DynamicImage::ImageLuma16(image) => {
-            image.into_raw().into_iter().flat_map(|level| [level.min(255) as u8; 3]).collect()
+            let (gray, said) = gray::read_gray16(&image.into_raw(), reading);
+            return (gray.into_iter().flat_map(|level| [level; 3]).collect(), said);
         }
         DynamicImage::ImageLumaA16(image) => {
-            image.pixels().flat_map(|pixel| over_white([high(pixel.0[0]); 3], high(pixel.0[1]))).collect()
+            let pixels = image.pixels();
+            (
+                pixels.flat_map(|pixel| over_white([high(pixel.0[0]); 3], high(pixel.0[1]))).collect(),
+                "16-bit, high bytes",
+            )
         }
-        DynamicImage::ImageRgb16(image) => image.into_raw().into_iter().map(high).collect(),
-        DynamicImage::ImageRgba16(image) => image
-            .pixels()
-            .flat_map(|pixel| {
+        DynamicImage::ImageRgb16(image) => {
+            (image.into_raw().into_iter().map(high).collect(), "16-bit, high bytes")
+        }
+        DynamicImage::ImageRgba16(image) => {
+            let over = |pixel: &image::Rgba<u16>| {
                 over_white([high(pixel.0[0]), high(pixel.0[1]), high(pixel.0[2])], high(pixel.0[3]))
-            })
-            .collect(),
+            };
+            (image.pixels().flat_map(over).collect(), "16-bit, high bytes")
+        }
         // Float pictures, from TIFF: clipped like sixteen-bit gray.
         other => {
-            other.to_rgb32f().into_raw().into_iter().map(|value| value.clamp(0.0, 255.0) as u8).collect()
+            let values = other.to_rgb32f().into_raw();
+            (values.into_iter().map(|value| value.clamp(0.0, 255.0) as u8).collect(), "float, clipped at 255")
         }
-    }
+    };
+    (levels, said.to_owned())
 }
 
 /// `colour` of opacity `alpha` over white, rounded as Pillow's `alpha_composite` does.
@@ -183,6 +219,10 @@ mod tests {
     fn picture() -> RgbImage8 {
         let data = (0..9 * 7 * 3).map(|index| (index * 37 % 256) as u8).collect();
         RgbImage8::new(9, 7, data).unwrap()
+    }
+
+    fn decode_bytes(bytes: &[u8]) -> Result<RgbImage8> {
+        Ok(read_bytes(bytes, GrayReading::default())?.image)
     }
 
     fn failure(bytes: &[u8]) -> String {
@@ -257,8 +297,6 @@ mod tests {
         assert!(failure(&jpeg[..jpeg.len() / 2]).contains("truncated"));
         assert!(failure(b"").contains("empty"));
         assert!(failure(b"<html>not found</html>").contains("known image"));
-        let dicom = [vec![0; 128], b"DICM....".to_vec()].concat();
-        assert!(failure(&dicom).contains("DICOM"));
     }
 
     #[test]

@@ -3,6 +3,8 @@
 //! Floats are always in [0, 1]; what a model subtracts and divides by is not known here.
 
 pub mod decode;
+mod dicom;
+pub mod gray;
 pub mod resize;
 
 use crate::error::{Error, Result};

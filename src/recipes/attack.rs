@@ -62,7 +62,7 @@ pub fn attack(job: &Job<'_>) -> Result<Outcome> {
     let setting = setting_of(config)?;
     let (dataset, _) = inputs::open_questions(config)?;
     items::require_some(&dataset, "attack")?;
-    let model = inputs::open_model(config)?;
+    let model = inputs::open_model(job)?;
     let mut run = job.open_run()?;
     inputs::note_model(&mut run, &model)?;
     let summary = under_attack(&model.assistant, &dataset, &setting, &mut run, job.progress)?;

@@ -55,7 +55,7 @@ pub fn certify(job: &Job<'_>) -> Result<Outcome> {
     inputs::check_job(job)?;
     let (dataset, _) = inputs::open_questions(config)?;
     items::require_some(&dataset, "certify")?;
-    let model = inputs::open_model(config)?;
+    let model = inputs::open_model(job)?;
     let setting = setting_with(config, model.sha256.clone())?;
     let mut run = job.open_run()?;
     inputs::note_model(&mut run, &model)?;

@@ -234,6 +234,8 @@ impl Demo<'_> {
 
     fn config(&self, split: &str) -> RunConfig {
         let mut config = self.job.config.clone();
+        // Every model of a demo is a directory of its own.
+        config.revision = None;
         let data = self.out.join("data");
         config.data.split = Some(data.join(format!("splits/{split}.json")));
         config.data.train_split = Some(data.join("splits/train.json"));

@@ -56,7 +56,7 @@ pub fn eval(job: &Job<'_>) -> Result<Outcome> {
     let settings = EvalSettings::of(&job.config)?;
     let (dataset, train) = inputs::open_questions(&job.config)?;
     items::require_some(&dataset, "evaluate")?;
-    let model = inputs::open_model(&job.config)?;
+    let model = inputs::open_model(job)?;
     let mut run = job.open_run()?;
     inputs::note_model(&mut run, &model)?;
     let summary = evaluate(&model.assistant, &dataset, train.as_ref(), &settings, &mut run, job.progress)?;

@@ -6,6 +6,8 @@
 use super::config::Dtype as StoredAs;
 use super::inputs;
 use super::job::Outcome;
+use super::progress::Progress;
+use super::run::Stop;
 use crate::error::{Error, Result};
 use crate::model::config::VlmConfig;
 use crate::model::loader::{self, Processor};
@@ -13,7 +15,7 @@ use crate::model::lora::Adapter;
 use crate::model::tensor_file::{Entry, TensorFile, write_tensors};
 use crate::model::tokenizer::write_json;
 use crate::model::vlm::Vlm;
-use crate::model::weights::{Weights, canonical_name, locate};
+use crate::model::weights::{Weights, canonical_name};
 use safetensors::tensor::Dtype;
 use serde_json::{Map, Value, json};
 use std::borrow::Cow;
@@ -21,7 +23,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Files of a directory that hold weights or a training's state, by their end: they are not copied.
-const NOT_COPIED: [&str; 14] = [
+const NOT_COPIED: [&str; 12] = [
     ".safetensors",
     ".index.json",
     ".bin",
@@ -32,9 +34,7 @@ const NOT_COPIED: [&str; 14] = [
     ".onnx",
     ".msgpack",
     ".h5",
-    ".tmp",
     "state.json",
-    "config.json.lock",
     "adapter_config.json",
 ];
 
@@ -43,6 +43,8 @@ const NOT_COPIED: [&str; 14] = [
 pub struct Export<'a> {
     /// Directory or hub id of the checkpoint.
     pub model: &'a str,
+    /// Branch, tag or commit of a hub id.
+    pub revision: Option<&'a str>,
     /// An adapter to be added to its weights.
     pub adapter: Option<&'a Path>,
     /// Type of the weights; `auto` keeps the checkpoint's, but writes float32 once an adapter is added.
@@ -56,50 +58,24 @@ pub struct Export<'a> {
 /// # Errors
 /// A usage error when the directory holds something; whatever is wrong with the checkpoint or the adapter; a
 /// non-finite error when a weight is no finite number.
-pub fn export(export: &Export<'_>) -> Result<Outcome> {
+pub fn export(export: &Export<'_>, progress: &dyn Progress) -> Result<Outcome> {
     refuse_occupied(export.out)?;
-    let dir = locate(export.model)?;
-    let config = VlmConfig::load(&dir)?;
-    loader::patchify_of(&config, &Processor::load(&dir)?.image_processor)?;
-    let weights = Weights::open(&dir)?;
-    for (name, shape) in Vlm::outline(&config)? {
-        weights.check(&name, &shape)?;
-    }
-    let adapter = export.adapter.map(Adapter::load).transpose()?;
-    let dtype = match (export.dtype, &adapter) {
+    let location = inputs::locate_model(export.model, export.revision, &Stop::default(), progress)?;
+    let source = Source::open(&location.dir, export.adapter)?;
+    let dtype = match (export.dtype, &source.adapter) {
         (StoredAs::Auto, None) => None,
         (StoredAs::Auto, Some(_)) | (StoredAs::F32, _) => Some(Dtype::F32),
         (StoredAs::Bf16, _) => Some(Dtype::BF16),
     };
-    if let Some(adapter) = &adapter {
-        check_places(adapter, &weights)?;
-    }
-    fs::create_dir_all(export.out)
-        .map_err(|error| Error::io("cannot create the directory", export.out, error))?;
-    let (mut tensors, mut parameters, mut bytes) = (0usize, 0usize, 0usize);
-    let mut index = Map::new();
-    for file in weights.files() {
-        let name = file.path().file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let entries = write_shard(file, adapter.as_ref(), dtype, &export.out.join(&name))?;
-        for entry in entries {
-            tensors += 1;
-            parameters += entry.shape.iter().product::<usize>();
-            bytes += entry.size();
-            index.insert(entry.name, json!(name));
-        }
-    }
-    if weights.files().len() > 1 || !export.out.join("model.safetensors").exists() {
-        index.sort_keys();
-        let value = json!({"metadata": {"total_size": bytes}, "weight_map": index});
-        write_json(&export.out.join("model.safetensors.index.json"), &value)?;
-    }
-    copy_others(&dir, export.out)?;
-    write_config(config.raw, dtype, export.out)?;
+    let partial = partial_of(export.out);
+    let written = write(export, &source, dtype, &partial);
+    let (tensors, parameters) = written.inspect_err(|_| drop(fs::remove_dir_all(&partial)))?;
     let summary = json!({
         "command": "export",
         "model": export.model,
+        "model_revision": location.commit,
         "adapter": export.adapter.map(|dir| dir.display().to_string()),
-        "adapted_modules": adapter.as_ref().map(|adapter| adapter.modules().count()),
+        "adapted_modules": source.adapter.as_ref().map(|adapter| adapter.modules().count()),
         "out": export.out.display().to_string(),
         "dtype": dtype.map_or("auto", |dtype| if dtype == Dtype::F32 { "f32" } else { "bf16" }),
         "tensors": tensors,
@@ -108,6 +84,67 @@ pub fn export(export: &Export<'_>) -> Result<Outcome> {
     });
     let text = format!("{}: {tensors} tensors, {parameters} parameters\n", export.out.display());
     Ok(Outcome::new(summary, text))
+}
+
+/// Where an export grows: beside its place, which it takes once it is whole.
+fn partial_of(out: &Path) -> PathBuf {
+    let name = out.file_name().unwrap_or_default().to_string_lossy();
+    out.with_file_name(format!(".{name}.partial-{}", std::process::id()))
+}
+
+/// Writes everything to `partial` and moves it to its place; returns the number of tensors and of parameters.
+fn write(
+    export: &Export<'_>,
+    source: &Source,
+    dtype: Option<Dtype>,
+    partial: &Path,
+) -> Result<(usize, usize)> {
+    let failed = |error| Error::io("cannot create the directory", export.out, error);
+    fs::create_dir_all(partial).map_err(failed)?;
+    let (mut tensors, mut parameters, mut bytes) = (0usize, 0usize, 0usize);
+    let mut index = Map::new();
+    for file in source.weights.files() {
+        let name = file.path().file_name().unwrap_or_default().to_string_lossy().into_owned();
+        for entry in write_shard(file, source.adapter.as_ref(), dtype, &partial.join(&name))? {
+            tensors += 1;
+            parameters += entry.shape.iter().product::<usize>();
+            bytes += entry.size();
+            index.insert(entry.name, json!(name));
+        }
+    }
+    if !partial.join("model.safetensors").exists() {
+        index.sort_keys();
+        let value = json!({"metadata": {"total_size": bytes}, "weight_map": index});
+        write_json(&partial.join("model.safetensors.index.json"), &value)?;
+    }
+    copy_others(source.weights.dir(), partial)?;
+    write_config(source.config.raw.clone(), dtype, partial)?;
+    fs::rename(partial, export.out).map_err(failed)?;
+    Ok((tensors, parameters))
+}
+
+/// A checkpoint, opened and checked.
+#[derive(Debug)]
+struct Source {
+    config: VlmConfig,
+    weights: Weights,
+    adapter: Option<Adapter>,
+}
+
+impl Source {
+    fn open(dir: &Path, adapter: Option<&Path>) -> Result<Self> {
+        let config = VlmConfig::load(dir)?;
+        loader::patchify_of(&config, &Processor::load(dir)?.image_processor)?;
+        let weights = Weights::open(dir)?;
+        for (name, shape) in Vlm::outline(&config)? {
+            weights.check(&name, &shape)?;
+        }
+        let adapter = adapter.map(Adapter::load).transpose()?;
+        if let Some(adapter) = &adapter {
+            check_places(adapter, &weights)?;
+        }
+        Ok(Self { config, weights, adapter })
+    }
 }
 
 /// Refuses an adapter for modules that the checkpoint does not have, before anything is written.

@@ -4,17 +4,20 @@
 
 use super::config::RunConfig;
 use super::job::Job;
-use super::run::Run;
+use super::progress::Progress;
+use super::run::{Run, Stop};
 use crate::data::prompt::PromptTemplate;
 use crate::data::{Dataset, ImageCheck, Sample};
 use crate::error::{Error, Result};
 use crate::model::assistant::Assistant;
+use crate::model::hub::{self, Event, Location};
 use crate::model::loader::Adaptation;
 use crate::model::lora::{self, Adapter};
-use crate::model::weights::{self, Weights};
+use crate::model::weights::Weights;
 use rayon::prelude::*;
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
+use std::cell::Cell;
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -24,6 +27,8 @@ use std::path::{Path, PathBuf};
 pub struct OpenModel {
     /// Its directory.
     pub dir: PathBuf,
+    /// The commit on the hub that it is, when it came from there.
+    pub revision: Option<String>,
     /// The model, loaded without gradients.
     pub assistant: Assistant,
     /// Hash of the weights: see [`model_sha256`]; with an adapter, of the two lines `HASH  model` and `HASH  adapter`.
@@ -35,14 +40,16 @@ pub struct OpenModel {
 /// The settings about the model that can be refused without opening anything.
 ///
 /// # Errors
-/// A usage error when no model is named, or there is no such prompt or device.
+/// A usage error when no model is named, a revision is named of one that is not on the hub, or there is no such prompt
+/// or device.
 pub fn check_settings(config: &RunConfig) -> Result<PromptTemplate> {
     let template: PromptTemplate = config.prompt.parse()?;
-    if config.model.is_none() {
+    let Some(model) = config.model.as_deref() else {
         return Err(Error::usage(
             "no model is named\n   = help: give `--model DIR`, a Hugging Face directory, or an id on the hub",
         ));
-    }
+    };
+    hub::check_revision(model, config.revision.as_deref())?;
     config.backend().device()?;
     Ok(template)
 }
@@ -57,12 +64,41 @@ pub fn check_job(job: &Job<'_>) -> Result<PromptTemplate> {
     Ok(template)
 }
 
-/// Opens the checkpoint of `config`; [`check_settings`] has passed.
+/// Where a model lies, fetched from the hub as far as it is not there yet: see [`hub::locate`]. Fetching ends early, to
+/// be continued, when `stop` is raised.
 ///
 /// # Errors
-/// What is missing or wrong in the directory.
-pub fn open_model(config: &RunConfig) -> Result<OpenModel> {
-    let dir = weights::locate(config.model.as_deref().unwrap_or_default())?;
+/// Those of [`hub::locate`]; [`Error::Stopped`].
+pub fn locate_model(
+    model: &str,
+    revision: Option<&str>,
+    stop: &Stop,
+    progress: &dyn Progress,
+) -> Result<Location> {
+    let is_told = Cell::new(false);
+    hub::locate(model, revision, &|event| {
+        match event {
+            Event::Begin { file, total, done } => progress.start_transfer(file, total, done),
+            Event::Received(done) => progress.tick(done as usize, &[]),
+            Event::End => progress.finish(),
+            Event::Waiting(file) => {
+                if !is_told.replace(true) {
+                    progress.note(&format!("another process is fetching {file}: waiting for it"));
+                }
+            }
+        }
+        stop.check()
+    })
+}
+
+/// Opens the checkpoint of a job; [`check_settings`] has passed.
+///
+/// # Errors
+/// Those of [`locate_model`]; what is missing or wrong in the directory.
+pub fn open_model(job: &Job<'_>) -> Result<OpenModel> {
+    let config = &job.config;
+    let model = config.model.as_deref().unwrap_or_default();
+    let Location { dir, commit } = locate_model(model, config.revision.as_deref(), &job.stop, job.progress)?;
     let device = config.backend().device()?;
     let adapter = config.adapter.as_deref().map(Adapter::load).transpose()?;
     let adaptation = adapter.as_ref().map_or(Adaptation::None, Adaptation::Active);
@@ -72,7 +108,7 @@ pub fn open_model(config: &RunConfig) -> Result<OpenModel> {
     if let Some(adapter) = &adapter_sha256 {
         sha256 = hex(&Sha256::digest(format!("{sha256}  model\n{adapter}  adapter\n")));
     }
-    Ok(OpenModel { dir, assistant, sha256, adapter_sha256 })
+    Ok(OpenModel { dir, revision: commit, assistant, sha256, adapter_sha256 })
 }
 
 /// The questions of `config`, and those that the option prior counts when a training split is named.
@@ -116,17 +152,26 @@ pub fn note_questions(
     run.provenance("prompt_sha256", json!(hex(&Sha256::digest(template.wording()))))
 }
 
-/// Notes the checkpoint: a hash of each of its files, and of the weights as a whole.
+/// Notes the checkpoint: the commit on the hub, a hash of each of its files, and of the weights as a whole.
 ///
 /// # Errors
 /// As [`note_questions`].
 pub fn note_model(run: &mut Run, model: &OpenModel) -> Result<()> {
+    note_revision(run, model.revision.as_deref())?;
     run.provenance("model_sha256", json!(model.sha256))?;
     if let Some(adapter) = &model.adapter_sha256 {
         run.provenance("adapter_sha256", json!(adapter))?;
     }
     run.provenance("model_files", Value::Object(model_files(&model.dir)?))?;
     run.provenance("chat_template_sha256", json!(hex(&Sha256::digest(model.assistant.chat.source()))))
+}
+
+/// Notes the commit of a model that came from the hub.
+///
+/// # Errors
+/// As [`note_questions`].
+pub fn note_revision(run: &mut Run, revision: Option<&str>) -> Result<()> {
+    revision.map_or(Ok(()), |revision| run.provenance("model_revision", json!(revision)))
 }
 
 /// The hash of a checkpoint's weights: what `sha256sum model.safetensors` prints; of several files the hash of the

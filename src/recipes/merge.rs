@@ -16,13 +16,14 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 /// Facts of `run.json` that must be the same in all parts.
-const SHARED_FACTS: [&str; 9] = [
+const SHARED_FACTS: [&str; 10] = [
     "version",
     "command",
     "items",
     "data_sha256",
     "train_data_sha256",
     "model_sha256",
+    "model_revision",
     "model_files",
     "prompt_sha256",
     "chat_template_sha256",

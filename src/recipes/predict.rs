@@ -28,7 +28,7 @@ pub fn predict(job: &Job<'_>, image: &Path, question: &str, options: &[String]) 
     inputs::check_settings(config)?;
     let smoothing = config.certify.sigma.map(|sigma| smoothing(config, sigma)).transpose()?;
     let picture = decode::decode_file(image)?;
-    let assistant = inputs::open_model(config)?.assistant;
+    let assistant = inputs::open_model(job)?.assistant;
     let asking = Asking::of(config)?;
     match smoothing {
         Some(smoothing) => smoothed(&assistant, &asking, &sample, &picture, &smoothing),

@@ -7,6 +7,12 @@ pub trait Progress: Sync {
     /// A phase of `total` items or steps begins.
     fn start(&self, total: usize, what: &str);
 
+    /// The transfer of a file of `total` bytes begins, a phase whose unit is bytes; `done` are there already.
+    fn start_transfer(&self, file: &str, total: u64, done: u64) {
+        self.start(total as usize, file);
+        self.tick(done as usize, &[]);
+    }
+
     /// `done` of the phase are done; `figures` are running numbers such as `("accuracy", 0.93)`.
     fn tick(&self, done: usize, figures: &[(&str, f64)]);
 

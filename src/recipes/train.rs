@@ -9,14 +9,14 @@ use super::job::{Job, Outcome};
 use super::lesson::Lesson;
 use super::progress::Progress;
 use super::report::{self, ReportOptions};
-use super::run::Run;
+use super::run::{Run, Stop};
 use super::scratch::{self, Scratch};
 use super::{grpo, sft};
 use crate::data::Dataset;
 use crate::error::{Error, Result};
 use crate::model::assistant::Assistant;
+use crate::model::hub::Location;
 use crate::model::lora::LoraConfig;
-use crate::model::weights;
 use crate::nn::recompute::Memory;
 use serde_json::{Value, json};
 use std::path::PathBuf;
@@ -27,7 +27,7 @@ use std::path::PathBuf;
 /// Whatever is wrong with settings, data or weights, before the first step; numbers that are not finite, at the step.
 pub fn train(job: &Job<'_>) -> Result<Outcome> {
     inputs::check_job(job)?;
-    let material = material(&job.config)?;
+    let material = material(&job.config, &job.stop, job.progress)?;
     let mut run = job.open_run()?;
     let summary = learn(material, &job.config, &mut run, job.progress)?;
     let options = ReportOptions { images: job.config.images, ..ReportOptions::default() };
@@ -41,7 +41,7 @@ pub fn train(job: &Job<'_>) -> Result<Outcome> {
 struct Material {
     dataset: Dataset,
     /// Where the model comes from; none from scratch.
-    model: Option<PathBuf>,
+    model: Option<Location>,
     assistant: Assistant,
     chosen: Chosen,
     /// Settings of the adapter that trains.
@@ -51,7 +51,7 @@ struct Material {
 }
 
 /// Everything a configuration names, loaded; the questions first, for they are cheap.
-fn material(config: &RunConfig) -> Result<Material> {
+fn material(config: &RunConfig, stop: &Stop, progress: &dyn Progress) -> Result<Material> {
     let (dataset, _) = inputs::open_questions(config)?;
     items::require_some(&dataset, "train on")?;
     let device = config.backend().device()?;
@@ -69,10 +69,10 @@ fn material(config: &RunConfig) -> Result<Material> {
         let templates = [config.prompt.parse()?];
         (None, Scratch::tiny().build(&dataset.samples, &templates, config.seed, &trains, &device)?)
     } else {
-        let model = weights::locate(model)?;
+        let model = inputs::locate_model(model, config.revision.as_deref(), stop, progress)?;
         let trains = |name: &str| chosen.trains(name, trains);
         let (adaptation, storage) = (chosen.adaptation(config.seed), config.dtype.storage());
-        let assistant = Assistant::load_adapted(&model, adaptation, storage, &trains, &device)?;
+        let assistant = Assistant::load_adapted(&model.dir, adaptation, storage, &trains, &device)?;
         (Some(model), assistant)
     };
     // The policy as it is before the first step: a new adapter changes nothing, so this is its base.
@@ -86,14 +86,15 @@ fn material(config: &RunConfig) -> Result<Material> {
 /// # Errors
 /// As [`train`].
 pub fn run_training(config: &RunConfig, run: &mut Run, progress: &dyn Progress) -> Result<Value> {
-    learn(material(config)?, config, run, progress)
+    learn(material(config, run.stop(), progress)?, config, run, progress)
 }
 
 fn learn(material: Material, config: &RunConfig, run: &mut Run, progress: &dyn Progress) -> Result<Value> {
     let Material { dataset, model, assistant, chosen, adapter, reference } = material;
     inputs::note_questions(run, &dataset, None, config.prompt.parse()?)?;
     if let Some(model) = &model {
-        run.provenance("model_sha256", json!(inputs::model_sha256(model)?))?;
+        inputs::note_revision(run, model.commit.as_deref())?;
+        run.provenance("model_sha256", json!(inputs::model_sha256(&model.dir)?))?;
     }
     if let Chosen::Given(adapter) = &chosen {
         run.provenance("adapter_sha256", json!(inputs::adapter_sha256(&adapter.dir)?))?;

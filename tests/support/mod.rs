@@ -1,5 +1,7 @@
 //! What several test modules need: the program itself, run in a directory of its own.
 
+pub(crate) mod hub_server;
+
 use std::path::Path;
 use std::process::{Command, Output};
 

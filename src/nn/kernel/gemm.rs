@@ -171,9 +171,7 @@ fn pack_panels<T: Copy + Default + Send + Sync>(b: View<'_, T>, data: &mut Vec<T
         return;
     }
     if parallel && b.rows * b.columns > 64 * 1024 {
-        data.par_chunks_mut(panel_len)
-            .enumerate()
-            .for_each(|(panel, out)| pack_panel(b, panel * PANEL, out));
+        data.par_chunks_mut(panel_len).enumerate().for_each(|(panel, out)| pack_panel(b, panel * PANEL, out));
     } else {
         for (panel, out) in data.chunks_mut(panel_len).enumerate() {
             pack_panel(b, panel * PANEL, out);
@@ -848,7 +846,10 @@ mod tests {
         assert_eq!(packed.unpack_transposed(), weight);
         let direct = Packed::new(View::new(&weight, n, k));
         assert_eq!(packed.transposed().unpack_transposed(), direct.unpack_transposed());
-        assert_eq!(packed.gather(&[69, 3, 3]), [&weight[69 * k..], &weight[3 * k..4 * k], &weight[3 * k..4 * k]].concat());
+        assert_eq!(
+            packed.gather(&[69, 3, 3]),
+            [&weight[69 * k..], &weight[3 * k..4 * k], &weight[3 * k..4 * k]].concat()
+        );
     }
 
     #[test]

@@ -211,6 +211,8 @@ section! {
         threads: Option<usize> = None => Range::at_least(1.0),
         /// Checkpoint: a Hugging Face directory, or an id on the hub; `scratch:tiny` trains a tiny model from scratch.
         model: Option<String> = None,
+        /// Branch, tag or commit hash of a `model` on the hub; absent: `main`. The commit it was goes into `run.json`.
+        revision: Option<String> = None,
         /// LoRA adapter directory in PEFT's layout, applied over `model`.
         adapter: Option<PathBuf> = None,
         /// Name of the prompt template.
@@ -659,13 +661,15 @@ impl RunConfig {
     }
 
     /// The resolved configuration without what changes no result (threads, batch size of inference, pictures, run
-    /// directory): two runs with the same identity may continue each other.
+    /// directory) and without the name of the model's revision, of which the run notes the commit: two runs with the
+    /// same identity may continue each other.
     pub fn identity(&self, command: Command) -> Result<String> {
         let neutral = Self {
             threads: None,
             batch_size: Self::default().batch_size,
             out: None,
             images: true,
+            revision: None,
             ..self.clone()
         };
         neutral.to_toml(command)

@@ -203,7 +203,8 @@ fn the_resolved_configuration_loads_again_as_itself() {
 fn identity_ignores_what_changes_no_result_and_nothing_else() {
     let base = RunConfig::default();
     let identity = base.identity(Command::Attack).unwrap();
-    let same = RunConfig { threads: Some(3), batch_size: 77, images: false, ..base.clone() };
+    let revision = Some("v1".to_owned());
+    let same = RunConfig { threads: Some(3), batch_size: 77, images: false, revision, ..base.clone() };
     assert_eq!(same.identity(Command::Attack).unwrap(), identity);
     let other = RunConfig { seed: 1, ..base.clone() };
     assert_ne!(other.identity(Command::Attack).unwrap(), identity);

@@ -7,10 +7,13 @@ use crate::model::generate::prompt_batch;
 use crate::model::loader::{Adaptation, Storage, load_vlm};
 use crate::model::lora::Adapter;
 use crate::model::tokenizer::write_json;
-use crate::model::weights::{locate, save_file};
+use crate::model::weights::save_file;
 use crate::pixels::decode::decode_file;
 use crate::recipes::export::refuse_occupied;
+use crate::recipes::inputs;
 use crate::recipes::job::Outcome;
+use crate::recipes::progress::Progress;
+use crate::recipes::run::Stop;
 use candle_core::{Device, Tensor};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
@@ -20,6 +23,8 @@ use std::path::{Path, PathBuf};
 pub struct Subject<'a> {
     /// Hugging Face directory, or an id on the hub.
     pub model: &'a str,
+    /// Branch, tag or commit of a model on the hub.
+    pub revision: Option<&'a str>,
     /// LoRA adapter directory.
     pub adapter: Option<&'a Path>,
     /// Pictures, before the question.
@@ -32,14 +37,16 @@ pub struct Subject<'a> {
 ///
 /// # Errors
 /// As [`dump_logits`].
-pub fn dump(subject: &Subject<'_>, out: &Path, device: &Device) -> Result<Outcome> {
+pub fn dump(subject: &Subject<'_>, out: &Path, device: &Device, progress: &dyn Progress) -> Result<Outcome> {
     let mut content: Vec<Value> = subject.images.iter().map(|_| json!({"type": "image"})).collect();
     content.push(json!({"type": "text", "text": subject.question}));
     let messages = json!([{"role": "user", "content": content}]);
     refuse_occupied(out)?;
-    let dir = locate(subject.model)?;
-    dump_logits(&dir, subject.adapter, &messages, subject.images, out, device)?;
-    let summary = json!({"command": "parity", "model": dir, "adapter": subject.adapter, "dump": out});
+    let location = inputs::locate_model(subject.model, subject.revision, &Stop::default(), progress)?;
+    dump_logits(&location.dir, subject.adapter, &messages, subject.images, out, device)?;
+    let summary = json!({
+        "command": "parity", "model": location.dir, "model_revision": location.commit, "adapter": subject.adapter, "dump": out,
+    });
     Ok(Outcome::new(summary, format!("written: {}\n", out.display())))
 }
 

@@ -40,14 +40,17 @@ pub fn check(dir: &Path, device: &Device) -> Result<Vec<Check>> {
             .find(|known| known.name == case)
             .ok_or_else(|| Error::data(format!("lora.json names the unknown case `{case}`")))?;
         let wanted = Wanted { key, kind, row, numbers: &numbers };
-        let (active, _) = load_vlm(&reference.dir, Adaptation::Active(&adapter), Storage::AsStored, &|_| false, device)?;
+        let (active, _) =
+            load_vlm(&reference.dir, Adaptation::Active(&adapter), Storage::AsStored, &|_| false, device)?;
         wanted.check_logits(&Subject { reference: &reference, vlm: &active }, case, "active", &mut checks)?;
         drop(active);
-        let (merged, _) = load_vlm(&reference.dir, Adaptation::Merged(&adapter), Storage::AsStored, &|_| false, device)?;
+        let (merged, _) =
+            load_vlm(&reference.dir, Adaptation::Merged(&adapter), Storage::AsStored, &|_| false, device)?;
         wanted.check_logits(&Subject { reference: &reference, vlm: &merged }, case, "merged", &mut checks)?;
         drop(merged);
         let trains = |name: &str| name.contains(".lora_");
-        let (trained, _) = load_vlm(&reference.dir, Adaptation::Active(&adapter), Storage::AsStored, &trains, device)?;
+        let (trained, _) =
+            load_vlm(&reference.dir, Adaptation::Active(&adapter), Storage::AsStored, &trains, device)?;
         wanted.check_gradients(&Subject { reference: &reference, vlm: &trained }, case, &mut checks)?;
     }
     Ok(checks)

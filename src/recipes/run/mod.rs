@@ -131,6 +131,11 @@ impl Run {
         self.stop.requested()
     }
 
+    /// What is raised when someone asks to stop.
+    pub fn stop(&self) -> &Stop {
+        &self.stop
+    }
+
     /// [`Error::Stopped`] when someone asked to stop. Call it between items or steps, when everything is saved.
     pub fn check_stop(&self) -> Result<()> {
         self.stop.check()
