@@ -20,9 +20,10 @@ use safemed::data::prompt::PromptTemplate;
 use safemed::data::{DatasetConfig, ImageCheck, Sample};
 use safemed::error;
 use safemed::model::assistant::Assistant;
-use safemed::model::generate::{Decoding, Prompt};
+use safemed::model::generate::Prompt;
 use safemed::model::loader::{Adaptation, Storage};
 use safemed::model::lora::{LoraConfig, Modules};
+use safemed::model::sampling::{Decoding, SamplingConfig};
 use safemed::nn::recompute::{Memory, Stage, loss_and_gradients};
 use safemed::pixels::decode::decode_file;
 use safemed::recipes::config::TrainConfig;
@@ -354,7 +355,8 @@ impl Bench<'_> {
     }
 
     fn group(assistant: &Assistant, asked: &Asked) -> Result<Vec<Vec<Vec<u32>>>> {
-        let decoding = Decoding { temperature: 1.0, ..Decoding::greedy(NEW_TOKENS, Vec::new()) };
+        let decoding =
+            Decoding { sampling: SamplingConfig::at(1.0), ..Decoding::greedy(NEW_TOKENS, Vec::new()) };
         let seeds: Vec<Vec<u64>> =
             (0..asked.prompts.len() as u64).map(|p| (p * 8..p * 8 + 8).collect()).collect();
         let pixels = std::slice::from_ref(&asked.pixels);

@@ -155,7 +155,8 @@ fn eval_writes_one_record_an_item_and_a_summary_of_them() {
             "correct",
             "completion",
             "probabilities",
-            "controls"
+            "controls",
+            "image_reading"
         ]
     );
     assert!(text(&out, "report.md").contains("accuracy") && out.join("report.html").is_file());
@@ -584,6 +585,67 @@ fn predict_answers_as_eval_does_and_smoothed_it_counts_votes() {
     let votes: u64 = answer["counts"].as_object().unwrap().values().map(|v| v.as_u64().unwrap()).sum();
     assert_eq!(votes, 40);
     assert_eq!(answer["abstained"], answer["prediction"].is_null());
+}
+
+#[test]
+fn drawn_answers_depend_on_the_seed_and_the_item_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let drawn = |name: &str, seed: u64, batch_size: usize| {
+        let mut config = RunConfig { seed, batch_size, max_new_tokens: 3, ..config(&at(name)) };
+        config.generation.temperature = 2.0;
+        config.generation.top_k = Some(50);
+        config.generation.min_p = Some(1e-4);
+        evaluate(config);
+        text(&at(name), "records.jsonl")
+    };
+    let together = drawn("together", 5, 20);
+    assert_eq!(together, drawn("apart", 5, 3));
+    assert_ne!(together, drawn("other", 6, 20));
+    let mut greedy = RunConfig { max_new_tokens: 3, ..config(&at("greedy")) };
+    evaluate(greedy.clone());
+    assert_ne!(together, text(&at("greedy"), "records.jsonl"));
+    // Of one token alone, every choice is the greedy one.
+    greedy.out = Some(at("one"));
+    greedy.generation.temperature = 2.0;
+    greedy.generation.top_k = Some(1);
+    evaluate(greedy);
+    assert_eq!(text(&at("greedy"), "records.jsonl"), text(&at("one"), "records.jsonl"));
+    let Material { model, data, .. } = material();
+    let (model, data) = (model.display().to_string(), data.display().to_string());
+    let base = ["--model", &model, "--omnimedvqa", &data, "--temperature", "1"];
+    for more in [&["attack"][..], &["certify", "--sigma", "0.25"], &["eval", "--scoring", "likelihood"]] {
+        let (status, _, stderr) = said(&safemed(&[more, &base[..]].concat()));
+        assert!(status == 2 && stderr.contains("temperature"), "{more:?}: {stderr}");
+    }
+    let (status, _, stderr) = said(&safemed(&[&["eval"], &base[..4], &["--top-p", "1.5"]].concat()));
+    assert!(status == 2 && stderr.contains("top_p"), "{stderr}");
+}
+
+#[test]
+fn deep_gray_is_read_as_asked_and_the_record_says_how() {
+    let dir = tempfile::tempdir().unwrap();
+    let Material { model, .. } = material();
+    let (image, model) = (dir.path().join("slice.png"), model.display().to_string());
+    let values = (0..64 * 64u32).map(|at| (at * 16) as u16).collect::<Vec<_>>();
+    image::ImageBuffer::<image::Luma<u16>, _>::from_raw(64, 64, values).unwrap().save(&image).unwrap();
+    let image = image.display().to_string();
+    let read = |more: &[&str]| {
+        let base = ["predict", "--model", &model, "--image", &image, "--question", "Which?", "--option", "a"];
+        let rest = ["--option", "b", "--scoring", "likelihood", "--prompt", "phantom", "--json"];
+        let (status, stdout, stderr) = said(&safemed(&[&base, &rest[..], more].concat()));
+        assert_eq!(status, 0, "{stderr}");
+        serde_json::from_str::<Value>(&stdout).unwrap()
+    };
+    let plain = read(&[]);
+    assert_eq!(plain["image_reading"], "16-bit, white above 255");
+    let window = read(&["--window", "30000/20000"]);
+    assert_eq!(window["image_reading"], "window 30000/20000");
+    assert_ne!(plain["probabilities"], window["probabilities"]);
+    assert_eq!(read(&["--deep-gray", "min_max"])["image_reading"], "range 0 to 65520");
+    assert_eq!(read(&["--deep-gray", "full_range"])["image_reading"], "range 0 to 65535");
+    let (status, _, stderr) = said(&safemed(&["eval", "--window", "40"]));
+    assert!(status == 2 && stderr.contains("40/400"), "{stderr}");
 }
 
 #[test]

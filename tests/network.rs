@@ -6,6 +6,7 @@ use rand::Rng as _;
 use safemed::backend::with_threads;
 use safemed::model::assistant::Assistant;
 use safemed::model::generate::{Completion, Prompt};
+use safemed::model::sampling::SamplingConfig;
 use safemed::nn::attention::Layout;
 use safemed::nn::recompute::{Gradients, Memory, loss_and_gradients};
 use safemed::rng;
@@ -218,8 +219,8 @@ fn a_cache_changes_no_greedy_token() {
     for kind in [Kind::Qwen3, Kind::Qwen25] {
         let assistant = assistant_of(kind, Weights::Loud, false);
         let asked = asked(&assistant, &[0, 1, 2, 3, 4]);
-        let completions = policy::answers(&assistant, &asked.prompts, &asked.images, 6).unwrap();
-        let decoding = assistant.decoding(6, 0.0);
+        let completions = policy::greedy_answers(&assistant, &asked.prompts, &asked.images, 6).unwrap();
+        let decoding = assistant.decoding(6, SamplingConfig::default());
         let mut tokens = 0;
         for ((prompt, image), completion) in asked.prompts.iter().zip(&asked.images).zip(&completions) {
             let mut prompt = prompt.clone();
@@ -242,7 +243,7 @@ fn a_cache_changes_no_greedy_token() {
 fn a_group_is_what_its_members_would_be_alone() {
     let assistant = assistant_of(Kind::Qwen3, Weights::Loud, false);
     let asked = asked(&assistant, &[0, 1, 3]);
-    let decoding = assistant.decoding(6, 1.0);
+    let decoding = assistant.decoding(6, SamplingConfig::at(1.0));
     let seeds = vec![vec![1, 2, 3, 4], vec![5, 6], vec![1, 7, 8]];
     let together = policy::sample(&assistant, &asked.prompts, &asked.images, &seeds, &decoding).unwrap();
     let mut different: Vec<&Completion> = Vec::new();

@@ -166,6 +166,43 @@ pub(crate) struct ModelArgs {
 }
 
 #[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Generation")]
+pub(crate) struct GenerationArgs {
+    /// 0 is greedy; otherwise tokens are drawn [default: 0].
+    #[arg(long, value_name = "T", allow_hyphen_values = true, env = "SAFEMED_TEMPERATURE", hide_env = true)]
+    temperature: Option<String>,
+    /// Keep the K most likely tokens.
+    #[arg(long, value_name = "K", env = "SAFEMED_TOP_K", hide_env = true)]
+    top_k: Option<String>,
+    /// Keep the most likely tokens of this total probability.
+    #[arg(long, value_name = "P", env = "SAFEMED_TOP_P", hide_env = true)]
+    top_p: Option<String>,
+    /// Keep tokens of at least this share of the best one's probability.
+    #[arg(long, value_name = "P", env = "SAFEMED_MIN_P", hide_env = true)]
+    min_p: Option<String>,
+    /// Makes tokens that stood before less likely [default: 1].
+    #[arg(long, value_name = "R", env = "SAFEMED_REPETITION_PENALTY", hide_env = true)]
+    repetition_penalty: Option<String>,
+}
+
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Images")]
+pub(crate) struct ImageArgs {
+    /// Gray deeper than 8 bits: as_stored (as transformers; DICOM by its own window), full_range or min_max.
+    #[arg(long, value_name = "HOW", env = "SAFEMED_DEEP_GRAY", hide_env = true)]
+    deep_gray: Option<String>,
+    /// Window of deep gray, in its own units (Hounsfield for CT): 40/400 for soft tissue.
+    #[arg(
+        long,
+        value_name = "CENTER/WIDTH",
+        allow_hyphen_values = true,
+        env = "SAFEMED_WINDOW",
+        hide_env = true
+    )]
+    window: Option<String>,
+}
+
+#[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Questions")]
 pub(crate) struct DataArgs {
     /// Root of an OmniMedVQA tree (without ROOT: the one configured, else ./OmniMedVQA).
@@ -204,7 +241,11 @@ pub(crate) struct RunArgs {
     #[command(flatten)]
     data: DataArgs,
     #[command(flatten)]
+    images: ImageArgs,
+    #[command(flatten)]
     model: ModelArgs,
+    #[command(flatten)]
+    generation: GenerationArgs,
     #[command(flatten)]
     pub(crate) common: CommonArgs,
 }
@@ -303,7 +344,11 @@ pub(crate) struct PredictArgs {
     #[command(flatten)]
     smoothing: SmoothingFlags,
     #[command(flatten)]
+    images: ImageArgs,
+    #[command(flatten)]
     model: ModelArgs,
+    #[command(flatten)]
+    generation: GenerationArgs,
     #[command(flatten)]
     pub(crate) config: ConfigArgs,
     #[command(flatten)]

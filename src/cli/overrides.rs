@@ -23,8 +23,21 @@ const TOP: [&str; 13] = [
 ];
 
 /// Flags of `[data]`.
-const DATA: [&str; 8] =
-    ["omnimedvqa", "data", "split", "train_split", "modality", "question_type", "limit", "shard"];
+const DATA: [&str; 10] = [
+    "omnimedvqa",
+    "data",
+    "split",
+    "train_split",
+    "modality",
+    "question_type",
+    "limit",
+    "shard",
+    "deep_gray",
+    "window",
+];
+
+/// Flags of `[generation]`.
+const GENERATION: [&str; 5] = ["temperature", "top_k", "top_p", "min_p", "repetition_penalty"];
 
 /// Flags of `[attack]`.
 const ATTACK: [&str; 9] =
@@ -44,7 +57,13 @@ pub(super) fn overrides(command: Command, matches: &ArgMatches) -> Result<Vec<Ov
         })?;
         found.push(Override::new(key.trim(), value.trim(), "--set"));
     }
-    let sections = [("", &TOP[..]), ("data.", &DATA), ("attack.", &ATTACK), ("certify.", &CERTIFY)];
+    let sections = [
+        ("", &TOP[..]),
+        ("generation.", &GENERATION),
+        ("data.", &DATA),
+        ("attack.", &ATTACK),
+        ("certify.", &CERTIFY),
+    ];
     for (section, ids) in sections {
         for id in ids {
             found.extend(flag(command, section, id, matches));

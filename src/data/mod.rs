@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::error::{Error, Result};
+use crate::pixels::gray::GrayReading;
 pub use problem::Problem;
 pub use sample::Sample;
 pub use select::Shard;
@@ -44,6 +45,8 @@ pub struct Dataset {
     pub samples: Vec<Sample>,
     /// Questions of the restricted-access part, which comes without images: counted, never loaded.
     pub restricted: usize,
+    /// How gray deeper than eight bits is read in its images.
+    pub gray: GrayReading,
     /// Records left out because `skip_invalid` allows it, one or more problems each.
     pub skipped: Vec<Problem>,
     /// The selected questions before sharding; `None` when this is no shard.
@@ -108,6 +111,9 @@ pub struct DatasetConfig {
     /// Leave out records that have a problem, and count them, instead of refusing the data.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub skip_invalid: bool,
+    /// How gray deeper than eight bits is read in images.
+    #[serde(skip)]
+    pub gray: GrayReading,
 }
 
 impl DatasetConfig {
@@ -187,6 +193,7 @@ impl DatasetConfig {
             root: reading.root,
             samples: reading.samples,
             restricted: reading.restricted,
+            gray: self.gray,
             ..Dataset::default()
         };
         Ok((dataset, reading.problems))

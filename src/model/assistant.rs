@@ -2,11 +2,12 @@
 
 use super::chat::{ChatTemplate, Message, RenderOptions};
 use super::config::VlmConfig;
-use super::generate::{Completion, Decoding, Prompt};
+use super::generate::{Completion, Prompt};
 use super::loader::{self, Adaptation, Processor, Storage};
 use super::parameters::Build;
 use super::positions::Grid;
 use super::processor::{ImageProcessorConfig, ProcessedImage};
+use super::sampling::{Decoding, SamplingConfig};
 use super::tokenizer::Tokenizer;
 use super::vlm::Vlm;
 use super::weights;
@@ -152,8 +153,8 @@ impl Assistant {
         self.tokenizer.require("<|im_end|>")
     }
 
-    /// How to sample from this model.
-    pub fn decoding(&self, max_new_tokens: usize, temperature: f64) -> Decoding {
+    /// How to sample from this model: never a vision token, and until one of its stop tokens.
+    pub fn decoding(&self, max_new_tokens: usize, sampling: SamplingConfig) -> Decoding {
         let config = self.vlm.config();
         let suppressed_ids = vec![
             config.image_token_id,
@@ -161,15 +162,7 @@ impl Assistant {
             config.vision_start_token_id,
             config.vision_end_token_id,
         ];
-        Decoding {
-            max_new_tokens,
-            temperature,
-            top_k: None,
-            top_p: None,
-            stop_ids: self.tokenizer.stop_ids().to_vec(),
-            suppressed_ids,
-            repetition_penalty: 1.0,
-        }
+        Decoding { max_new_tokens, stop_ids: self.tokenizer.stop_ids().to_vec(), suppressed_ids, sampling }
     }
 
     /// What a completion says, without the stop token.

@@ -6,71 +6,13 @@
 use super::config::VlmConfig;
 use super::kv_cache::KvCache;
 use super::positions::{Grid, prompt_positions};
+use super::sampling::{Decoding, Sampler};
 use super::vlm::{Batch, Features, Vlm};
 use crate::error::{Error, Result};
 use crate::nn::attention::{Block, Layout};
 use crate::nn::rows;
 use candle_core::{DType, Tensor};
-use candle_transformers::generation::{LogitsProcessor, Sampling};
-use std::collections::BTreeSet;
 use std::ops::Range;
-
-/// How tokens are chosen.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Decoding {
-    /// Longest completion, stop token included.
-    pub max_new_tokens: usize,
-    /// Zero is greedy; otherwise logits are divided by this before the softmax.
-    pub temperature: f64,
-    /// Keep only so many most likely tokens.
-    pub top_k: Option<usize>,
-    /// Keep only the most likely tokens of this total probability.
-    pub top_p: Option<f64>,
-    /// Divides positive and multiplies negative logits of every token that stands in the prompt or in the completion so
-    /// far, before the temperature, as transformers does; 1 changes nothing.
-    pub repetition_penalty: f64,
-    /// Tokens that end a completion.
-    pub stop_ids: Vec<u32>,
-    /// Tokens that are never chosen: vision placeholders.
-    pub suppressed_ids: Vec<u32>,
-}
-
-impl Decoding {
-    /// The best token at each step.
-    pub fn greedy(max_new_tokens: usize, stop_ids: Vec<u32>) -> Self {
-        Self {
-            max_new_tokens,
-            temperature: 0.0,
-            top_k: None,
-            top_p: None,
-            repetition_penalty: 1.0,
-            stop_ids,
-            suppressed_ids: Vec::new(),
-        }
-    }
-
-    /// Refuses what no sampler can do.
-    fn check(&self) -> Result<()> {
-        let penalty = self.repetition_penalty;
-        if penalty > 0.0 && penalty.is_finite() {
-            return Ok(());
-        }
-        Err(Error::usage(format!(
-            "the repetition penalty must be a positive number, found {penalty}\n   = help: 1 switches it off"
-        )))
-    }
-
-    fn sampling(&self) -> Sampling {
-        let temperature = self.temperature;
-        match (temperature > 0.0, self.top_k, self.top_p) {
-            (false, ..) => Sampling::ArgMax,
-            (true, None, None) => Sampling::All { temperature },
-            (true, Some(k), None) => Sampling::TopK { k, temperature },
-            (true, None, Some(p)) => Sampling::TopP { p, temperature },
-            (true, Some(k), Some(p)) => Sampling::TopKThenTopP { k, p, temperature },
-        }
-    }
-}
 
 /// A prompt ready for the decoder.
 #[derive(Debug, Clone, PartialEq)]
@@ -143,7 +85,7 @@ pub fn generate(
     seeds: &[Vec<u64>],
     decoding: &Decoding,
 ) -> Result<Vec<Vec<Completion>>> {
-    decoding.check()?;
+    decoding.sampling.check()?;
     let (batch, ranges) = prompt_batch(vlm, prompts)?;
     let prompt_rows = batch.input_ids.len();
     let total: usize = seeds.iter().map(Vec::len).sum();
@@ -165,7 +107,7 @@ pub fn generate(
                 prompt,
                 start: prompt_rows + sequences.len() * decoding.max_new_tokens,
                 next_position: prompts[prompt].next_position(),
-                sampler: LogitsProcessor::from_sampling(seed, decoding.sampling()),
+                sampler: Sampler::new(decoding.sampling, seed),
                 completion: Completion::default(),
             });
         }
@@ -197,33 +139,17 @@ struct Sequence {
     /// First cache row of its own.
     start: usize,
     next_position: i64,
-    sampler: LogitsProcessor,
+    sampler: Sampler,
     completion: Completion,
 }
 
 impl Sequence {
-    fn choose(&mut self, logits: &Tensor, prompt: &[u32], decoding: &Decoding) -> Result<()> {
-        let token = if decoding.repetition_penalty == 1.0 {
-            self.sampler.sample(logits)?
-        } else {
-            let mut values: Vec<f32> = logits.to_vec1()?;
-            let seen = prompt.iter().chain(&self.completion.ids);
-            penalize(&mut values, seen.copied(), decoding.repetition_penalty as f32);
-            self.sampler.sample(&Tensor::new(values, &candle_core::Device::Cpu)?)?
-        };
+    fn choose(&mut self, logits: &[f32], prompt: &[u32], decoding: &Decoding) -> Result<()> {
+        let seen = prompt.iter().chain(&self.completion.ids);
+        let token = self.sampler.choose(logits.to_vec(), seen.copied())?;
         self.completion.ids.push(token);
         self.completion.is_finished = decoding.stop_ids.contains(&token);
         Ok(())
-    }
-}
-
-/// Makes the tokens `seen` less likely (more likely below 1): once each, however often they occur.
-fn penalize(logits: &mut [f32], seen: impl Iterator<Item = u32>, penalty: f32) {
-    let seen: BTreeSet<u32> = seen.collect();
-    for id in seen {
-        if let Some(value) = logits.get_mut(id as usize) {
-            *value = if *value < 0.0 { *value * penalty } else { *value / penalty };
-        }
     }
 }
 
@@ -250,9 +176,9 @@ fn step_batch(
 }
 
 /// Logits by row, suppressed tokens at minus infinity.
-fn logits_of(vlm: &Vlm, hidden: &Tensor, decoding: &Decoding) -> Result<Vec<Tensor>> {
+fn logits_of(vlm: &Vlm, hidden: &Tensor, decoding: &Decoding) -> Result<Vec<Vec<f32>>> {
     let logits = vlm.logits(hidden)?.to_dtype(DType::F32)?.to_device(&candle_core::Device::Cpu)?;
-    let (count, vocab) = logits.dims2()?;
+    let vocab = logits.dim(1)?;
     let mut values: Vec<f32> = logits.flatten_all()?.to_vec1()?;
     for row in values.chunks_exact_mut(vocab) {
         if let Some(bad) = row.iter().find(|value| !value.is_finite()) {
@@ -266,29 +192,5 @@ fn logits_of(vlm: &Vlm, hidden: &Tensor, decoding: &Decoding) -> Result<Vec<Tens
             }
         }
     }
-    let all = Tensor::from_vec(values, (count, vocab), &candle_core::Device::Cpu)?;
-    (0..count).map(|row| Ok(all.get(row)?)).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_penalty_counts_each_token_once_and_moves_it_away_from_being_chosen() {
-        let mut logits = [2.0, -2.0, 3.0, f32::NEG_INFINITY, 0.0];
-        penalize(&mut logits, [0, 1, 0, 3, 4, 99].into_iter(), 1.25);
-        assert_eq!(logits, [1.6, -2.5, 3.0, f32::NEG_INFINITY, 0.0]);
-        penalize(&mut logits, [2, 2, 2].into_iter(), 0.5);
-        assert_eq!(logits[2], 6.0);
-    }
-
-    #[test]
-    fn impossible_penalties_are_refused() {
-        for penalty in [0.0, -1.0, f64::NAN, f64::INFINITY] {
-            let decoding = Decoding { repetition_penalty: penalty, ..Decoding::greedy(4, vec![]) };
-            assert!(decoding.check().is_err(), "{penalty}");
-        }
-        assert!(Decoding::greedy(4, vec![]).check().is_ok());
-    }
+    Ok(values.chunks_exact(vocab).map(<[f32]>::to_vec).collect())
 }

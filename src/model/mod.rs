@@ -14,6 +14,7 @@ pub mod patches;
 pub mod positions;
 pub mod processor;
 pub mod resize;
+pub mod sampling;
 pub mod tensor_file;
 pub mod text;
 pub mod tokenizer;

@@ -9,10 +9,13 @@ use crate::error::{Error, Result};
 use crate::model::assistant::Assistant;
 use crate::model::generate::Prompt;
 use crate::model::processor::ProcessedImage;
+use crate::model::sampling::SamplingConfig;
 use crate::reward::answer::parse_answer;
+use crate::rng;
 use crate::roles::classifier::most_likely;
 use crate::roles::policy;
 use candle_core::Tensor;
+use rand::RngCore;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -25,6 +28,10 @@ pub struct Asking {
     pub scoring: Scoring,
     /// Longest completion, in tokens.
     pub max_new_tokens: usize,
+    /// How its tokens are chosen.
+    pub sampling: SamplingConfig,
+    /// Names the random numbers, with the item's id.
+    pub seed: u64,
 }
 
 /// What a model answers.
@@ -48,6 +55,8 @@ impl Asking {
             template: config.prompt.parse()?,
             scoring: config.scoring,
             max_new_tokens: config.max_new_tokens,
+            sampling: config.generation.sampling(),
+            seed: config.seed,
         })
     }
 
@@ -100,7 +109,11 @@ impl Asking {
         prompts: &[Prompt],
         pixels: &[Tensor],
     ) -> Result<Vec<Answer>> {
-        let completions = policy::answers(assistant, prompts, pixels, self.max_new_tokens)?;
+        let decoding = assistant.decoding(self.max_new_tokens, self.sampling);
+        // Of the item alone, so that neither its neighbours nor the order of items changes what is drawn.
+        let seed = |sample: &&Sample| rng::stream(self.seed, "answer", &[rng::key_of(&sample.id)]).next_u64();
+        let seeds: Vec<u64> = samples.iter().map(seed).collect();
+        let completions = policy::answers(assistant, prompts, pixels, &decoding, &seeds)?;
         let answer = |(completion, sample): (_, &&Sample)| {
             let completion = assistant.text_of(completion)?;
             let prediction = parse_answer(&completion, sample.options.len());

@@ -59,6 +59,7 @@ pub fn attack(job: &Job<'_>) -> Result<Outcome> {
     let config = &job.config;
     refuse_what_is_missing(&config.attack)?;
     inputs::check_job(job)?;
+    inputs::require_greedy(&job.config, "attacked answers are those of a fixed function")?;
     let setting = setting_of(config)?;
     let (dataset, _) = inputs::open_questions(config)?;
     items::require_some(&dataset, "attack")?;
@@ -124,7 +125,7 @@ pub fn under_attack(
     progress: &dyn Progress,
 ) -> Result<Value> {
     inputs::note_questions(run, dataset, None, setting.template)?;
-    let images = Images::new(&dataset.root);
+    let images = Images::new(dataset);
     let samples = inputs::in_item_order(&dataset.samples);
     let todo: Vec<&Sample> =
         samples.iter().copied().filter(|sample| !run.done_ids().contains(&sample.id)).collect();
@@ -160,6 +161,8 @@ struct Item<'a> {
     sample: &'a Sample,
     /// The attacked pixels' 8-bit original: the file, or its resized version for `space = model`.
     clean: RgbImage8,
+    /// How its numbers became eight bits.
+    reading: String,
     processed: Arc<ProcessedImage>,
     own: Completion,
     clean_prediction: Option<usize>,
@@ -195,6 +198,7 @@ fn attack_batch(
         batch.push(Item {
             sample,
             clean,
+            reading: images.reading(&sample.image),
             processed,
             own: Completion::default(),
             clean_prediction: None,
@@ -234,7 +238,7 @@ fn ask(
         .map(|(sample, image)| items::prompt_of(assistant, setting.template, sample, image))
         .collect::<Result<Vec<_>>>()?;
     let pixels = items::stack(assistant, images)?;
-    let completions = policy::answers(assistant, &prompts, &pixels, setting.max_new_tokens)?;
+    let completions = policy::greedy_answers(assistant, &prompts, &pixels, setting.max_new_tokens)?;
     completions
         .into_iter()
         .map(|completion| {
@@ -388,6 +392,7 @@ fn finish(assistant: &Assistant, item: &Item<'_>, setting: &Setting<'_>, run: &R
     more.insert("question_type".into(), json!(sample.question_type));
     more.insert("clean_completion".into(), json!(assistant.text_of(&item.own)?));
     more.insert("adversarial_completion".into(), json!(completion));
+    more.insert("image_reading".into(), json!(item.reading));
     Ok(AttackRecord {
         id: sample.id.clone(),
         method: attack.method.word().to_owned(),

@@ -53,6 +53,7 @@ pub fn certify(job: &Job<'_>) -> Result<Outcome> {
     let config = &job.config;
     smoothing_of(config)?;
     inputs::check_job(job)?;
+    inputs::require_greedy(&job.config, "a certificate is about a fixed function")?;
     let (dataset, _) = inputs::open_questions(config)?;
     items::require_some(&dataset, "certify")?;
     let model = inputs::open_model(job)?;
@@ -121,7 +122,7 @@ pub fn smoothed(
     progress: &dyn Progress,
 ) -> Result<Value> {
     inputs::note_questions(run, dataset, None, setting.template)?;
-    let images = Images::new(&dataset.root);
+    let images = Images::new(dataset);
     let samples = inputs::in_item_order(&dataset.samples);
     progress.start(samples.len(), "certify");
     let (mut done, mut certified) = (0, 0);
@@ -170,7 +171,9 @@ fn certify_one(
         QuestionClassifier { assistant, prompt: &prompt, num_options: sample.options.len(), reading };
     let pixels = processed.resized.to_tensor(assistant.vlm.device())?;
     let certificate = certify::certify(&classifier, &pixels, rng::key_of(&sample.id), &setting.smoothing)?;
-    Ok(record_of(sample, &certificate, &classifier, setting, original.sha256()))
+    let mut record = record_of(sample, &certificate, &classifier, setting, original.sha256());
+    record.more.insert("image_reading".to_owned(), json!(images.reading(&sample.image)));
+    Ok(record)
 }
 
 /// Each option's shortest right completion.

@@ -220,7 +220,7 @@ impl Demo<'_> {
         if dir.join("chat_template.jinja").exists() {
             return Ok(());
         }
-        let dataset = self.config("train").dataset().load(ImageCheck::Ignore)?;
+        let dataset = self.config("train").data.dataset().load(ImageCheck::Ignore)?;
         let templates = [PromptTemplate::PhantomCot, PromptTemplate::Phantom];
         let device = self.job.config.backend().device()?;
         let few = &dataset.samples[..dataset.samples.len().min(4000)];
@@ -357,7 +357,7 @@ impl Demo<'_> {
     fn loaded(&self, training: &Training, config: &RunConfig) -> Result<(Assistant, Dataset)> {
         let device = config.backend().device()?;
         let assistant = Assistant::load(&self.model_of(training), &|_| false, &device)?;
-        Ok((assistant, config.dataset().load(ImageCheck::Exist)?))
+        Ok((assistant, config.data.dataset().load(ImageCheck::Exist)?))
     }
 
     fn measuring(&self, training: &Training) -> RunConfig {
@@ -427,7 +427,7 @@ impl Demo<'_> {
         let summary = match self.open(Command::Eval, &config, &format!("{}-eval", training.name))? {
             Ok(mut run) => {
                 let (assistant, dataset) = self.loaded(training, &config)?;
-                let seen = config.dataset().load_train()?;
+                let seen = config.data.dataset().load_train()?;
                 let settings = EvalSettings::of(&config)?;
                 eval::evaluate(&assistant, &dataset, seen.as_ref(), &settings, &mut run, progress)?
             }

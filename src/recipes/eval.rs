@@ -89,7 +89,7 @@ pub fn evaluate(
     let samples = inputs::in_item_order(&dataset.samples);
     let work: Vec<&Sample> =
         samples.iter().copied().filter(|sample| !run.done_ids().contains(&sample.id)).collect();
-    let images = Images::new(&dataset.root);
+    let images = Images::new(dataset);
 
     let mut correct = run.records()?.iter().filter(|record| record["correct"] == true).count();
     let mut done = samples.len() - work.len();
@@ -179,12 +179,12 @@ fn ask(
                 shuffled_image: letter(other),
                 option_prior: letter(blind.prior.get(sample.id.as_str()).copied()),
             };
-            record(sample, answer, controls)
+            record(sample, answer, controls, images.reading(&sample.image))
         })
         .collect())
 }
 
-fn record(sample: &Sample, answer: Answer, controls: Controls) -> EvalRecord {
+fn record(sample: &Sample, answer: Answer, controls: Controls, image_reading: String) -> EvalRecord {
     EvalRecord {
         id: sample.id.clone(),
         dataset: sample.dataset.clone(),
@@ -199,6 +199,7 @@ fn record(sample: &Sample, answer: Answer, controls: Controls) -> EvalRecord {
         completion: answer.completion,
         probabilities: answer.probabilities,
         controls,
+        image_reading,
     }
 }
 

@@ -18,6 +18,7 @@ use super::sft::StepReport;
 use crate::error::Result;
 use crate::model::assistant::Assistant;
 use crate::model::generate::Completion;
+use crate::model::sampling::SamplingConfig;
 use crate::nn::recompute::{Memory, Stage, loss_and_gradients};
 use crate::reward::RewardConfig;
 use crate::rng;
@@ -111,7 +112,7 @@ fn roll_out(
                 .collect()
         })
         .collect();
-    let decoding = frozen.decoding(max_new_tokens, settings.temperature);
+    let decoding = frozen.decoding(max_new_tokens, SamplingConfig::at(settings.temperature));
     let sampled = policy::sample(frozen, &questions.prompts, pixels, &seeds, &decoding)?;
     let rewards = RewardConfig {
         accuracy_weight: settings.accuracy_weight,

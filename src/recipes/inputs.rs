@@ -2,7 +2,7 @@
 //!
 //! Also the hashes that provenance keeps of them. No model is run here.
 
-use super::config::RunConfig;
+use super::config::{GenerationConfig, RunConfig, Scoring};
 use super::job::Job;
 use super::progress::Progress;
 use super::run::{Run, Stop};
@@ -50,8 +50,25 @@ pub fn check_settings(config: &RunConfig) -> Result<PromptTemplate> {
         ));
     };
     hub::check_revision(model, config.revision.as_deref())?;
+    config.generation.sampling().check()?;
+    if config.scoring == Scoring::Likelihood {
+        require_greedy(config, "likelihoods are computed, nothing is generated")?;
+    }
     config.backend().device()?;
     Ok(template)
+}
+
+/// Refuses `[generation]` where it would have no effect, or break what is claimed: `why`.
+///
+/// # Errors
+/// A usage error for any of its settings.
+pub fn require_greedy(config: &RunConfig, why: &str) -> Result<()> {
+    if config.generation == GenerationConfig::default() {
+        return Ok(());
+    }
+    Err(Error::usage(format!(
+        "{why}: `generation` settings (temperature, top_k, top_p, min_p, repetition_penalty) cannot be used here\n   = help: leave them out"
+    )))
 }
 
 /// As [`check_settings`], and that the run directory can be used.

@@ -7,6 +7,7 @@ use crate::model::assistant::Assistant;
 use crate::model::generate::Prompt;
 use crate::model::processor::ProcessedImage;
 use crate::nn::rows;
+use crate::pixels::gray::GrayReading;
 use crate::pixels::{RgbImage8, decode};
 use candle_core::Tensor;
 use rayon::prelude::*;
@@ -21,13 +22,21 @@ const CACHE_BYTES: usize = 2 << 30;
 #[derive(Debug)]
 pub struct Images {
     root: PathBuf,
+    gray: GrayReading,
+    /// How each image's numbers became eight bits.
+    readings: Mutex<HashMap<PathBuf, String>>,
     cache: Mutex<(HashMap<PathBuf, Arc<ProcessedImage>>, usize)>,
 }
 
 impl Images {
-    /// The images below `root`.
-    pub fn new(root: &Path) -> Self {
-        Self { root: root.to_path_buf(), cache: Mutex::default() }
+    /// The images of `dataset`.
+    pub fn new(dataset: &Dataset) -> Self {
+        Self {
+            root: dataset.root.clone(),
+            gray: dataset.gray,
+            readings: Mutex::default(),
+            cache: Mutex::default(),
+        }
     }
 
     /// The file as it is, in eight bits.
@@ -35,7 +44,16 @@ impl Images {
     /// # Errors
     /// When it is missing or damaged.
     pub fn original(&self, image: &Path) -> Result<RgbImage8> {
-        decode::decode_file(&self.root.join(image))
+        let decoded = decode::read_file(&self.root.join(image), self.gray)?;
+        let mut readings = self.readings.lock().unwrap_or_else(PoisonError::into_inner);
+        readings.insert(image.to_path_buf(), decoded.reading);
+        Ok(decoded.image)
+    }
+
+    /// How the image's numbers became eight bits, in words; it has been read before.
+    pub fn reading(&self, image: &Path) -> String {
+        let readings = self.readings.lock().unwrap_or_else(PoisonError::into_inner);
+        readings.get(image).cloned().unwrap_or_default()
     }
 
     /// The image at the model's resolution.
@@ -152,24 +170,4 @@ pub fn require_some(dataset: &Dataset, what: &str) -> Result<()> {
         )));
     }
     Ok(())
-}
-
-impl super::config::RunConfig {
-    /// Which questions are read, for the data floor.
-    pub fn dataset(&self) -> crate::data::DatasetConfig {
-        let data = self.data.clone();
-        crate::data::DatasetConfig {
-            omnimedvqa: data.omnimedvqa,
-            data: data.data,
-            split: data.split,
-            train_split: data.train_split,
-            modality: data.modality,
-            question_type: data.question_type,
-            limit: data.limit,
-            shard: data
-                .shard
-                .map(|shard| crate::data::select::Shard { index: shard.index, count: shard.count }),
-            ..crate::data::DatasetConfig::default()
-        }
-    }
 }

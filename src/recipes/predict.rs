@@ -10,7 +10,8 @@ use crate::data::Sample;
 use crate::data::sample::UNKNOWN;
 use crate::error::{Error, Result};
 use crate::model::assistant::Assistant;
-use crate::pixels::{RgbImage8, decode};
+use crate::pixels::RgbImage8;
+use crate::pixels::decode::{self, Decoded};
 use crate::reward::answer::parse_answer;
 use crate::rng;
 use crate::roles::classifier::{QuestionClassifier, Reading};
@@ -26,14 +27,19 @@ pub fn predict(job: &Job<'_>, image: &Path, question: &str, options: &[String]) 
     let config = &job.config;
     let sample = sample(image, question, options)?;
     inputs::check_settings(config)?;
+    if config.certify.sigma.is_some() {
+        inputs::require_greedy(config, "a smoothed prediction is about a fixed function")?;
+    }
     let smoothing = config.certify.sigma.map(|sigma| smoothing(config, sigma)).transpose()?;
-    let picture = decode::decode_file(image)?;
+    let Decoded { image: picture, reading } = decode::read_file(image, config.data.gray())?;
     let assistant = inputs::open_model(job)?.assistant;
     let asking = Asking::of(config)?;
-    match smoothing {
-        Some(smoothing) => smoothed(&assistant, &asking, &sample, &picture, &smoothing),
-        None => plain(&assistant, &asking, &sample, &picture),
-    }
+    let mut outcome = match smoothing {
+        Some(smoothing) => smoothed(&assistant, &asking, &sample, &picture, &smoothing)?,
+        None => plain(&assistant, &asking, &sample, &picture)?,
+    };
+    outcome.summary["image_reading"] = json!(reading);
+    Ok(outcome)
 }
 
 fn sample(image: &Path, question: &str, options: &[String]) -> Result<Sample> {

@@ -56,6 +56,9 @@ pub struct EvalRecord {
     pub probabilities: Option<Vec<f64>>,
     /// What is predicted without the image.
     pub controls: Controls,
+    /// How the image's numbers became eight bits: `8-bit`, or what was done.
+    #[serde(default)]
+    pub image_reading: String,
 }
 
 /// One item of `attack`.

@@ -27,6 +27,7 @@ use std::path::PathBuf;
 /// Whatever is wrong with settings, data or weights, before the first step; numbers that are not finite, at the step.
 pub fn train(job: &Job<'_>) -> Result<Outcome> {
     inputs::check_job(job)?;
+    inputs::require_greedy(&job.config, "training samples as `train.grpo` says")?;
     let material = material(&job.config, &job.stop, job.progress)?;
     let mut run = job.open_run()?;
     let summary = learn(material, &job.config, &mut run, job.progress)?;
@@ -140,7 +141,7 @@ fn train_steps(
     progress: &dyn Progress,
 ) -> Result<PathBuf> {
     let settings = &config.train;
-    let images = Images::new(&dataset.root);
+    let images = Images::new(dataset);
     let lesson = Lesson {
         samples: &dataset.samples,
         images: &images,

@@ -60,7 +60,7 @@ impl BaseClassifier for QuestionClassifier<'_> {
         let images = [noisy.clone()];
         match &self.reading {
             Reading::Generation { max_new_tokens, parse } => {
-                let completions = policy::answers(self.assistant, &prompts, &images, *max_new_tokens)?;
+                let completions = policy::greedy_answers(self.assistant, &prompts, &images, *max_new_tokens)?;
                 completions
                     .iter()
                     .map(|completion| {

@@ -2,7 +2,8 @@
 
 use crate::error::Result;
 use crate::model::assistant::Assistant;
-use crate::model::generate::{Completion, Decoding, Prompt, generate};
+use crate::model::generate::{Completion, Prompt, generate};
+use crate::model::sampling::{Decoding, SamplingConfig};
 use crate::model::vlm::{Batch, Features};
 use crate::nn::attention::{Block, Layout};
 use crate::nn::recompute::Stage;
@@ -45,15 +46,29 @@ pub fn grids_of(assistant: &Assistant, pixels: &[Tensor]) -> Result<Vec<[usize; 
 ///
 /// # Errors
 /// When a logit is not a number.
-pub fn answers(
+pub fn greedy_answers(
     assistant: &Assistant,
     prompts: &[Prompt],
     pixels: &[Tensor],
     max_new_tokens: usize,
 ) -> Result<Vec<Completion>> {
-    let decoding = assistant.decoding(max_new_tokens, 0.0);
-    let seeds = vec![vec![0]; prompts.len()];
-    Ok(sample(assistant, prompts, pixels, &seeds, &decoding)?.into_iter().flatten().collect())
+    let decoding = assistant.decoding(max_new_tokens, SamplingConfig::default());
+    answers(assistant, prompts, pixels, &decoding, &vec![0; prompts.len()])
+}
+
+/// Answers, one for each prompt; images in the order of the prompts. `seeds[p]` matters only where tokens are drawn.
+///
+/// # Errors
+/// When a logit is not a number.
+pub fn answers(
+    assistant: &Assistant,
+    prompts: &[Prompt],
+    pixels: &[Tensor],
+    decoding: &Decoding,
+    seeds: &[u64],
+) -> Result<Vec<Completion>> {
+    let seeds: Vec<Vec<u64>> = seeds.iter().map(|&seed| vec![seed]).collect();
+    Ok(sample(assistant, prompts, pixels, &seeds, decoding)?.into_iter().flatten().collect())
 }
 
 /// Sampled completions, `seeds[p].len()` for prompt `p`.

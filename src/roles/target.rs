@@ -134,7 +134,7 @@ impl Objective for Target<'_> {
     fn is_broken(&self, pixels: &Tensor, items: &[usize]) -> Result<Vec<bool>> {
         let prompts: Vec<Prompt> = items.iter().map(|&i| self.aims[i].prompt.clone()).collect();
         let pixels = self.at_model_size(&pixels.detach(), items)?;
-        let completions = policy::answers(self.assistant, &prompts, &[pixels], self.max_new_tokens)?;
+        let completions = policy::greedy_answers(self.assistant, &prompts, &[pixels], self.max_new_tokens)?;
         completions
             .iter()
             .zip(items)

@@ -81,6 +81,11 @@ impl Range {
         Self { low: (low, false), high: (high, false) }
     }
 
+    /// `low < x <= high`.
+    pub const fn open_closed(low: f64, high: f64) -> Self {
+        Self { low: (low, false), high: (high, true) }
+    }
+
     /// `low <= x < high`.
     pub const fn from_below(low: f64, high: f64) -> Self {
         Self { low: (low, true), high: (high, false) }

@@ -16,6 +16,8 @@ use crate::data::prompt::PromptTemplate;
 use crate::data::{DatasetConfig, Shard};
 use crate::error::{ConfigError, Error, Result};
 use crate::model::loader::Storage;
+use crate::model::sampling::SamplingConfig;
+use crate::pixels::gray::{GrayReading, GrayRule, Window};
 use keys::{Key, Node, Range, Setting, section, words};
 use std::path::{Path, PathBuf};
 
@@ -46,6 +48,18 @@ words! {
         F32 = "f32",
         /// Rounded to bfloat16 where the file is not: half the memory, other numbers.
         Bf16 = "bf16",
+    }
+}
+
+words! {
+    /// How gray deeper than eight bits is read.
+    pub enum DeepGray = AsStored {
+        /// As transformers reads it: sixteen-bit values above 255 are white. DICOM: the file's own window, else its range.
+        AsStored = "as_stored",
+        /// From the least to the largest value that the file could hold.
+        FullRange = "full_range",
+        /// From the picture's least to its largest value.
+        MinMax = "min_max",
     }
 }
 
@@ -227,6 +241,8 @@ section! {
         out: Option<PathBuf> = None,
         /// Whether reports carry pictures. Changes no result.
         images: bool = true,
+        /// How the tokens of an answer are chosen.
+        generation: GenerationConfig = GenerationConfig::default(),
         /// Which questions are read.
         data: DataConfig = DataConfig::default(),
         /// Attack settings, for `safemed attack`.
@@ -235,6 +251,23 @@ section! {
         certify: CertifyConfig = CertifyConfig::default(),
         /// Training settings, for `safemed train`.
         train: TrainConfig = TrainConfig::default(),
+    }
+}
+
+section! {
+    /// `[generation]`: how the tokens of an answer are chosen by `eval`, `attack` and `predict`.
+    pub struct GenerationConfig {
+        /// 0 is greedy, which the numbers of this project are stated for; otherwise tokens are drawn at this temperature, with a
+        /// seed that depends on the run's and on the item alone.
+        temperature: f64 = 0.0 => Range::at_least(0.0),
+        /// Keep the so many most likely tokens.
+        top_k: Option<usize> = None => Range::at_least(1.0),
+        /// Keep the most likely tokens that together have this probability.
+        top_p: Option<f64> = None => Range::open_closed(0.0, 1.0),
+        /// Keep tokens of at least this share of the most likely one's probability.
+        min_p: Option<f64> = None => Range::closed(0.0, 1.0),
+        /// Makes tokens that stood before less likely; 1 changes nothing. It counts greedily too.
+        repetition_penalty: f64 = 1.0 => Range::above(0.0),
     }
 }
 
@@ -259,6 +292,11 @@ section! {
         shard: Option<Shard> = None,
         /// Whether records with a problem are left out and counted, instead of refusing the data.
         skip_invalid: bool = false,
+        /// How gray deeper than eight bits is read, where no window is given.
+        deep_gray: DeepGray = DeepGray::AsStored,
+        /// `CENTER/WIDTH`: what of deep gray is shown, in the picture's units (Hounsfield units for CT); wins over `deep_gray` and
+        /// over a DICOM file's own window.
+        window: Option<Window> = None,
     }
 }
 
@@ -456,7 +494,25 @@ impl Dtype {
     }
 }
 
+impl GenerationConfig {
+    /// The same for the sampler.
+    pub fn sampling(&self) -> SamplingConfig {
+        let Self { temperature, top_k, top_p, min_p, repetition_penalty } = *self;
+        SamplingConfig { temperature, top_k, top_p, min_p, repetition_penalty }
+    }
+}
+
 impl DataConfig {
+    /// How pictures are read.
+    pub fn gray(&self) -> GrayReading {
+        let rule = match self.deep_gray {
+            DeepGray::AsStored => GrayRule::AsStored,
+            DeepGray::FullRange => GrayRule::FullRange,
+            DeepGray::MinMax => GrayRule::MinMax,
+        };
+        GrayReading { rule, window: self.window }
+    }
+
     /// The same as the data reader wants it.
     pub fn dataset(&self) -> DatasetConfig {
         DatasetConfig {
@@ -469,6 +525,7 @@ impl DataConfig {
             limit: self.limit,
             shard: self.shard,
             skip_invalid: self.skip_invalid,
+            gray: self.gray(),
         }
     }
 }

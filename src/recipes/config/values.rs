@@ -3,6 +3,7 @@
 use super::keys::{Leaf, Node, Setting, describe};
 use crate::backend::Backend;
 use crate::data::Shard;
+use crate::pixels::gray::Window;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use std::str::FromStr;
@@ -32,6 +33,18 @@ impl Setting for Shard {
             words: &[],
             is_text: true,
             schema: || json!({"type": "string", "pattern": "^[0-9]+/[0-9]+$"}),
+            read: read_parsed::<Self>,
+        })
+    }
+}
+
+impl Setting for Window {
+    fn node() -> Node {
+        Node::Leaf(Leaf {
+            expected: "a window such as \"40/400\"",
+            words: &[],
+            is_text: true,
+            schema: || json!({"type": "string", "pattern": "^-?[0-9.]+/[0-9.]+$"}),
             read: read_parsed::<Self>,
         })
     }

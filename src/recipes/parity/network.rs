@@ -5,9 +5,10 @@
 //! weights, which take different paths. Every pass starts from the reference's resized 8-bit pictures.
 
 use crate::error::{Error, Result};
-use crate::model::generate::{Decoding, Prompt, generate, prompt_batch};
+use crate::model::generate::{Prompt, generate, prompt_batch};
 use crate::model::loader::{Adaptation, Storage, load_vlm};
 use crate::model::positions::Grid;
+use crate::model::sampling::{Decoding, SamplingConfig};
 use crate::model::tokenizer::Tokenizer;
 use crate::model::vlm::{Features, Vlm};
 use crate::nn::recompute::{Gradients, Memory, Stage, loss_and_gradients};
@@ -243,8 +244,12 @@ impl Subject<'_> {
     ) -> Result<usize> {
         let wanted: Vec<Vec<u32>> = typed(&run["ids"], "greedy ids")?;
         let longest = wanted.iter().map(Vec::len).max().unwrap_or(0);
-        let decoding = Decoding {
+        let sampling = SamplingConfig {
             repetition_penalty: optional(run, "repetition_penalty")?.unwrap_or(1.0),
+            ..SamplingConfig::default()
+        };
+        let decoding = Decoding {
+            sampling,
             ..Decoding::greedy(self.max_new_tokens().max(longest), tokenizer.stop_ids().to_vec())
         };
         let seeds = vec![vec![0]; prompts.len()];

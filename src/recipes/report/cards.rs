@@ -4,7 +4,7 @@ use super::source::RunDir;
 use crate::error::Result;
 use crate::eval::report::{Answer, Card, Picture};
 use crate::pixels::RgbImage8;
-use crate::pixels::decode::{decode_file, encode_png};
+use crate::pixels::decode::{decode_file, encode_png, read_file};
 use crate::recipes::progress::Progress;
 use serde_json::Value;
 use std::path::PathBuf;
@@ -108,7 +108,7 @@ fn pictures(run: &RunDir, record: &Value) -> std::result::Result<Vec<Picture>, S
     let adversarial = decode_file(&run.dir.join(text(record, &["adversarial_image"]))).map_err(show)?;
     let mut pictures = Vec::new();
     if let Some(path) = clean_path(run, &text(record, &["image"])) {
-        let clean = decode_file(&path).map_err(show)?;
+        let clean = read_file(&path, run.config.data.gray()).map_err(show)?.image;
         pictures.push(Picture { caption: "clean".to_owned(), png: encode_png(&clean).map_err(show)? });
         pictures.push(attacked(&adversarial).map_err(show)?);
         if let Some((image, factor)) = amplified_difference(&clean, &adversarial) {
