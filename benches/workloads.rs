@@ -102,6 +102,9 @@ fn run(args: &Args) -> Result<()> {
     let wants =
         |name: &str| args.only.is_empty() || args.only.iter().any(|only| name.starts_with(only.as_str()));
     let bench = Bench { args, data: &data, samples: &samples, wants: &wants };
+    if wants("load") {
+        bench.load(&checkpoint)?;
+    }
     if ON_BASE.iter().any(|name| wants(name)) {
         let frozen = Assistant::load(&checkpoint, &|_| false, &Device::Cpu)?;
         bench.forward(&frozen)?;
@@ -216,14 +219,36 @@ impl Bench<'_> {
         Ok(())
     }
 
+    /// The whole checkpoint, every weight read. The peak is that of the first time: later ones find memory of the ones
+    /// before, which the allocator keeps.
+    fn load(&self, checkpoint: &Path) -> Result<()> {
+        let run = || -> Result<f64> {
+            let started = Instant::now();
+            let assistant = Assistant::load(checkpoint, &|_| false, &Device::Cpu)?;
+            let seconds = started.elapsed().as_secs_f64();
+            drop(assistant);
+            Ok(seconds)
+        };
+        reset_peak_memory();
+        run()?;
+        let peak = peak_memory_mib();
+        let seconds = (0..self.args.repeats).map(|_| run()).collect::<Result<Vec<_>>>()?;
+        self.emit_with("load", "checkpoint", 1, &seconds, peak);
+        Ok(())
+    }
+
     fn emit(&self, name: &str, unit: &str, units: usize, seconds: &[f64]) {
+        self.emit_with(name, unit, units, seconds, peak_memory_mib());
+    }
+
+    fn emit_with(&self, name: &str, unit: &str, units: usize, seconds: &[f64], peak: u64) {
         let mut each: Vec<f64> = seconds.iter().map(|s| s / units as f64).collect();
         each.sort_by(f64::total_cmp);
         println!(
             "{}",
             json!({
                 "workload": name, "unit": unit, "units": units, "median_s": each[each.len() / 2], "all_s": each,
-                "peak_rss_mb": peak_memory_mib(), "threads": self.args.threads,
+                "peak_rss_mb": peak, "threads": self.args.threads,
             })
         );
     }

@@ -124,7 +124,7 @@ fn an_export_without_changes_is_the_checkpoint_byte_for_byte() {
         let mut names: Vec<String> = fs::read_dir(dir)
             .unwrap()
             .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-            .filter(|name| !name.ends_with(".bin"))
+            .filter(|name| Path::new(name).extension().is_none_or(|extension| extension != "bin"))
             .collect();
         names.sort();
         names

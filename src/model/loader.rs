@@ -133,7 +133,7 @@ pub fn load_vlm(
     })?;
     let weights = Weights::open(dir)?;
     let source = |name: &str, shape: &[usize]| {
-        let base = finite_numbers(&weights, name, shape)?;
+        let base = weights.get(name, shape)?;
         let numbers = match adaptation {
             Adaptation::Active(adapter) => adapter.replacement(name, shape)?.map_or(base, Numbers::from),
             Adaptation::Merged(adapter) => adapter.merged(name, shape, base)?,
@@ -176,18 +176,6 @@ pub fn patchify_of(config: &VlmConfig, processor: &ImageProcessorConfig) -> Resu
         mean: scaled(processor.image_mean),
         std: scaled(processor.image_std),
     })
-}
-
-/// The numbers of `name`, refused when one is not finite.
-fn finite_numbers<'a>(weights: &'a Weights, name: &str, shape: &[usize]) -> Result<Numbers<'a>> {
-    let numbers = weights.get(name, shape)?;
-    if let Some((place, value)) = numbers.not_finite() {
-        return Err(Error::NonFinite(format!(
-            "weight `{name}` holds {value} at position {place}\n  --> {}\n   = help: the checkpoint is damaged or comes from a run that diverged",
-            weights.dir().display()
-        )));
-    }
-    Ok(numbers)
 }
 
 #[cfg(test)]

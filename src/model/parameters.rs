@@ -4,6 +4,8 @@ use super::tensor_file::Numbers;
 use crate::error::{Error, Result};
 use crate::nn::linear::{Linear, LowRank};
 use candle_core::{DType, Device, Tensor, Var};
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Gives the numbers of a canonical name, checked to have this shape.
 pub type Source<'a> = &'a dyn Fn(&str, &[usize]) -> Result<Numbers<'a>>;
@@ -143,7 +145,9 @@ impl<'a> Builder<'a> {
         if let Some(stand_in) = self.noted(name, shape)? {
             return Ok(stand_in);
         }
-        let tensor = (self.build.source)(name, shape)?.into_tensor(shape)?;
+        let numbers = (self.build.source)(name, shape)?;
+        numbers.check_finite(name)?;
+        let tensor = numbers.into_tensor(shape)?;
         let (tensor, holder) = self.held(name, &tensor)?;
         self.parameters.entries.push((name.to_owned(), holder));
         Ok(tensor)
@@ -202,7 +206,21 @@ impl<'a> Builder<'a> {
         let weight = (self.build.source)(&name, shape)?;
         let at = self.parameters.entries.len();
         let bias = bias.map(|bias| self.tensor(&bias, &[out])).transpose()?;
-        let linear = Linear::frozen_values(weight.values(), flat, bias.as_ref(), &self.device)?;
+        if !self.device.is_cpu() {
+            weight.check_finite(&name)?;
+        }
+        let is_finite = AtomicBool::new(true);
+        // Looked at while they are in the cache anyway.
+        let release = |range: Range<usize>| {
+            if weight.has_bad(range.clone()) {
+                is_finite.store(false, Ordering::Relaxed);
+            }
+            weight.release(range);
+        };
+        let linear = Linear::frozen_values(weight.values(), flat, bias.as_ref(), &self.device, &release)?;
+        if !is_finite.into_inner() {
+            weight.check_finite(&name)?;
+        }
         let holder = Holder::FrozenWeight(linear.clone(), shape.to_vec());
         self.parameters.entries.insert(at, (name, holder));
         Ok(linear)

@@ -36,8 +36,7 @@ impl std::fmt::Debug for TensorFile {
 #[derive(Debug)]
 pub struct Numbers<'a> {
     kind: Kind<'a>,
-    /// Dropped with the numbers.
-    _pages: Option<Pages<'a>>,
+    pages: Option<Pages<'a>>,
 }
 
 #[derive(Debug)]
@@ -52,31 +51,38 @@ struct Pages<'a> {
     range: Range<usize>,
 }
 
-impl Drop for Pages<'_> {
-    fn drop(&mut self) {
+impl Pages<'_> {
+    /// Gives back the pages of `range`, in bytes of the file; at the ends a neighbour may have to read them again.
+    #[cfg_attr(not(unix), expect(unused_variables, clippy::unused_self, reason = "advice is given on Unix"))]
+    fn release(&self, range: Range<usize>) {
         #[cfg(unix)]
         {
             use memmap2::UncheckedAdvice::DontNeed;
             // SAFETY: the mapping is private, read-only and never written: a page that is dropped and read again holds
             // the same bytes.
             #[expect(unsafe_code, reason = "advice that would lose writes to an anonymous mapping")]
-            let advised =
-                unsafe { self.file.map.unchecked_advise_range(DontNeed, self.range.start, self.range.len()) };
+            let advised = unsafe { self.file.map.unchecked_advise_range(DontNeed, range.start, range.len()) };
             // Advice that is not taken costs memory, nothing else.
             drop(advised);
         }
     }
 }
 
+impl Drop for Pages<'_> {
+    fn drop(&mut self) {
+        self.release(self.range.clone());
+    }
+}
+
 impl From<Vec<f32>> for Numbers<'_> {
     fn from(values: Vec<f32>) -> Self {
-        Self { kind: Kind::Single(Cow::Owned(values)), _pages: None }
+        Self { kind: Kind::Single(Cow::Owned(values)), pages: None }
     }
 }
 
 impl From<Vec<bf16>> for Numbers<'_> {
     fn from(values: Vec<bf16>) -> Self {
-        Self { kind: Kind::Half(Cow::Owned(values)), _pages: None }
+        Self { kind: Kind::Half(Cow::Owned(values)), pages: None }
     }
 }
 
@@ -102,6 +108,15 @@ impl Numbers<'_> {
     /// Whether there is none.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// Gives back the pages of the file that hold these of the numbers; they can still be read.
+    pub fn release(&self, range: Range<usize>) {
+        if let Some(pages) = &self.pages {
+            let size = pages.range.len() / self.len().max(1);
+            let start = pages.range.start;
+            pages.release(start + range.start * size..start + range.end * size);
+        }
     }
 
     /// As the network's layers take them.
@@ -162,21 +177,42 @@ impl Numbers<'_> {
         Tensor::from_vec(self.into_floats(), shape, &Device::Cpu)
     }
 
-    /// Place and value of the first number that is not finite.
-    pub fn not_finite(&self) -> Option<(usize, f32)> {
-        fn first<T: Copy + Sync>(values: &[T], widen: impl Fn(T) -> f32 + Sync) -> Option<(usize, f32)> {
-            const CHUNK: usize = 1 << 16;
-            // Whole chunks first: a loop without an exit is a vector loop.
-            let is_bad = |chunk: &[T]| !chunk.iter().fold(true, |all, &value| all & widen(value).is_finite());
-            let chunk = values.par_chunks(CHUNK).position_first(is_bad)?;
-            let start = chunk * CHUNK;
-            let at = start + values[start..].iter().position(|&value| !widen(value).is_finite())?;
-            Some((at, widen(values[at])))
-        }
+    /// Whether one of the numbers in `range` is not finite.
+    pub fn has_bad(&self, range: Range<usize>) -> bool {
+        // No exit from the loop, so that it is a vector loop.
         match &self.kind {
-            Kind::Single(values) => first(values, |value| value),
-            Kind::Half(values) => first(values, bf16::to_f32),
+            Kind::Single(values) => !values[range].iter().fold(true, |all, value| all & value.is_finite()),
+            Kind::Half(values) => !values[range].iter().fold(true, |all, value| all & value.is_finite()),
         }
+    }
+
+    /// Place and value of the first number that is not finite. The file's pages are given back on the way.
+    pub fn not_finite(&self) -> Option<(usize, f32)> {
+        const CHUNK: usize = 1 << 18;
+        let range = |chunk: usize| chunk * CHUNK..((chunk + 1) * CHUNK).min(self.len());
+        let chunk = (0..self.len().div_ceil(CHUNK)).into_par_iter().find_first(|&chunk| {
+            let is_bad = self.has_bad(range(chunk));
+            self.release(range(chunk));
+            is_bad
+        })?;
+        let value = |at: usize| match &self.kind {
+            Kind::Single(values) => values[at],
+            Kind::Half(values) => values[at].to_f32(),
+        };
+        range(chunk).map(|at| (at, value(at))).find(|(_, value)| !value.is_finite())
+    }
+
+    /// Refuses numbers of which one is not finite.
+    ///
+    /// # Errors
+    /// A non-finite error that names the weight, the place and the file.
+    pub fn check_finite(&self, name: &str) -> Result<()> {
+        let Some((place, value)) = self.not_finite() else { return Ok(()) };
+        let file = self.pages.as_ref().map(|pages| format!("\n  --> {}", pages.file.path.display()));
+        Err(Error::NonFinite(format!(
+            "weight `{name}` holds {value} at position {place}{}\n   = help: the checkpoint is damaged or comes from a run that diverged",
+            file.unwrap_or_default()
+        )))
     }
 }
 
@@ -385,7 +421,7 @@ impl TensorFile {
                 )));
             }
         };
-        Ok(Numbers { kind, _pages: Some(Pages { file: self, range }) })
+        Ok(Numbers { kind, pages: Some(Pages { file: self, range }) })
     }
 
     /// The numbers of `name` as float32, row-major, from float32, float16 or bfloat16.

@@ -9,6 +9,7 @@ use super::plain;
 use super::rows;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Device, Layout, Result, Shape, Tensor, Var};
 use half::bf16;
+use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
 /// A matrix that multiplies from the right, transposed: `y = x · weightᵀ + bias`.
@@ -27,6 +28,9 @@ pub enum Values<'a> {
     /// bfloat16: half the memory, and products to the byte those of the same values in float32.
     Half(&'a [bf16]),
 }
+
+/// What is told which of a weight's numbers are not needed any more.
+pub type Release<'a> = &'a (dyn Fn(Range<usize>) + Sync);
 
 /// What is done to each tensor of a layer to make another layer of them.
 pub type TensorMap<'a> = &'a dyn Fn(&Tensor) -> Result<Tensor>;
@@ -95,7 +99,7 @@ impl Linear {
             return Ok(Self { weight, bias, low_rank: None });
         }
         with_slice(weight, |values| {
-            Self::frozen_values(Values::Single(values), [out, input], bias, weight.device())
+            Self::frozen_values(Values::Single(values), [out, input], bias, weight.device(), &|_| ())
         })?
     }
 
@@ -104,6 +108,8 @@ impl Linear {
     /// # Shapes
     /// - `weight`: `shape`, `[out, in]`; `bias`: `[out]`, on `device`
     ///
+    /// `release` is told as numbers have been copied, so that no more than a part of a mapped file is in memory.
+    ///
     /// # Errors
     /// When the weight has another shape, or the device has no room.
     pub fn frozen_values(
@@ -111,6 +117,7 @@ impl Linear {
         shape: [usize; 2],
         bias: Option<&Tensor>,
         device: &Device,
+        release: Release<'_>,
     ) -> Result<Self> {
         let [out, input] = shape;
         let len = match weight {
@@ -131,8 +138,8 @@ impl Linear {
             return Ok(Self { weight: Weight::Tensor(tensor), bias, low_rank: None });
         }
         let forward = match weight {
-            Values::Single(values) => Packed::new(View::new(values, out, input).transposed()),
-            Values::Half(values) => Packed::half(View::new(values, out, input).transposed()),
+            Values::Single(values) => Packed::of_rows(values, out, input, release),
+            Values::Half(values) => Packed::half_of_rows(values, out, input, release),
         };
         let weight = Arc::new(FrozenWeight { forward, backward: OnceLock::new() });
         Ok(Self { weight: Weight::Panels(weight), bias, low_rank: None })

@@ -178,13 +178,7 @@ fn write_shard(
             return Ok(Cow::Borrowed(file.bytes(&before.name)?));
         }
         let mut numbers = file.numbers(&before.name)?;
-        if let Some((place, value)) = numbers.not_finite() {
-            return Err(Error::NonFinite(format!(
-                "weight `{}` holds {value} at position {place}\n  --> {}",
-                before.name,
-                file.path().display()
-            )));
-        }
+        numbers.check_finite(&before.name)?;
         if let Some(adapter) = adapter {
             numbers = adapter.merged(&canonical_name(&before.name), &before.shape, numbers)?;
         } else if before.dtype == after.dtype {

@@ -5,6 +5,7 @@
 //! so a row's result is the same bytes in any batch. Blocks along `k` continue the chain from memory.
 #![expect(unsafe_code, reason = "vector kernels on raw pointers; bounds are checked once at the entrance")]
 
+use super::super::linear::Release;
 use super::{Isa, isa};
 use half::bf16;
 use rayon::prelude::*;
@@ -92,11 +93,15 @@ impl Packed {
         packed
     }
 
-    /// Packs `b` (`[k, n]`), kept in bfloat16.
-    pub(crate) fn half(b: View<'_, bf16>) -> Self {
-        let mut data = Vec::new();
-        pack_panels(b, &mut data, true);
-        Self { k: b.rows, n: b.columns, data: Panels::Half(data) }
+    /// Packs the transpose of `rows` (`[n, k]`, row-major): a checkpoint's weight. `release` is told which of `rows`
+    /// have been read for the last time.
+    pub(crate) fn of_rows(rows: &[f32], n: usize, k: usize, release: Release<'_>) -> Self {
+        Self { k, n, data: Panels::Single(panels_of_rows(rows, n, k, release)) }
+    }
+
+    /// The same, kept in bfloat16.
+    pub(crate) fn half_of_rows(rows: &[bf16], n: usize, k: usize, release: Release<'_>) -> Self {
+        Self { k, n, data: Panels::Half(panels_of_rows(rows, n, k, release)) }
     }
 
     /// Packs into the memory already held.
@@ -179,6 +184,32 @@ fn pack_panels<T: Copy + Default + Send + Sync>(b: View<'_, T>, data: &mut Vec<T
     }
 }
 
+/// The panels of the transpose of `rows` (`[n, k]`), a megabyte of `rows` at a time.
+fn panels_of_rows<T: Copy + Default + Send + Sync>(
+    rows: &[T],
+    n: usize,
+    k: usize,
+    release: Release<'_>,
+) -> Vec<T> {
+    const AT_A_TIME: usize = 1 << 18;
+    let panel_len = k * PANEL;
+    let mut data = vec![T::default(); n.div_ceil(PANEL) * panel_len];
+    if panel_len == 0 {
+        return data;
+    }
+    let view = View::new(rows, n, k).transposed();
+    view.check();
+    let panels = AT_A_TIME.div_ceil(panel_len);
+    data.par_chunks_mut(panels * panel_len).enumerate().for_each(|(chunk, out)| {
+        for (panel, out) in out.chunks_exact_mut(panel_len).enumerate() {
+            pack_panel(view, (chunk * panels + panel) * PANEL, out);
+        }
+        let start = chunk * panels * panel_len;
+        release(start..(start + panels * panel_len).min(rows.len()));
+    });
+    data
+}
+
 fn transposed_panels<T: Copy + Default + Send + Sync>(source: &[T], k: usize, n: usize) -> Vec<T> {
     let panel_len = n * PANEL;
     let mut data = vec![T::default(); k.div_ceil(PANEL) * panel_len];
@@ -237,13 +268,14 @@ fn pack_panel<T: Copy + Default>(b: View<'_, T>, column: usize, out: &mut [T]) {
         out.fill(T::default());
     }
     if b.row_stride == 1 {
-        // A transposed source: tiles keep both sides within the cache's lines.
-        for p0 in (0..b.rows).step_by(16) {
-            let p1 = (p0 + 16).min(b.rows);
+        // A transposed source: tiles keep both sides within the cache, and read a few lines of each row at a time.
+        const DEEP: usize = 128;
+        for (tile, out) in out.chunks_mut(DEEP * PANEL).enumerate() {
+            let out = out.as_chunks_mut::<PANEL>().0;
             for j in 0..width {
-                let source = &b.data[(column + j) * b.column_stride..];
-                for p in p0..p1 {
-                    out[p * PANEL + j] = source[p];
+                let source = &b.data[(column + j) * b.column_stride + tile * DEEP..][..out.len()];
+                for (row, value) in out.iter_mut().zip(source) {
+                    row[j % PANEL] = *value;
                 }
             }
         }
@@ -859,8 +891,14 @@ mod tests {
             let weight: Vec<bf16> =
                 random(n * k, 50 + index as u64).into_iter().map(bf16::from_f32).collect();
             let widened: Vec<f32> = weight.iter().map(|value| value.to_f32()).collect();
-            let half = Packed::half(View::new(&weight, n, k).transposed());
+            let half = Packed::half_of_rows(&weight, n, k, &|_| ());
             let single = Packed::new(View::new(&widened, n, k).transposed());
+            let released = std::sync::Mutex::new(vec![0u8; n * k]);
+            let of_rows = Packed::of_rows(&widened, n, k, &|range| {
+                released.lock().unwrap()[range].iter_mut().for_each(|times| *times += 1);
+            });
+            assert_eq!(of_rows.unpack_transposed(), widened);
+            assert!(released.into_inner().unwrap().iter().all(|&times| times == 1));
             assert!(half.is_half() && !single.is_half());
             assert_eq!(half.unpack_transposed(), widened);
             let a = View::new(&a, m, k);
@@ -881,8 +919,9 @@ mod tests {
     fn the_portable_kernels_agree_with_the_vector_kernel() {
         let (m, n, k) = (8, 29, 200);
         let (a, b) = (random(m * k, 8), random(k * n, 9));
-        let rounded: Vec<bf16> = b.iter().copied().map(bf16::from_f32).collect();
-        let panels = [Packed::new(View::new(&b, k, n)), Packed::half(View::new(&rounded, k, n))];
+        let single = Packed::new(View::new(&b, k, n));
+        let rows: Vec<bf16> = single.unpack_transposed().into_iter().map(bf16::from_f32).collect();
+        let panels = [single, Packed::half_of_rows(&rows, n, k, &|_| ())];
         for packed in panels {
             let mut expected = vec![0.0; m * n];
             product(View::new(&a, m, k), Right::Packed(&packed), &mut expected, n, false, false);
