@@ -2,7 +2,7 @@
 
 use super::tensor_file::Numbers;
 use crate::error::{Error, Result};
-use crate::nn::linear::{Linear, LowRank};
+use crate::nn::linear::{Linear, LowRank, Reader};
 use candle_core::{DType, Device, Tensor, Var};
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -210,14 +210,13 @@ impl<'a> Builder<'a> {
             weight.check_finite(&name)?;
         }
         let is_finite = AtomicBool::new(true);
-        // Looked at while they are in the cache anyway.
-        let release = |range: Range<usize>| {
-            if weight.has_bad(range.clone()) {
+        let look = |range: Range<usize>| {
+            if weight.has_bad(range) {
                 is_finite.store(false, Ordering::Relaxed);
             }
-            weight.release(range);
         };
-        let linear = Linear::frozen_values(weight.values(), flat, bias.as_ref(), &self.device, &release)?;
+        let reader = Reader { before: &look, after: &|range| weight.release(range) };
+        let linear = Linear::frozen_values(weight.values(), flat, bias.as_ref(), &self.device, reader)?;
         if !is_finite.into_inner() {
             weight.check_finite(&name)?;
         }

@@ -179,10 +179,19 @@ impl Numbers<'_> {
 
     /// Whether one of the numbers in `range` is not finite.
     pub fn has_bad(&self, range: Range<usize>) -> bool {
-        // No exit from the loop, so that it is a vector loop.
+        // A number is not finite when its bits without the sign exceed those of the largest one: the difference is
+        // negative, and its sign stays. No exit and no comparison, so that it is a loop of plain vector instructions.
         match &self.kind {
-            Kind::Single(values) => !values[range].iter().fold(true, |all, value| all & value.is_finite()),
-            Kind::Half(values) => !values[range].iter().fold(true, |all, value| all & value.is_finite()),
+            Kind::Single(values) => {
+                let largest = f32::MAX.to_bits();
+                let bits = |value: &f32| largest.wrapping_sub(value.to_bits() << 1 >> 1);
+                values[range].iter().fold(0, |all, value| all | bits(value)) >> 31 == 1
+            }
+            Kind::Half(values) => {
+                let largest = bf16::MAX.to_bits();
+                let bits = |value: &bf16| largest.wrapping_sub(value.to_bits() << 1 >> 1);
+                values[range].iter().fold(0, |all, value| all | bits(value)) >> 15 == 1
+            }
         }
     }
 
@@ -455,5 +464,31 @@ impl TensorFile {
     pub fn tensor(&self, name: &str) -> Result<Tensor> {
         let shape = self.info(name)?.shape.clone();
         Ok(self.numbers(name)?.into_tensor(&shape)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_number_that_is_not_finite_is_found_in_both_types() {
+        let sound = [0.0, -0.0, f32::MAX, f32::MIN, f32::MIN_POSITIVE, -1e-45, 1.0];
+        let half_sound = [bf16::MAX, bf16::MIN, bf16::from_f32(-0.0), bf16::from_bits(0x8001), bf16::ONE];
+        assert_eq!(Numbers::from(sound.to_vec()).not_finite(), None);
+        assert_eq!(Numbers::from(half_sound.to_vec()).not_finite(), None);
+        for bad in [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY, f32::from_bits(0x7f80_0001)] {
+            let mut numbers = sound.repeat(50_000);
+            numbers[300_000] = bad;
+            let (at, value) = Numbers::from(numbers).not_finite().unwrap();
+            assert_eq!((at, value.to_bits()), (300_000, bad.to_bits()));
+        }
+        for bad in [bf16::NAN, bf16::INFINITY, bf16::NEG_INFINITY, bf16::from_bits(0xff81)] {
+            let mut numbers = half_sound.repeat(60_000);
+            numbers[290_001] = bad;
+            let numbers = Numbers::from(numbers);
+            assert_eq!(numbers.not_finite().unwrap().0, 290_001);
+            assert!(numbers.has_bad(290_000..290_002) && !numbers.has_bad(0..290_001));
+        }
     }
 }

@@ -29,8 +29,25 @@ pub enum Values<'a> {
     Half(&'a [bf16]),
 }
 
-/// What is told which of a weight's numbers are not needed any more.
-pub type Release<'a> = &'a (dyn Fn(Range<usize>) + Sync);
+/// Who is told how far the numbers of a weight have been read.
+#[derive(Clone, Copy)]
+pub struct Reader<'a> {
+    /// Called before these numbers are read: whoever looks at them too finds them in memory and leaves them in the cache.
+    pub before: &'a (dyn Fn(Range<usize>) + Sync),
+    /// Called when these numbers are not needed any more.
+    pub after: &'a (dyn Fn(Range<usize>) + Sync),
+}
+
+impl Reader<'_> {
+    /// Nobody.
+    pub const NONE: Self = Self { before: &|_| (), after: &|_| () };
+}
+
+impl std::fmt::Debug for Reader<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Reader").finish_non_exhaustive()
+    }
+}
 
 /// What is done to each tensor of a layer to make another layer of them.
 pub type TensorMap<'a> = &'a dyn Fn(&Tensor) -> Result<Tensor>;
@@ -99,7 +116,7 @@ impl Linear {
             return Ok(Self { weight, bias, low_rank: None });
         }
         with_slice(weight, |values| {
-            Self::frozen_values(Values::Single(values), [out, input], bias, weight.device(), &|_| ())
+            Self::frozen_values(Values::Single(values), [out, input], bias, weight.device(), Reader::NONE)
         })?
     }
 
@@ -108,7 +125,8 @@ impl Linear {
     /// # Shapes
     /// - `weight`: `shape`, `[out, in]`; `bias`: `[out]`, on `device`
     ///
-    /// `release` is told as numbers have been copied, so that no more than a part of a mapped file is in memory.
+    /// `reader` is told as numbers are copied, so that it can look at them and no more than a part of a mapped file is in
+    /// memory; on a device other than the CPU it is told nothing.
     ///
     /// # Errors
     /// When the weight has another shape, or the device has no room.
@@ -117,7 +135,7 @@ impl Linear {
         shape: [usize; 2],
         bias: Option<&Tensor>,
         device: &Device,
-        release: Release<'_>,
+        reader: Reader<'_>,
     ) -> Result<Self> {
         let [out, input] = shape;
         let len = match weight {
@@ -138,8 +156,8 @@ impl Linear {
             return Ok(Self { weight: Weight::Tensor(tensor), bias, low_rank: None });
         }
         let forward = match weight {
-            Values::Single(values) => Packed::of_rows(values, out, input, release),
-            Values::Half(values) => Packed::half_of_rows(values, out, input, release),
+            Values::Single(values) => Packed::of_rows(values, out, input, reader),
+            Values::Half(values) => Packed::half_of_rows(values, out, input, reader),
         };
         let weight = Arc::new(FrozenWeight { forward, backward: OnceLock::new() });
         Ok(Self { weight: Weight::Panels(weight), bias, low_rank: None })

@@ -5,7 +5,7 @@
 //! so a row's result is the same bytes in any batch. Blocks along `k` continue the chain from memory.
 #![expect(unsafe_code, reason = "vector kernels on raw pointers; bounds are checked once at the entrance")]
 
-use super::super::linear::Release;
+use super::super::linear::Reader;
 use super::{Isa, isa};
 use half::bf16;
 use rayon::prelude::*;
@@ -93,15 +93,15 @@ impl Packed {
         packed
     }
 
-    /// Packs the transpose of `rows` (`[n, k]`, row-major): a checkpoint's weight. `release` is told which of `rows`
-    /// have been read for the last time.
-    pub(crate) fn of_rows(rows: &[f32], n: usize, k: usize, release: Release<'_>) -> Self {
-        Self { k, n, data: Panels::Single(panels_of_rows(rows, n, k, release)) }
+    /// Packs the transpose of `rows` (`[n, k]`, row-major): a checkpoint's weight. `reader` is told which of `rows`
+    /// are read next and which will not be read again.
+    pub(crate) fn of_rows(rows: &[f32], n: usize, k: usize, reader: Reader<'_>) -> Self {
+        Self { k, n, data: Panels::Single(panels_of_rows(rows, n, k, reader)) }
     }
 
     /// The same, kept in bfloat16.
-    pub(crate) fn half_of_rows(rows: &[bf16], n: usize, k: usize, release: Release<'_>) -> Self {
-        Self { k, n, data: Panels::Half(panels_of_rows(rows, n, k, release)) }
+    pub(crate) fn half_of_rows(rows: &[bf16], n: usize, k: usize, reader: Reader<'_>) -> Self {
+        Self { k, n, data: Panels::Half(panels_of_rows(rows, n, k, reader)) }
     }
 
     /// Packs into the memory already held.
@@ -189,7 +189,7 @@ fn panels_of_rows<T: Copy + Default + Send + Sync>(
     rows: &[T],
     n: usize,
     k: usize,
-    release: Release<'_>,
+    reader: Reader<'_>,
 ) -> Vec<T> {
     const AT_A_TIME: usize = 1 << 18;
     let panel_len = k * PANEL;
@@ -201,11 +201,12 @@ fn panels_of_rows<T: Copy + Default + Send + Sync>(
     view.check();
     let panels = AT_A_TIME.div_ceil(panel_len);
     data.par_chunks_mut(panels * panel_len).enumerate().for_each(|(chunk, out)| {
-        for (panel, out) in out.chunks_exact_mut(panel_len).enumerate() {
-            pack_panel(view, (chunk * panels + panel) * PANEL, out);
+        let first = chunk * panels;
+        for (panel, out) in (first..).zip(out.chunks_exact_mut(panel_len)) {
+            (reader.before)(panel * panel_len..((panel + 1) * panel_len).min(rows.len()));
+            pack_panel(view, panel * PANEL, out);
         }
-        let start = chunk * panels * panel_len;
-        release(start..(start + panels * panel_len).min(rows.len()));
+        (reader.after)(first * panel_len..((first + panels) * panel_len).min(rows.len()));
     });
     data
 }
@@ -254,6 +255,38 @@ impl Elements {
     }
 }
 
+/// A panel of `width` rows of `source`, `stride` apart, each as long as the panel is deep.
+fn transpose_panel<T: Copy>(source: &[T], stride: usize, width: usize, out: &mut [T]) {
+    // Tiles keep both sides within the cache; blocks of four by four become shuffles of vectors.
+    const DEEP: usize = 64;
+    const BLOCK: usize = 4;
+    for (tile, out) in out.chunks_mut(DEEP * PANEL).enumerate() {
+        let out = out.as_chunks_mut::<PANEL>().0;
+        let source = &source[tile * DEEP..];
+        let blocks = if width == PANEL { PANEL } else { 0 };
+        for j in (0..blocks).step_by(BLOCK) {
+            let rows: [&[T]; BLOCK] = std::array::from_fn(|row| &source[(j + row) * stride..][..out.len()]);
+            let (whole, rest) = out.as_chunks_mut::<BLOCK>();
+            let at = whole.len() * BLOCK;
+            let starts = rows.map(|row| row.as_chunks::<BLOCK>().0);
+            for (p, out) in whole.iter_mut().enumerate() {
+                let block = starts.map(|row| row[p]);
+                for (q, out) in out.iter_mut().enumerate() {
+                    out[j..j + BLOCK].copy_from_slice(&block.map(|row| row[q]));
+                }
+            }
+            for (q, out) in rest.iter_mut().enumerate() {
+                out[j..j + BLOCK].copy_from_slice(&rows.map(|row| row[at + q]));
+            }
+        }
+        for j in blocks..width {
+            for (row, value) in out.iter_mut().zip(&source[j * stride..]) {
+                row[j] = *value;
+            }
+        }
+    }
+}
+
 fn pack_panel<T: Copy + Default>(b: View<'_, T>, column: usize, out: &mut [T]) {
     let width = PANEL.min(b.columns - column);
     if b.column_stride == 1 {
@@ -268,17 +301,7 @@ fn pack_panel<T: Copy + Default>(b: View<'_, T>, column: usize, out: &mut [T]) {
         out.fill(T::default());
     }
     if b.row_stride == 1 {
-        // A transposed source: tiles keep both sides within the cache, and read a few lines of each row at a time.
-        const DEEP: usize = 128;
-        for (tile, out) in out.chunks_mut(DEEP * PANEL).enumerate() {
-            let out = out.as_chunks_mut::<PANEL>().0;
-            for j in 0..width {
-                let source = &b.data[(column + j) * b.column_stride + tile * DEEP..][..out.len()];
-                for (row, value) in out.iter_mut().zip(source) {
-                    row[j % PANEL] = *value;
-                }
-            }
-        }
+        transpose_panel(&b.data[column * b.column_stride..], b.column_stride, width, out);
         return;
     }
     for (p, row) in out.chunks_exact_mut(PANEL).enumerate() {
@@ -789,6 +812,8 @@ unsafe fn tile_lanes<const ROWS: usize, const FUSED: bool, const HALF: bool>(t: 
 mod tests {
     use super::*;
     use crate::rng;
+    use std::ops::Range;
+    use std::sync::Mutex;
 
     fn random(len: usize, index: u64) -> Vec<f32> {
         let mut values = vec![0.0; len];
@@ -891,12 +916,18 @@ mod tests {
             let weight: Vec<bf16> =
                 random(n * k, 50 + index as u64).into_iter().map(bf16::from_f32).collect();
             let widened: Vec<f32> = weight.iter().map(|value| value.to_f32()).collect();
-            let half = Packed::half_of_rows(&weight, n, k, &|_| ());
+            let half = Packed::half_of_rows(&weight, n, k, Reader::NONE);
             let single = Packed::new(View::new(&widened, n, k).transposed());
-            let released = std::sync::Mutex::new(vec![0u8; n * k]);
-            let of_rows = Packed::of_rows(&widened, n, k, &|range| {
-                released.lock().unwrap()[range].iter_mut().for_each(|times| *times += 1);
-            });
+            let [looked_at, released] = [(); 2].map(|()| Mutex::new(vec![0u8; n * k]));
+            let count = |times: &Mutex<Vec<u8>>, range: Range<usize>| {
+                times.lock().unwrap()[range].iter_mut().for_each(|times| *times += 1);
+            };
+            let before = |range: Range<usize>| count(&looked_at, range);
+            let after = |range: Range<usize>| {
+                assert!(looked_at.lock().unwrap()[range.clone()].iter().all(|&times| times == 1));
+                count(&released, range);
+            };
+            let of_rows = Packed::of_rows(&widened, n, k, Reader { before: &before, after: &after });
             assert_eq!(of_rows.unpack_transposed(), widened);
             assert!(released.into_inner().unwrap().iter().all(|&times| times == 1));
             assert!(half.is_half() && !single.is_half());
@@ -921,7 +952,7 @@ mod tests {
         let (a, b) = (random(m * k, 8), random(k * n, 9));
         let single = Packed::new(View::new(&b, k, n));
         let rows: Vec<bf16> = single.unpack_transposed().into_iter().map(bf16::from_f32).collect();
-        let panels = [single, Packed::half_of_rows(&rows, n, k, &|_| ())];
+        let panels = [single, Packed::half_of_rows(&rows, n, k, Reader::NONE)];
         for packed in panels {
             let mut expected = vec![0.0; m * n];
             product(View::new(&a, m, k), Right::Packed(&packed), &mut expected, n, false, false);
