@@ -128,7 +128,7 @@ pub(crate) struct CommonArgs {
     /// auto, cpu, cuda, cuda:N or metal [default: auto].
     #[arg(long, value_name = "DEVICE", env = "SAFEMED_DEVICE", hide_env = true)]
     device: Option<String>,
-    /// f32, bf16 or f16 [default: f32].
+    /// How weights are held: auto (as the checkpoint stores them), f32 or bf16 [default: auto].
     #[arg(long, value_name = "DTYPE", env = "SAFEMED_DTYPE", hide_env = true)]
     dtype: Option<String>,
     /// Threads [default: all]; changes no result.
