@@ -12,7 +12,7 @@
 use anyhow::{Context, Result, ensure};
 use candle_core::{Device, Tensor};
 use clap::Parser;
-use safemed::attack::{AttackConfig, Fraction, PgdOutput, Problem, pgd};
+use safemed::attack::{AttackConfig, Fraction, OptionLoss, PgdOutput, Problem, pgd};
 use safemed::backend::with_threads;
 use safemed::certify::count_draws;
 use safemed::data::phantom::{self, PhantomConfig};
@@ -29,7 +29,6 @@ use safemed::pixels::decode::decode_file;
 use safemed::recipes::config::TrainConfig;
 use safemed::recipes::fit::Fit;
 use safemed::recipes::scratch::Scratch;
-use safemed::reward::answer::parse_answer;
 use safemed::roles::classifier::{QuestionClassifier, Reading};
 use safemed::roles::policy::{self, Scoring};
 use safemed::roles::target::{Aim, Target};
@@ -316,13 +315,15 @@ impl Bench<'_> {
                 completions: vec![vec![letters[answer]]],
                 counted: vec![0..1],
                 answer,
-                num_options: LETTERS.len(),
+                loss: OptionLoss::Likelihood,
+                key: 0,
             });
             let target = Target {
                 assistant,
                 aims: aims.collect(),
-                max_new_tokens: 1,
-                parse: &parse_answer,
+                answers: &|_, items| Ok(vec![None; items.len()]),
+                noise: None,
+                draws_at_once: 1,
                 memory: self.memory(),
             };
             let config = AttackConfig {

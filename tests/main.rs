@@ -5,6 +5,8 @@
 mod adapters;
 /// Floors (imports go down only); every module documented.
 mod architecture;
+/// Attacks of every method: budgets, records, curves, smoothed models.
+mod attacks;
 /// How a checkpoint is stored, loaded and exported.
 mod checkpoints;
 /// Help, statuses, what goes to which stream.

@@ -71,6 +71,10 @@ pub enum Method {
     /// Projected gradient steps (Madry et al. 2018).
     #[default]
     Pgd,
+    /// Steps whose length adapts, with momentum (Croce and Hein 2020).
+    Apgd,
+    /// Random squares, without gradients (Andriushchenko et al. 2020).
+    Square,
 }
 
 /// Which iterate of a restart counts.
@@ -97,8 +101,10 @@ pub struct AttackConfig {
     /// Length of a step in that norm; default 2.5 · epsilon / num_steps, at most epsilon.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub step_size: Option<Fraction>,
-    /// Gradient steps per restart (`pgd`).
+    /// Gradient steps per restart (`pgd`, `apgd`); losses asked for per restart (`square`).
     pub num_steps: usize,
+    /// Share of the last direction that is kept (`pgd`; MI-FGSM uses 1); 0 is plain PGD.
+    pub momentum: f64,
     /// Starts, at least 1.
     pub num_restarts: usize,
     /// Whether the first start is random too; further ones always are.
@@ -121,6 +127,7 @@ impl Default for AttackConfig {
             epsilon: Fraction(8.0 / 255.0),
             step_size: None,
             num_steps: 10,
+            momentum: 0.0,
             num_restarts: 1,
             random_start: true,
             early_stop: true,
@@ -154,6 +161,10 @@ impl AttackConfig {
                 errors.push(ConfigError::new("step_size", message).with_help(help));
             }
         }
+        if !(0.0..=1.0).contains(&self.momentum) {
+            let message = format!("momentum must lie in [0, 1], got {}", self.momentum);
+            errors.push(ConfigError::new("momentum", message));
+        }
         if self.num_restarts == 0 {
             errors.push(ConfigError::new("num_restarts", "num_restarts must be at least 1"));
         }
@@ -175,16 +186,16 @@ impl AttackConfig {
         match self.method {
             Method::Noise => 0,
             Method::Fgsm => 1,
-            Method::Pgd => self.num_steps,
+            Method::Pgd | Method::Apgd | Method::Square => self.num_steps,
         }
     }
 
     /// Whether restart number `restart` begins at a random point.
     pub fn starts_randomly(&self, restart: usize) -> bool {
         match self.method {
-            Method::Noise => true,
+            Method::Noise | Method::Square => true,
             Method::Fgsm => restart > 0,
-            Method::Pgd => restart > 0 || self.random_start,
+            Method::Pgd | Method::Apgd => restart > 0 || self.random_start,
         }
     }
 }
@@ -225,6 +236,9 @@ mod tests {
             assert_eq!(keys(AttackConfig { step_size: Some(Fraction(bad)), ..base() }), ["step_size"]);
         }
         assert_eq!(keys(AttackConfig { num_restarts: 0, ..base() }), ["num_restarts"]);
+        for bad in [-0.1, 1.1, f64::NAN] {
+            assert_eq!(keys(AttackConfig { momentum: bad, ..base() }), ["momentum"]);
+        }
         assert!(serde_json::from_str::<AttackConfig>(r#"{"num_stepz": 3}"#).is_err());
     }
 

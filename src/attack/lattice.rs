@@ -83,6 +83,46 @@ pub fn to_8bit_within_ball(adversarial: &[f32], clean_8bit: &[u8], norm: Norm, e
     }
 }
 
+/// Moves an eight-bit image up a gradient without leaving `epsilon` of `clean`: by one level for each value.
+///
+/// Linf: every value with a gradient moves while its bound allows. L2: values that come back towards `clean` all move;
+/// what that leaves of the budget goes to the values of most gain for each unit of squared distance.
+pub fn ascend(image: &[u8], clean: &[u8], gradient: &[f32], norm: Norm, epsilon: f64) -> Vec<u8> {
+    let moved = |level: u8, g: f32| match g {
+        g if g > 0.0 => level.saturating_add(1),
+        g if g < 0.0 => level.saturating_sub(1),
+        _ => level,
+    };
+    let mut out: Vec<u8> = image.iter().zip(gradient).map(|(&level, &g)| moved(level, g)).collect();
+    match norm {
+        Norm::Linf => {
+            let levels = linf_levels(epsilon);
+            for (out, &clean) in out.iter_mut().zip(clean) {
+                *out = (*out).clamp(clean.saturating_sub(levels), clean.saturating_add(levels));
+            }
+        }
+        Norm::L2 => {
+            let square = |level: u8, i: usize| u64::from(level.abs_diff(clean[i])).pow(2);
+            let mut outward: Vec<usize> =
+                (0..out.len()).filter(|&i| square(out[i], i) > square(image[i], i)).collect();
+            let gain =
+                |i: usize| f64::from(gradient[i].abs()) / (square(out[i], i) - square(image[i], i)) as f64;
+            outward.sort_by(|&a, &b| gain(b).total_cmp(&gain(a)));
+            let limit = l2_square_limit(epsilon);
+            let mut squares: u64 = (0..out.len()).map(|i| square(out[i], i).min(square(image[i], i))).sum();
+            for i in outward {
+                let wider = squares + square(out[i], i) - square(image[i], i);
+                if wider <= limit {
+                    squares = wider;
+                } else {
+                    out[i] = image[i];
+                }
+            }
+        }
+    }
+    out
+}
+
 /// `pixels` (values in [0, 1]) rounded to eight bits without any budget.
 pub fn nearest_levels(pixels: &[f32]) -> Vec<u8> {
     pixels.iter().map(|&value| nearest_level(255.0 * f64::from(value))).collect()
@@ -192,6 +232,34 @@ mod tests {
         let far = to_8bit_within_ball(&[1.0, 0.0, 1.0], &[100, 50, 200], Norm::L2, 0.1);
         assert!(is_within(&far, &[100, 50, 200], Norm::L2, 0.1));
         assert!(Distances::between(&far, &[100, 50, 200]).l2 > 0.09);
+    }
+
+    #[test]
+    fn moves_on_the_lattice_climb_the_gradient_and_stay_in_the_ball() {
+        for norm in [Norm::Linf, Norm::L2] {
+            for epsilon in [0.0, 1.0 / 255.0, 3.0 / 255.0, 0.1, 1.0] {
+                let clean = clean_levels(99, 3);
+                let mut gradient = vec![0f32; 99];
+                crate::rng::fill_standard_normal(&mut stream(5, "gradient", &[]), &mut gradient);
+                gradient[7] = 0.0;
+                let mut image = clean.clone();
+                let value = |image: &[u8]| -> f64 {
+                    image.iter().zip(&gradient).map(|(&u, &g)| f64::from(u) * f64::from(g)).sum()
+                };
+                let mut before = value(&image);
+                for round in 0..6 {
+                    image = ascend(&image, &clean, &gradient, norm, epsilon);
+                    assert!(is_within(&image, &clean, norm, epsilon), "{norm:?} {epsilon}");
+                    assert!(value(&image) >= before);
+                    assert!(round > 0 || epsilon < 1.0 / 256.0 || value(&image) > before);
+                    assert_eq!(image[7], clean[7]);
+                    before = value(&image);
+                }
+            }
+        }
+        // One unit of squared distance goes to the steepest value; a way back is free and pays for another.
+        assert_eq!(ascend(&[9, 9], &[9, 9], &[1.0, -2.0], Norm::L2, 1.0 / 255.0), [9, 8]);
+        assert_eq!(ascend(&[10, 9], &[9, 9], &[-1.0, 2.0], Norm::L2, 1.0 / 255.0), [9, 10]);
     }
 
     #[test]

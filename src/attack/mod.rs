@@ -3,14 +3,24 @@
 //! An attack knows pixels in [0, 1], a loss and its gradient ([`Objective`]); what the loss says of which model is
 //! the business of the floors above. So is measuring robust accuracy, and leaving out items that are wrong anyway.
 
+pub mod apgd;
 pub mod ball;
 pub mod config;
 pub mod lattice;
+pub mod loss;
+pub mod noise;
 pub mod pgd;
+pub mod search;
+pub mod square;
 
+pub use apgd::apgd;
 pub use ball::{Ball, Norm};
 pub use config::{AttackConfig, Fraction, Method, PgdOutput};
-pub use pgd::{Adversarial, Iterate, Problem, pgd};
+pub use loss::OptionLoss;
+pub use noise::NoiseBank;
+pub use pgd::pgd;
+pub use search::{Adversarial, Iterate, Problem, Rounding};
+pub use square::square;
 
 use crate::error::Result;
 use candle_core::Tensor;
@@ -30,3 +40,18 @@ pub trait Objective {
     /// Whether the model's own answer on these pixels is wrong, per item.
     fn is_broken(&self, pixels: &Tensor, items: &[usize]) -> Result<Vec<bool>>;
 }
+
+/// Attacks all rows of `problem` by the method that `config` names.
+///
+/// # Errors
+/// Settings that make no sense; losses and gradients that are not finite.
+pub fn attack(objective: &dyn Objective, problem: &Problem, config: &AttackConfig) -> Result<Adversarial> {
+    match config.method {
+        Method::Noise | Method::Fgsm | Method::Pgd => pgd(objective, problem, config, &mut |_| Ok(())),
+        Method::Apgd => apgd(objective, problem, config),
+        Method::Square => square(objective, problem, config),
+    }
+}
+
+#[cfg(test)]
+mod tests;

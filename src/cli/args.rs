@@ -279,18 +279,45 @@ struct AttackFlags {
     /// Length of one step [default: 2.5 x epsilon / num-steps].
     #[arg(long, value_name = "S", allow_hyphen_values = true, env = "SAFEMED_STEP_SIZE", hide_env = true)]
     step_size: Option<String>,
-    /// Gradient steps [default: 10].
+    /// Gradient steps [default: 10; apgd and auto: 100].
     #[arg(long, value_name = "N", env = "SAFEMED_NUM_STEPS", hide_env = true)]
     num_steps: Option<String>,
+    /// Losses that square asks for [default: 1000].
+    #[arg(long, value_name = "N", env = "SAFEMED_NUM_QUERIES", hide_env = true)]
+    num_queries: Option<String>,
     /// Starts; later ones attack survivors only [default: 1].
     #[arg(long, value_name = "N", env = "SAFEMED_NUM_RESTARTS", hide_env = true)]
     num_restarts: Option<String>,
-    /// completion, answer, margin or all [default: completion].
+    /// Share of the last direction that pgd keeps [default: 0].
+    #[arg(long, value_name = "M", allow_hyphen_values = true, env = "SAFEMED_MOMENTUM", hide_env = true)]
+    momentum: Option<String>,
+    /// completion, finding, answer, margin, cross_entropy, dlr, targeted or all [default: completion].
     #[arg(long, value_name = "WHAT", env = "SAFEMED_OBJECTIVE", hide_env = true)]
     objective: Option<String>,
     /// original or model: whose pixels may change [default: original].
     #[arg(long, value_name = "WHERE", env = "SAFEMED_SPACE", hide_env = true)]
     space: Option<String>,
+    /// Find the smallest budget that breaks each item, by bisection: true or false.
+    #[arg(
+        long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true",
+        env = "SAFEMED_MIN_EPSILON", hide_env = true
+    )]
+    min_epsilon: Option<String>,
+    /// Attack the smoothed model of this noise.
+    #[arg(
+        long,
+        value_name = "S",
+        allow_hyphen_values = true,
+        env = "SAFEMED_SMOOTHING_SIGMA",
+        hide_env = true
+    )]
+    smoothing_sigma: Option<String>,
+    /// Draws of the smoothed model's gradient and of its answer [default: 32].
+    #[arg(long, value_name = "N", env = "SAFEMED_EOT_SAMPLES", hide_env = true)]
+    eot_samples: Option<String>,
+    /// Items on which the attack is examined [default: 8].
+    #[arg(long, value_name = "N", env = "SAFEMED_VERDICT_ITEMS", hide_env = true)]
+    verdict_items: Option<String>,
 }
 
 #[derive(Debug, Clone, Args)]

@@ -40,8 +40,23 @@ const DATA: [&str; 10] = [
 const GENERATION: [&str; 5] = ["temperature", "top_k", "top_p", "min_p", "repetition_penalty"];
 
 /// Flags of `[attack]`.
-const ATTACK: [&str; 9] =
-    ["pgd", "method", "norm", "epsilon", "step_size", "num_steps", "num_restarts", "objective", "space"];
+const ATTACK: [&str; 15] = [
+    "pgd",
+    "method",
+    "norm",
+    "epsilon",
+    "step_size",
+    "num_steps",
+    "num_queries",
+    "num_restarts",
+    "momentum",
+    "objective",
+    "space",
+    "min_epsilon",
+    "smoothing_sigma",
+    "eot_samples",
+    "verdict_items",
+];
 
 /// Flags of `[certify]`.
 const CERTIFY: [&str; 6] = ["sigma", "n0", "n", "alpha", "mode", "target_radius"];

@@ -1,12 +1,14 @@
 //! What an attack aims at: the completions whose likelihood it lowers or raises, and which of their tokens count.
 
 use super::config::ObjectiveName;
+use crate::attack::OptionLoss;
 use crate::data::Sample;
 use crate::data::prompt::PromptTemplate;
 use crate::data::sample::reasoning_for;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::assistant::Assistant;
 use crate::model::generate::{Completion, Prompt};
+use crate::rng;
 use crate::roles::target::Aim;
 
 /// What is attacked about one item.
@@ -18,6 +20,8 @@ pub struct Asked<'a> {
     pub is_cot: bool,
     /// The loss.
     pub objective: ObjectiveName,
+    /// Which wrong option `targeted` aims at: 1 is the first of them.
+    pub target: usize,
     /// What the model itself says about the clean image: the prefix that the answer's loss is conditioned on.
     pub own: Option<&'a Completion>,
 }
@@ -27,8 +31,8 @@ pub struct Asked<'a> {
 /// - `completion`: the whole right completion.
 /// - `finding`: its reasoning alone, the tokens that carry what is seen.
 /// - `answer`: the letter, behind the model's own reasoning where it has given one.
-/// - `margin`: the right completion against the likeliest wrong one, each wrong option with the reasoning that would
-///   lead to it.
+/// - `margin`, `cross_entropy`, `dlr`, `targeted`: the right completion against those of the wrong options, each with the
+///   reasoning that would lead to it (see [`OptionLoss`]).
 ///
 /// # Errors
 /// When the tokenizer lacks the token that ends a turn.
@@ -54,7 +58,16 @@ pub fn aim(
             let span = start..forced.len();
             (vec![forced], vec![span])
         }
-        ObjectiveName::Margin => {
+        ObjectiveName::Margin
+        | ObjectiveName::CrossEntropy
+        | ObjectiveName::Dlr
+        | ObjectiveName::Targeted => {
+            if sample.options.len() < 2 {
+                return Err(Error::data(format!(
+                    "question `{}` has one option: nothing to attack towards\n   = help: leave it out, or use `--objective completion`",
+                    sample.id
+                )));
+            }
             let mut completions = vec![right];
             for option in (0..sample.options.len()).filter(|&option| option != sample.answer) {
                 let wrong = Sample {
@@ -71,13 +84,21 @@ pub fn aim(
             (completions, counted)
         }
     };
+    let loss = match asked.objective {
+        ObjectiveName::Margin => OptionLoss::Margin,
+        ObjectiveName::CrossEntropy => OptionLoss::CrossEntropy,
+        ObjectiveName::Dlr => OptionLoss::Dlr,
+        ObjectiveName::Targeted => OptionLoss::Targeted(asked.target),
+        _ => OptionLoss::Likelihood,
+    };
     Ok(Aim {
         prompt,
         model_size,
+        loss,
         completions,
         counted,
         answer: sample.answer,
-        num_options: sample.options.len(),
+        key: rng::key_of(&sample.id),
     })
 }
 

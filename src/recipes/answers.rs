@@ -2,12 +2,13 @@
 //! the likelihood of each option's letter.
 
 use super::config::{RunConfig, Scoring};
-use super::items;
+use super::{items, records};
+use crate::attack::NoiseBank;
 use crate::data::Sample;
 use crate::data::prompt::PromptTemplate;
 use crate::error::{Error, Result};
 use crate::model::assistant::Assistant;
-use crate::model::generate::Prompt;
+use crate::model::generate::{Completion, Prompt};
 use crate::model::processor::ProcessedImage;
 use crate::model::sampling::SamplingConfig;
 use crate::reward::answer::parse_answer;
@@ -41,6 +42,8 @@ pub struct Answer {
     pub prediction: Option<usize>,
     /// Its words; with likelihoods, the completion that is most likely.
     pub completion: String,
+    /// Its tokens; `None` with likelihoods.
+    pub tokens: Option<Completion>,
     /// Probability of each option's completion among the options', in order; `None` after free generation.
     pub probabilities: Option<Vec<f64>>,
 }
@@ -114,12 +117,12 @@ impl Asking {
         let seed = |sample: &&Sample| rng::stream(self.seed, "answer", &[rng::key_of(&sample.id)]).next_u64();
         let seeds: Vec<u64> = samples.iter().map(seed).collect();
         let completions = policy::answers(assistant, prompts, pixels, &decoding, &seeds)?;
-        let answer = |(completion, sample): (_, &&Sample)| {
-            let completion = assistant.text_of(completion)?;
+        let answer = |(tokens, sample): (Completion, &&Sample)| {
+            let completion = assistant.text_of(&tokens)?;
             let prediction = parse_answer(&completion, sample.options.len());
-            Ok(Answer { prediction, completion, probabilities: None })
+            Ok(Answer { prediction, completion, tokens: Some(tokens), probabilities: None })
         };
-        completions.iter().zip(samples).map(answer).collect()
+        completions.into_iter().zip(samples).map(answer).collect()
     }
 
     /// Scores `<answer> X</answer>` (or whatever the template takes as an answer without reasoning) for every option.
@@ -148,6 +151,7 @@ impl Asking {
             Answer {
                 prediction: Some(best),
                 completion: texts.swap_remove(best),
+                tokens: None,
                 probabilities: Some(shares(spans, &log_probs)),
             }
         };
@@ -169,6 +173,71 @@ fn shares(spans: &[Range<usize>], log_probs: &[f32]) -> Vec<f64> {
     let weights: Vec<f64> = sums.iter().map(|sum| (sum - largest).exp()).collect();
     let total: f64 = weights.iter().sum();
     weights.iter().map(|weight| weight / total).collect()
+}
+
+/// How a model answers that may be smoothed: by majority over noisy copies of the image.
+#[derive(Debug, Clone, Copy)]
+pub struct Asker<'a> {
+    /// The model.
+    pub assistant: &'a Assistant,
+    /// How it is asked.
+    pub asking: Asking,
+    /// The noise of the copies; `None` asks about the image itself.
+    pub votes: Option<&'a NoiseBank>,
+    /// Noisy copies in one pass.
+    pub batch_size: usize,
+}
+
+impl Asker<'_> {
+    /// The answers about one image each.
+    ///
+    /// # Errors
+    /// As [`Asking::about_pixels`].
+    pub fn about_images(&self, samples: &[&Sample], images: &[Arc<ProcessedImage>]) -> Result<Vec<Answer>> {
+        self.about_pixels(samples, &items::stack(self.assistant, images)?)
+    }
+
+    /// The answers about pixels as [`Asking::about_pixels`] takes them. Of a smoothed model: the option of most votes,
+    /// none where two lead; `completion` lists the votes.
+    ///
+    /// # Errors
+    /// As [`Asking::about_pixels`].
+    pub fn about_pixels(&self, samples: &[&Sample], pixels: &[Tensor]) -> Result<Vec<Answer>> {
+        let Some(bank) = self.votes else {
+            return self.asking.about_pixels(self.assistant, samples, pixels);
+        };
+        let mut answers = Vec::with_capacity(samples.len());
+        let mut samples = samples.iter();
+        for tensor in pixels {
+            for (row, sample) in (0..tensor.dim(0)?).zip(&mut samples) {
+                answers.push(self.by_majority(bank, sample, &tensor.narrow(0, row, 1)?)?);
+            }
+        }
+        Ok(answers)
+    }
+
+    fn by_majority(&self, bank: &NoiseBank, sample: &Sample, pixels: &Tensor) -> Result<Answer> {
+        let (_, channels, height, width) = pixels.dims4()?;
+        let key = rng::key_of(&sample.id);
+        let mut votes = vec![0u64; sample.options.len() + 1];
+        for from in (0..bank.draws).step_by(self.batch_size) {
+            let count = self.batch_size.min(bank.draws - from);
+            let noise = bank.draws(key, from, count, channels * height * width);
+            let noise = Tensor::from_vec(noise, (count, channels, height, width), pixels.device())?;
+            let noisy = pixels.broadcast_add(&noise)?;
+            for answer in self.asking.about_pixels(self.assistant, &vec![sample; count], &[noisy])? {
+                votes[answer.prediction.unwrap_or(sample.options.len())] += 1;
+            }
+        }
+        let most = votes.iter().copied().max().unwrap_or(0);
+        let leaders: Vec<usize> = (0..sample.options.len()).filter(|&option| votes[option] == most).collect();
+        Ok(Answer {
+            prediction: if leaders.len() == 1 { Some(leaders[0]) } else { None },
+            completion: format!("votes {}", serde_json::json!(records::counts_by_letter(&votes))),
+            tokens: None,
+            probabilities: None,
+        })
+    }
 }
 
 /// Adds to an error of data or numbers which items it is about.

@@ -1,11 +1,11 @@
 //! Accuracy under attack, scored from files.
 //!
-//! Each item that is right when clean is attacked by one objective after another until its answer is wrong. What
-//! counts is the 8-bit image: the attacked pixels are rounded inside the ball, written as PNG, read back, shown to the
-//! model through its own processor, and answered by free generation with the parser of clean evaluation.
+//! Each item that is right when clean is attacked by one stage after another until its answer is wrong. What counts is
+//! the 8-bit image: the attacked pixels are rounded inside the ball, written as PNG, read back, shown to the model
+//! through its own processor, and answered as clean images are, with the same parser.
 
 use super::aims::{self, Asked};
-use super::answers::with_items;
+use super::answers::{Answer, Asker, Asking, with_items};
 use super::config::{AttackConfig, Command, Method, ObjectiveName, RunConfig, Space};
 use super::inputs;
 use super::items::{self, Images};
@@ -15,40 +15,123 @@ use super::progress::Progress;
 use super::records::{self, AttackRecord};
 use super::report::{self, ReportOptions};
 use super::run::Run;
-use crate::attack::{Fraction, PgdOutput, Problem, lattice, pgd};
+use super::verdict::{self, Probe};
+use crate::attack::{self, Adversarial, Fraction, NoiseBank, Norm, PgdOutput, Problem, Rounding, lattice};
 use crate::data::prompt::PromptTemplate;
 use crate::data::{Dataset, Sample};
 use crate::error::{Error, Result};
 use crate::eval::accuracy;
 use crate::model::assistant::Assistant;
-use crate::model::generate::Completion;
 use crate::model::processor::ProcessedImage;
+use crate::model::resize::resize;
 use crate::nn::recompute::Memory;
 use crate::pixels::{RgbImage8, decode};
-use crate::reward::answer::parse_answer;
 use crate::rng;
-use crate::roles::policy;
 use crate::roles::target::Target;
+use crate::stats::interval;
+use candle_core::Tensor;
 use serde_json::{Map, Value, json};
+use std::collections::HashSet;
 use std::fmt::Write as _;
 use std::sync::Arc;
 
 /// Steps between two looks at whether an item is broken already.
-const CHECK_EVERY: usize = 10;
+pub(super) const CHECK_EVERY: usize = 10;
+/// Noisy copies in one pass with gradients: sums over passes round as the passes are cut, so this is no setting.
+const DRAWS_AT_ONCE: usize = 8;
+/// Bisections of an L2 budget; an L-inf budget is bisected down to one level.
+const L2_BISECTIONS: usize = 5;
 
 /// How a model is attacked and asked.
 #[derive(Debug, Clone)]
 pub struct Setting<'a> {
     /// Budget and search.
     pub attack: &'a AttackConfig,
-    /// How questions are asked.
-    pub template: PromptTemplate,
-    /// Longest completion.
-    pub max_new_tokens: usize,
+    /// How questions are asked and answers read.
+    pub asking: Asking,
     /// Items in one forward pass.
     pub batch_size: usize,
     /// Seed of random starts.
     pub seed: u64,
+    /// The bank that gradients see and the one that votes, where the smoothed model is attacked.
+    noise: Option<[NoiseBank; 2]>,
+}
+
+impl<'a> Setting<'a> {
+    /// The setting that a configuration describes.
+    ///
+    /// # Errors
+    /// When the prompt has an unknown name.
+    pub fn of(config: &'a RunConfig) -> Result<Self> {
+        let attack = &config.attack;
+        let bank =
+            |sigma, purpose| NoiseBank { purpose, sigma, draws: attack.eot_samples, seed: config.seed };
+        Ok(Self {
+            attack,
+            asking: Asking::of(config)?,
+            batch_size: config.batch_size,
+            seed: config.seed,
+            noise: attack
+                .smoothing_sigma
+                .map(|sigma| ["attack_noise", "attack_vote"].map(|p| bank(sigma, p))),
+        })
+    }
+
+    fn asker<'b>(&'b self, assistant: &'b Assistant) -> Asker<'b> {
+        let votes = self.noise.as_ref().map(|[_, votes]| votes);
+        Asker { assistant, asking: self.asking, votes, batch_size: self.batch_size }
+    }
+
+    fn template(&self) -> PromptTemplate {
+        self.asking.template
+    }
+
+    /// What is tried on an item, in order, until it breaks.
+    fn stages(&self, most_options: usize) -> Vec<Stage> {
+        let stage = |method, objective| Stage { method, objective, target: 1 };
+        let targeted = |method| {
+            (1..most_options).map(move |target| Stage { method, objective: ObjectiveName::Targeted, target })
+        };
+        let method = self.attack.method;
+        if method != Method::Auto {
+            return objectives_of(self.attack.objective)
+                .into_iter()
+                .flat_map(|objective| match objective {
+                    ObjectiveName::Targeted => targeted(method).collect(),
+                    objective => vec![stage(method, objective)],
+                })
+                .collect();
+        }
+        let mut stages = vec![stage(Method::Apgd, ObjectiveName::Completion)];
+        if self.template().asks_for_reasoning() {
+            // A letter behind a finished reasoning shows no gradient of its own: what leads to it is attacked too.
+            stages.extend([ObjectiveName::Finding, ObjectiveName::Answer].map(|o| stage(Method::Apgd, o)));
+        }
+        stages.push(stage(Method::Apgd, ObjectiveName::Dlr));
+        stages.extend(targeted(Method::Apgd));
+        stages.push(stage(Method::Square, ObjectiveName::Margin));
+        stages
+    }
+}
+
+/// One attack of an ensemble.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Stage {
+    pub(super) method: Method,
+    pub(super) objective: ObjectiveName,
+    /// For `targeted`: which wrong option, from 1.
+    pub(super) target: usize,
+}
+
+impl Stage {
+    fn name(&self) -> String {
+        let name = format!("{}/{}", self.method.word(), self.objective.word());
+        if self.objective == ObjectiveName::Targeted { format!("{name}/{}", self.target) } else { name }
+    }
+
+    fn suits(&self, sample: &Sample) -> bool {
+        self.objective != ObjectiveName::Targeted || self.target < sample.options.len()
+    }
 }
 
 /// `safemed attack`.
@@ -57,10 +140,9 @@ pub struct Setting<'a> {
 /// Whatever is wrong with settings, data or weights, before the first item.
 pub fn attack(job: &Job<'_>) -> Result<Outcome> {
     let config = &job.config;
-    refuse_what_is_missing(&config.attack)?;
     inputs::check_job(job)?;
     inputs::require_greedy(&job.config, "attacked answers are those of a fixed function")?;
-    let setting = setting_of(config)?;
+    let setting = Setting::of(config)?;
     let (dataset, _) = inputs::open_questions(config)?;
     items::require_some(&dataset, "attack")?;
     let model = inputs::open_model(job)?;
@@ -76,41 +158,19 @@ pub fn attack(job: &Job<'_>) -> Result<Outcome> {
 fn render(summary: &Value) -> String {
     let number = |key: &str| summary[key].as_f64().unwrap_or(f64::NAN);
     let mut text = format!(
-        "clean accuracy   {:.4}\nrobust accuracy  {:.4}  n {}\nunparsable       {:.4}\nverdict          {}\n",
+        "clean accuracy   {:.4}\nrobust accuracy  {:.4}  n {}, of which {} were right when clean and attacked\nunparsable       {:.4}\nverdict          {}\n",
         number("clean_accuracy"),
         number("robust_accuracy"),
         summary["n"],
+        summary["attacked"],
         number("unparsable"),
         summary["verdict"].as_str().unwrap_or_default(),
     );
-    for reason in summary["verdict_reasons"].as_array().into_iter().flatten().filter_map(Value::as_str) {
-        let _ = writeln!(text, "  {reason}");
+    for check in summary["verdict_checks"].as_array().into_iter().flatten() {
+        let word = |key: &str| check[key].as_str().unwrap_or_default();
+        let _ = writeln!(text, "  {:4}  {:22}  {}", word("status"), word("name"), word("evidence"));
     }
     text
-}
-
-/// The setting that a configuration describes.
-///
-/// # Errors
-/// When the prompt has an unknown name.
-pub fn setting_of(config: &RunConfig) -> Result<Setting<'_>> {
-    Ok(Setting {
-        attack: &config.attack,
-        template: config.prompt.parse()?,
-        max_new_tokens: config.max_new_tokens,
-        batch_size: config.batch_size,
-        seed: config.seed,
-    })
-}
-
-fn refuse_what_is_missing(config: &AttackConfig) -> Result<()> {
-    match config.method {
-        Method::Noise | Method::Fgsm | Method::Pgd => Ok(()),
-        other => Err(Error::usage(format!(
-            "the attack `{}` is not there yet\n   = help: there are noise, fgsm and pgd",
-            other.word()
-        ))),
-    }
 }
 
 /// Attacks every question of `dataset`; leaves records, pictures and the summary in the run directory.
@@ -124,7 +184,11 @@ pub fn under_attack(
     run: &mut Run,
     progress: &dyn Progress,
 ) -> Result<Value> {
-    inputs::note_questions(run, dataset, None, setting.template)?;
+    inputs::note_questions(run, dataset, None, setting.template())?;
+    let examined = verdict::chosen(
+        dataset.population().iter().map(|sample| sample.id.as_str()),
+        setting.attack.verdict_items,
+    );
     let images = Images::new(dataset);
     let samples = inputs::in_item_order(&dataset.samples);
     let todo: Vec<&Sample> =
@@ -138,7 +202,7 @@ pub fn under_attack(
     }
     for batch in todo.chunks(setting.batch_size) {
         run.check_stop()?;
-        let records = attack_batch(assistant, &images, batch, setting, run);
+        let records = attack_batch(assistant, &images, batch, setting, &examined, run);
         for record in records.map_err(|error| with_items(error, batch))? {
             done += 1;
             clean += usize::from(record.clean_correct);
@@ -164,19 +228,29 @@ struct Item<'a> {
     /// How its numbers became eight bits.
     reading: String,
     processed: Arc<ProcessedImage>,
-    own: Completion,
-    clean_prediction: Option<usize>,
+    own: Answer,
+    /// The attack's best pixels before rounding, planar.
+    best: Option<Vec<f32>>,
     adversarial: Option<RgbImage8>,
-    prediction: Option<usize>,
-    completion: String,
+    answer: Answer,
+    stage: Option<Stage>,
     loss_clean: Option<f64>,
     loss_adversarial: Option<f64>,
-    objective: ObjectiveName,
+    /// Gradients and queries spent.
+    steps: usize,
+    rounding: Rounding,
+    has_zero_gradient: bool,
+    min_epsilon: Option<f64>,
+    probe: Option<Probe>,
 }
 
 impl Item<'_> {
+    fn was_right(&self) -> bool {
+        self.own.prediction == Some(self.sample.answer)
+    }
+
     fn is_right(&self) -> bool {
-        self.prediction == Some(self.sample.answer)
+        self.answer.prediction == Some(self.sample.answer)
     }
 }
 
@@ -185,237 +259,379 @@ fn attack_batch(
     images: &Images,
     samples: &[&Sample],
     setting: &Setting<'_>,
+    examined: &HashSet<String>,
     run: &Run,
 ) -> Result<Vec<AttackRecord>> {
-    let mut batch = Vec::with_capacity(samples.len());
+    let mut originals = Vec::with_capacity(samples.len());
     for &sample in samples {
         let original = images.original(&sample.image)?;
         let processed = Arc::new(assistant.process(&original)?);
-        let clean = match setting.attack.space {
-            Space::Original => original,
-            Space::Model => processed.resized.clone(),
-        };
+        originals.push((original, processed));
+    }
+    let processed: Vec<Arc<ProcessedImage>> = originals.iter().map(|(_, image)| image.clone()).collect();
+    let answers = setting.asker(assistant).about_images(samples, &processed)?;
+    let mut batch = Vec::with_capacity(samples.len());
+    for ((&sample, (original, processed)), own) in samples.iter().zip(originals).zip(answers) {
         batch.push(Item {
             sample,
-            clean,
+            clean: match setting.attack.space {
+                Space::Original => original,
+                Space::Model => processed.resized.clone(),
+            },
             reading: images.reading(&sample.image),
             processed,
-            own: Completion::default(),
-            clean_prediction: None,
+            answer: own.clone(),
+            own,
+            best: None,
             adversarial: None,
-            prediction: None,
-            completion: String::new(),
+            stage: None,
             loss_clean: None,
             loss_adversarial: None,
-            objective: setting.attack.objective,
+            steps: 0,
+            rounding: Rounding::Harmless,
+            has_zero_gradient: false,
+            min_epsilon: None,
+            probe: None,
         });
     }
-    let processed: Vec<Arc<ProcessedImage>> = batch.iter().map(|item| item.processed.clone()).collect();
-    let answers = ask(assistant, samples, &processed, setting)?;
-    for (item, (completion, text)) in batch.iter_mut().zip(answers) {
-        item.clean_prediction = parse_answer(&text, item.sample.options.len());
-        item.prediction = item.clean_prediction;
-        item.completion.clone_from(&text);
-        item.own = completion;
+    let attacker = Attacker { assistant, setting };
+    let most_options = samples.iter().map(|sample| sample.options.len()).max().unwrap_or(0);
+    for (number, stage) in setting.stages(most_options).into_iter().enumerate() {
+        let alive: Vec<usize> =
+            (0..batch.len()).filter(|&i| batch[i].is_right() && stage.suits(batch[i].sample)).collect();
+        // An ensemble goes on from the best image so far.
+        let is_warm = number > 0 && setting.attack.method == Method::Auto;
+        attacker.attack_survivors(&mut batch, &alive, stage, is_warm)?;
     }
-    for objective in objectives_of(setting.attack.objective) {
-        let alive: Vec<usize> = (0..batch.len()).filter(|&i| batch[i].is_right()).collect();
-        attack_survivors(assistant, &mut batch, &alive, objective, setting)?;
-    }
-    batch.iter().map(|item| finish(assistant, item, setting, run)).collect()
-}
-
-/// The model's own greedy answers.
-fn ask(
-    assistant: &Assistant,
-    samples: &[&Sample],
-    images: &[Arc<ProcessedImage>],
-    setting: &Setting<'_>,
-) -> Result<Vec<(Completion, String)>> {
-    let prompts = samples
-        .iter()
-        .zip(images)
-        .map(|(sample, image)| items::prompt_of(assistant, setting.template, sample, image))
-        .collect::<Result<Vec<_>>>()?;
-    let pixels = items::stack(assistant, images)?;
-    let completions = policy::greedy_answers(assistant, &prompts, &pixels, setting.max_new_tokens)?;
-    completions
-        .into_iter()
-        .map(|completion| {
-            let text = assistant.text_of(&completion)?;
-            Ok((completion, text))
-        })
-        .collect()
-}
-
-/// Attacks items that still answer rightly; together where their images have one size.
-fn attack_survivors(
-    assistant: &Assistant,
-    batch: &mut [Item<'_>],
-    alive: &[usize],
-    objective: ObjectiveName,
-    setting: &Setting<'_>,
-) -> Result<()> {
-    let size = |item: &Item<'_>| (item.clean.height, item.clean.width);
-    let mut rest = alive.to_vec();
-    while let Some(&first) = rest.first() {
-        let wanted = size(&batch[first]);
-        let (same, others): (Vec<usize>, Vec<usize>) =
-            rest.into_iter().partition(|&i| size(&batch[i]) == wanted);
-        rest = others;
-        let adversarial = search(assistant, batch, &same, objective, setting)?;
-        let mut processed = Vec::with_capacity(same.len());
-        for (&i, image) in same.iter().zip(&adversarial) {
-            batch[i].objective = objective;
-            processed.push(Arc::new(assistant.process(image)?));
+    for item in &mut batch {
+        if setting.attack.min_epsilon && item.was_right() && !item.is_right() {
+            item.min_epsilon = attacker.smallest_epsilon(item)?;
         }
-        let samples: Vec<&Sample> = same.iter().map(|&i| batch[i].sample).collect();
-        let answers = ask(assistant, &samples, &processed, setting)?;
-        for ((&i, image), (_, text)) in same.iter().zip(adversarial).zip(answers) {
-            let item = &mut batch[i];
-            item.prediction = parse_answer(&text, item.sample.options.len());
-            item.completion = text;
-            item.adversarial = Some(image);
+        if item.was_right() && examined.contains(&item.sample.id) {
+            item.probe = Some(attacker.examine(item)?);
         }
     }
-    Ok(())
+    batch.iter().map(|item| attacker.finish(item, run)).collect()
 }
 
-/// The attacked images of items of one size, rounded inside the ball.
-fn search(
-    assistant: &Assistant,
-    batch: &mut [Item<'_>],
-    items: &[usize],
-    objective: ObjectiveName,
-    setting: &Setting<'_>,
-) -> Result<Vec<RgbImage8>> {
-    let mut aims = Vec::with_capacity(items.len());
-    for &i in items {
-        let item = &batch[i];
-        let asked = Asked {
-            template: setting.template,
-            is_cot: setting.template.asks_for_reasoning(),
-            objective,
-            own: Some(&item.own),
+/// The model under attack.
+struct Attacker<'a> {
+    assistant: &'a Assistant,
+    setting: &'a Setting<'a>,
+}
+
+impl Attacker<'_> {
+    fn asker(&self) -> Asker<'_> {
+        self.setting.asker(self.assistant)
+    }
+
+    /// What the model answers about these images, as files.
+    fn ask(&self, samples: &[&Sample], images: &[&RgbImage8]) -> Result<Vec<Answer>> {
+        let processed = images
+            .iter()
+            .map(|image| Ok(Arc::new(self.assistant.process(image)?)))
+            .collect::<Result<Vec<_>>>()?;
+        self.asker().about_images(samples, &processed)
+    }
+
+    /// Attacks items that still answer rightly; together where their images have one size.
+    fn attack_survivors(
+        &self,
+        batch: &mut [Item<'_>],
+        alive: &[usize],
+        stage: Stage,
+        is_warm: bool,
+    ) -> Result<()> {
+        let size = |item: &Item<'_>| (item.clean.height, item.clean.width);
+        let mut rest = alive.to_vec();
+        while let Some(&first) = rest.first() {
+            let wanted = size(&batch[first]);
+            let (same, others): (Vec<usize>, Vec<usize>) =
+                rest.into_iter().partition(|&i| size(&batch[i]) == wanted);
+            rest = others;
+            let items: Vec<&Item<'_>> = same.iter().map(|&i| &batch[i]).collect();
+            let (found, images) = self.search(&items, stage, self.setting.attack.epsilon, is_warm)?;
+            let samples: Vec<&Sample> = items.iter().map(|item| item.sample).collect();
+            let answers = self.ask(&samples, &images.iter().collect::<Vec<_>>())?;
+            let pixels = rows_of(&found.pixels)?;
+            let results = same.iter().zip(images).zip(answers).zip(pixels).enumerate();
+            for (place, (((&i, image), answer), pixels)) in results {
+                let item = &mut batch[i];
+                item.loss_clean = Some(f64::from(found.loss_clean[place]));
+                item.loss_adversarial = Some(f64::from(found.loss[place]));
+                item.has_zero_gradient |= found.zero_gradient[place];
+                item.rounding = found.rounding[place];
+                item.steps += found.steps_used[place];
+                item.stage = Some(stage);
+                item.answer = answer;
+                item.adversarial = Some(image);
+                item.best = Some(pixels);
+            }
+        }
+        Ok(())
+    }
+
+    /// One attack on items of one size: what was found, and its images rounded inside the ball.
+    fn search(
+        &self,
+        items: &[&Item<'_>],
+        stage: Stage,
+        epsilon: f64,
+        is_warm: bool,
+    ) -> Result<(Adversarial, Vec<RgbImage8>)> {
+        let samples: Vec<&Sample> = items.iter().map(|item| item.sample).collect();
+        let answers = |pixels: &Tensor, places: &[usize]| {
+            let samples: Vec<&Sample> = places.iter().map(|&place| samples[place]).collect();
+            let answers = self.asker().about_pixels(&samples, std::slice::from_ref(pixels))?;
+            Ok(answers.into_iter().map(|answer| answer.prediction).collect())
         };
-        let prompt = items::prompt_of(assistant, setting.template, item.sample, &item.processed)?;
-        let model_size = [item.processed.resized.height, item.processed.resized.width];
-        aims.push(aims::aim(assistant, item.sample, asked, prompt, model_size)?);
+        let target = self.target(items, stage, &answers)?;
+        let clean = self.clean(items)?;
+        let start = is_warm.then(|| Self::start(items, &clean)).transpose()?;
+        let suffix = if stage.target > 1 { format!("{}/", stage.target) } else { String::new() };
+        let name = |item: &&Item<'_>| format!("{}/{suffix}{}", stage.objective.word(), item.sample.id);
+        let keys: Vec<u64> = items.iter().map(|item| rng::key_of(&name(item))).collect();
+        let indices: Vec<usize> = (0..items.len()).collect();
+        let problem =
+            Problem { clean: &clean, items: &indices, keys: &keys, start: start.as_ref(), judge_8bit: true };
+        let found = attack::attack(&target, &problem, &self.config(stage.method, epsilon))?;
+        let norm = norm_of(self.setting.attack.norm);
+        let images = items
+            .iter()
+            .zip(rows_of(&found.pixels)?)
+            .map(|(item, pixels)| {
+                // Tensors are planar, files interleaved.
+                let pixels = interleave(&pixels, item.clean.data.len() / 3);
+                let rounded = lattice::to_8bit_within_ball(&pixels, &item.clean.data, norm, epsilon);
+                RgbImage8::new(item.clean.width, item.clean.height, rounded)
+            })
+            .collect::<Result<_>>()?;
+        Ok((found, images))
     }
-    let target = Target {
-        assistant,
-        aims,
-        max_new_tokens: setting.max_new_tokens,
-        parse: &parse_answer,
-        memory: Memory::Keep,
-    };
-    let clean = items
-        .iter()
-        .map(|&i| batch[i].clean.to_tensor(assistant.vlm.device()))
-        .collect::<Result<Vec<_>>>()?;
-    let clean = candle_core::Tensor::stack(&clean, 0)?;
-    let keys: Vec<u64> =
-        items.iter().map(|&i| rng::key_of(&format!("{}/{}", objective.word(), batch[i].sample.id))).collect();
-    let indices: Vec<usize> = (0..items.len()).collect();
-    let problem = Problem { clean: &clean, items: &indices, keys: &keys, start: None, judge_8bit: true };
-    let found = pgd(&target, &problem, &pgd_config(setting), &mut |_| Ok(()))?;
-    for (place, &i) in items.iter().enumerate() {
-        batch[i].loss_clean = Some(f64::from(found.loss_clean[place]));
-        batch[i].loss_adversarial = Some(f64::from(found.loss[place]));
-    }
-    let norm = norm_of(setting.attack.norm);
-    items
-        .iter()
-        .enumerate()
-        .map(|(place, &i)| {
-            let pixels: Vec<f32> = found.pixels.get(place)?.flatten_all()?.to_vec1()?;
-            let clean = &batch[i].clean;
-            // Tensors are planar, files interleaved.
-            let adversarial = interleave(&pixels, clean.data.len() / 3);
-            let rounded =
-                lattice::to_8bit_within_ball(&adversarial, &clean.data, norm, setting.attack.epsilon);
-            RgbImage8::new(clean.width, clean.height, rounded)
+
+    fn target<'b>(
+        &'b self,
+        items: &[&Item<'_>],
+        stage: Stage,
+        answers: crate::roles::target::Answers<'b>,
+    ) -> Result<Target<'b>> {
+        let template = self.setting.template();
+        let aims = items
+            .iter()
+            .map(|item| {
+                let asked = Asked {
+                    template,
+                    is_cot: template.asks_for_reasoning(),
+                    objective: stage.objective,
+                    target: stage.target,
+                    own: item.own.tokens.as_ref(),
+                };
+                let prompt = items::prompt_of(self.assistant, template, item.sample, &item.processed)?;
+                let model_size = [item.processed.resized.height, item.processed.resized.width];
+                aims::aim(self.assistant, item.sample, asked, prompt, model_size)
+            })
+            .collect::<Result<_>>()?;
+        Ok(Target {
+            assistant: self.assistant,
+            aims,
+            answers,
+            noise: self.setting.noise.as_ref().map(|[bank, _]| bank.clone()),
+            draws_at_once: DRAWS_AT_ONCE,
+            memory: Memory::Keep,
         })
-        .collect()
+    }
+
+    /// Clean pixels of items of one size, `[n, 3, height, width]`.
+    fn clean(&self, items: &[&Item<'_>]) -> Result<Tensor> {
+        let device = self.assistant.vlm.device();
+        let clean = items.iter().map(|item| item.clean.to_tensor(device)).collect::<Result<Vec<_>>>()?;
+        Ok(Tensor::stack(&clean, 0)?)
+    }
+
+    /// The best images so far, in the shape of `clean`.
+    fn start(items: &[&Item<'_>], clean: &Tensor) -> Result<Tensor> {
+        let mut rows = rows_of(clean)?;
+        for (row, item) in rows.iter_mut().zip(items) {
+            if let Some(best) = &item.best {
+                row.copy_from_slice(best);
+            }
+        }
+        Ok(Tensor::from_vec(rows.concat(), clean.shape(), clean.device())?)
+    }
+
+    fn config(&self, method: Method, epsilon: f64) -> attack::AttackConfig {
+        let attack = self.setting.attack;
+        attack::AttackConfig {
+            method: match method {
+                Method::Noise => attack::Method::Noise,
+                Method::Fgsm => attack::Method::Fgsm,
+                Method::Pgd => attack::Method::Pgd,
+                Method::Apgd | Method::Auto => attack::Method::Apgd,
+                Method::Square => attack::Method::Square,
+            },
+            norm: norm_of(attack.norm),
+            epsilon: Fraction(epsilon),
+            // A smaller budget takes smaller steps.
+            step_size: attack
+                .step_size
+                .filter(|_| epsilon > 0.0)
+                .map(|s| Fraction(s * epsilon / attack.epsilon)),
+            num_steps: if method == Method::Square { attack.num_queries } else { attack.num_steps },
+            momentum: attack.momentum,
+            num_restarts: attack.num_restarts,
+            random_start: attack.random_start,
+            early_stop: attack.early_stop,
+            check_every: CHECK_EVERY,
+            output: PgdOutput::Best,
+            seed: self.setting.seed,
+        }
+    }
+
+    /// The smallest budget found to break an item, by bisection: each smaller budget starts from the image that broke it
+    /// under the larger one.
+    fn smallest_epsilon(&self, item: &mut Item<'_>) -> Result<Option<f64>> {
+        let (Some(stage), Some(image)) = (item.stage, &item.adversarial) else { return Ok(None) };
+        let norm = norm_of(self.setting.attack.norm);
+        let kept = item.best.clone();
+        // What the file measures may be less than the budget.
+        let mut broken = lattice::Distances::between(&image.data, &item.clean.data).in_norm(norm);
+        let mut robust = 0.0;
+        let mut left = L2_BISECTIONS;
+        loop {
+            let middle = match norm {
+                Norm::Linf => {
+                    let levels = |epsilon: f64| (255.0 * epsilon).round();
+                    if levels(broken) - levels(robust) <= 1.0 {
+                        break;
+                    }
+                    f64::midpoint(levels(broken), levels(robust)).floor() / 255.0
+                }
+                Norm::L2 if left == 0 => break,
+                Norm::L2 => 0.5 * (broken + robust),
+            };
+            left = left.saturating_sub(1);
+            let (found, images) = self.search(&[&*item], stage, middle, true)?;
+            let answer = self.ask(&[item.sample], &[&images[0]])?.remove(0);
+            item.steps += found.steps_used[0];
+            if answer.prediction == Some(item.sample.answer) {
+                robust = middle;
+            } else {
+                broken =
+                    lattice::Distances::between(&images[0].data, &item.clean.data).in_norm(norm).max(robust);
+                item.best = rows_of(&found.pixels)?.pop();
+            }
+        }
+        item.best = kept;
+        Ok(Some(broken))
+    }
+
+    /// Examines the attack on one item.
+    fn examine(&self, item: &Item<'_>) -> Result<Probe> {
+        let stage = self.setting.stages(item.sample.options.len())[0];
+        let answers = |pixels: &Tensor, places: &[usize]| {
+            let samples = vec![item.sample; places.len()];
+            let answers = self.asker().about_pixels(&samples, std::slice::from_ref(pixels))?;
+            Ok(answers.into_iter().map(|answer| answer.prediction).collect())
+        };
+        let target = self.target(&[item], stage, &answers)?;
+        let config = self.config(Method::Pgd, self.setting.attack.epsilon);
+        let key = rng::key_of(&format!("verdict/{}", item.sample.id));
+        verdict::examine(&target, &self.clean(&[item])?, key, &config, !item.is_right())
+    }
+
+    /// Writes the attacked image, reads it back and records what the model says to the file.
+    fn finish(&self, item: &Item<'_>, run: &Run) -> Result<AttackRecord> {
+        let attack = self.setting.attack;
+        let sample = item.sample;
+        let mut answer = item.answer.clone();
+        let (mut linf, mut l2, mut path) = (0.0, 0.0, None);
+        let mut more = Map::new();
+        if let Some(adversarial) = &item.adversarial {
+            let relative = format!("adversarial/{}.png", file_name(&sample.id));
+            run.write(&relative, &decode::encode_png(adversarial)?)?;
+            let seen = decode::decode_file(&run.path(&relative))?;
+            let processed = Arc::new(self.assistant.process(&seen)?);
+            more.insert("processor_difference".into(), json!(self.processor_difference(&seen, &processed)?));
+            answer = self.asker().about_images(&[sample], &[processed])?.remove(0);
+            let distances = lattice::Distances::between(&seen.data, &item.clean.data);
+            (linf, l2) = (distances.linf, distances.l2);
+            path = Some(relative);
+        }
+        let robust_correct = item.was_right() && answer.prediction == Some(sample.answer);
+        more.insert("question".into(), json!(sample.question));
+        more.insert("options".into(), json!(sample.options));
+        more.insert("modality".into(), json!(sample.modality));
+        more.insert("question_type".into(), json!(sample.question_type));
+        more.insert("scoring".into(), json!(self.setting.asking.scoring.word()));
+        more.insert("clean_completion".into(), json!(item.own.completion));
+        more.insert("adversarial_completion".into(), json!(answer.completion));
+        more.insert("image_reading".into(), json!(item.reading));
+        if let Some(stage) = item.stage {
+            more.insert("stage".into(), json!(stage.name()));
+            more.insert("steps_spent".into(), json!(item.steps));
+            more.insert("zero_gradient".into(), json!(item.has_zero_gradient));
+            let rounding = match item.rounding {
+                Rounding::Harmless => "harmless",
+                Rounding::Repaired => "repaired",
+                Rounding::Undone => "undone",
+            };
+            more.insert("rounding".into(), json!(rounding));
+        }
+        if attack.min_epsilon {
+            more.insert("min_epsilon".into(), json!(item.min_epsilon.filter(|_| !robust_correct)));
+        }
+        if let Some(sigma) = attack.smoothing_sigma {
+            more.insert("smoothing_sigma".into(), json!(sigma));
+            more.insert("eot_samples".into(), json!(attack.eot_samples));
+        }
+        if let Some(probe) = &item.probe {
+            more.insert("probe".into(), serde_json::to_value(probe).map_err(anyhow::Error::from)?);
+        }
+        Ok(AttackRecord {
+            id: sample.id.clone(),
+            method: attack.method.word().to_owned(),
+            norm: attack.norm.word().to_owned(),
+            space: attack.space.word().to_owned(),
+            epsilon: attack.epsilon,
+            step_size: attack.resolved_step_size(),
+            num_steps: attack.resolved_num_steps(),
+            num_restarts: attack.num_restarts,
+            objective: item.stage.map_or(attack.objective, |stage| stage.objective).word().to_owned(),
+            answer: sample.answer_letter().to_string(),
+            clean_prediction: records::letter(item.own.prediction),
+            clean_correct: item.was_right(),
+            adversarial_prediction: records::letter(answer.prediction),
+            robust_correct,
+            loss_clean: item.loss_clean,
+            loss_adversarial: item.loss_adversarial,
+            linf,
+            l2,
+            image: sample.image.display().to_string(),
+            adversarial_image: path,
+            more,
+        })
+    }
+
+    /// Largest difference between what the processor makes of a file and what the attack's differentiable path makes of
+    /// it, for pixels in [0, 1].
+    fn processor_difference(&self, seen: &RgbImage8, processed: &ProcessedImage) -> Result<f64> {
+        let device = self.assistant.vlm.device();
+        let model_size = [processed.resized.height, processed.resized.width];
+        let path = resize(&seen.to_tensor(device)?.unsqueeze(0)?, model_size)?;
+        let own = processed.resized.to_tensor(device)?.unsqueeze(0)?;
+        let largest = (path - own)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?;
+        Ok(f64::from(largest))
+    }
+}
+
+/// The images of `[n, 3, height, width]`, planar.
+fn rows_of(pixels: &Tensor) -> Result<Vec<Vec<f32>>> {
+    Ok(pixels.flatten_from(1)?.to_vec2()?)
 }
 
 /// From three planes to pixels of three channels.
 fn interleave(planes: &[f32], count: usize) -> Vec<f32> {
     (0..count).flat_map(|i| [planes[i], planes[count + i], planes[2 * count + i]]).collect()
-}
-
-fn pgd_config(setting: &Setting<'_>) -> crate::attack::AttackConfig {
-    let attack = setting.attack;
-    crate::attack::AttackConfig {
-        method: match attack.method {
-            Method::Noise => crate::attack::Method::Noise,
-            Method::Fgsm => crate::attack::Method::Fgsm,
-            _ => crate::attack::Method::Pgd,
-        },
-        norm: norm_of(attack.norm),
-        epsilon: Fraction(attack.epsilon),
-        step_size: attack.step_size.map(Fraction),
-        num_steps: attack.num_steps,
-        num_restarts: attack.num_restarts,
-        random_start: attack.random_start,
-        early_stop: attack.early_stop,
-        check_every: CHECK_EVERY,
-        output: PgdOutput::Best,
-        seed: setting.seed,
-    }
-}
-
-/// Writes the attacked image, reads it back and records what the model says to the file.
-fn finish(assistant: &Assistant, item: &Item<'_>, setting: &Setting<'_>, run: &Run) -> Result<AttackRecord> {
-    let attack = setting.attack;
-    let sample = item.sample;
-    let mut prediction = item.prediction;
-    let mut completion = item.completion.clone();
-    let (mut linf, mut l2, mut path) = (0.0, 0.0, None);
-    if let Some(adversarial) = &item.adversarial {
-        let relative = format!("adversarial/{}.png", file_name(&sample.id));
-        run.write(&relative, &decode::encode_png(adversarial)?)?;
-        let seen = decode::decode_file(&run.path(&relative))?;
-        let processed = Arc::new(assistant.process(&seen)?);
-        let answer = ask(assistant, &[sample], &[processed], setting)?.remove(0);
-        prediction = parse_answer(&answer.1, sample.options.len());
-        completion = answer.1;
-        let distances = lattice::Distances::between(&seen.data, &item.clean.data);
-        (linf, l2) = (distances.linf, distances.l2);
-        path = Some(relative);
-    }
-    let clean_correct = item.clean_prediction == Some(sample.answer);
-    let mut more = Map::new();
-    more.insert("question".into(), json!(sample.question));
-    more.insert("options".into(), json!(sample.options));
-    more.insert("modality".into(), json!(sample.modality));
-    more.insert("question_type".into(), json!(sample.question_type));
-    more.insert("clean_completion".into(), json!(assistant.text_of(&item.own)?));
-    more.insert("adversarial_completion".into(), json!(completion));
-    more.insert("image_reading".into(), json!(item.reading));
-    Ok(AttackRecord {
-        id: sample.id.clone(),
-        method: attack.method.word().to_owned(),
-        norm: attack.norm.word().to_owned(),
-        space: attack.space.word().to_owned(),
-        epsilon: attack.epsilon,
-        step_size: attack.resolved_step_size(),
-        num_steps: attack.resolved_num_steps(),
-        num_restarts: attack.num_restarts,
-        objective: item.objective.word().to_owned(),
-        answer: sample.answer_letter().to_string(),
-        clean_prediction: records::letter(item.clean_prediction),
-        clean_correct,
-        adversarial_prediction: records::letter(prediction),
-        robust_correct: clean_correct && prediction == Some(sample.answer),
-        loss_clean: item.loss_clean,
-        loss_adversarial: item.loss_adversarial,
-        linf,
-        l2,
-        image: sample.image.display().to_string(),
-        adversarial_image: path,
-        more,
-    })
 }
 
 /// A file name that any file system takes, different for different ids.
@@ -443,7 +659,7 @@ pub fn summarize(records: &[Value], seconds: f64) -> Result<Value> {
         .collect();
     let report = accuracy::report(&judged)?;
     let clean = records.iter().filter(|record| record.clean_correct).count();
-    let (verdict, reasons) = verdict(&records);
+    let checks = verdict::checks(&records);
     let first = &records[0];
     Ok(json!({
         "command": Command::Attack.word(),
@@ -465,8 +681,11 @@ pub fn summarize(records: &[Value], seconds: f64) -> Result<Value> {
         "by_question_type": accuracy::shares(&report.by_question_type),
         "modality_details": report.by_modality,
         "question_type_details": report.by_question_type,
-        "verdict": verdict,
-        "verdict_reasons": reasons,
+        "rounding": roundings(&records),
+        "robust_accuracy_by_epsilon": by_epsilon(&records),
+        "robust_accuracy_by_steps": by_steps(&records),
+        "verdict": verdict::worst(&checks),
+        "verdict_checks": checks,
     }))
 }
 
@@ -476,36 +695,52 @@ fn read_record(value: &Value) -> Result<AttackRecord> {
     })
 }
 
-/// Whether the robust accuracy may be believed, as far as the records tell: `plausible`, `doubtful` or `void`.
-///
-/// A gradient attack that cannot raise its own loss found no gradient, which looks like robustness and is none; a
-/// change beyond the budget is no attack within it.
-fn verdict(records: &[AttackRecord]) -> (&'static str, Vec<String>) {
-    let attacked: Vec<&AttackRecord> =
-        records.iter().filter(|record| record.adversarial_image.is_some()).collect();
-    if attacked.is_empty() {
-        return ("void", vec!["no item was right when clean: nothing was attacked".to_owned()]);
+/// How often rounding to eight bits mattered.
+fn roundings(records: &[AttackRecord]) -> Value {
+    let count = |word: &str| records.iter().filter(|r| r.more.get("rounding") == Some(&json!(word))).count();
+    json!({ "undone": count("undone"), "repaired": count("repaired") })
+}
+
+/// `[budget, accuracy, low, high]` at each budget up to the run's; null where the smallest budgets were not searched for.
+fn by_epsilon(records: &[AttackRecord]) -> Value {
+    let first = &records[0];
+    if records.iter().all(|record| !record.more.contains_key("min_epsilon")) {
+        return Value::Null;
     }
-    let size = |record: &AttackRecord| if record.norm == "l2" { record.l2 } else { record.linf };
-    let beyond = attacked.iter().filter(|record| size(record) > record.epsilon * (1.0 + 1e-9)).count();
-    if beyond > 0 {
-        return ("void", vec![format!("{beyond} changes exceed the budget, measured on the files")]);
-    }
-    let first = attacked[0];
-    let mut reasons = Vec::new();
-    if first.epsilon == 0.0 {
-        reasons.push("the budget is 0".to_owned());
-    } else if first.method == Method::Noise.word() {
-        reasons.push("noise is the weakest attack: compare with pgd".to_owned());
-    } else {
-        let is_stuck = |record: &&&AttackRecord| record.loss_adversarial <= record.loss_clean;
-        let stuck = attacked.iter().filter(is_stuck).count();
-        if 10 * stuck > attacked.len() {
-            reasons.push(format!(
-                "the loss did not rise in {stuck} of {} attacked items: the gradient may be masked",
-                attacked.len()
-            ));
-        }
-    }
-    (if reasons.is_empty() { "plausible" } else { "doubtful" }, reasons)
+    let steps = if first.norm == "l2" { 16.0 } else { (255.0 * first.epsilon).round().clamp(1.0, 255.0) };
+    let points = (0..=steps as usize).map(|k| first.epsilon * k as f64 / steps);
+    let survives = |record: &&AttackRecord, epsilon: f64| {
+        let smallest = record.more.get("min_epsilon").and_then(Value::as_f64);
+        record.clean_correct && smallest.is_none_or(|smallest| smallest > epsilon + 1e-9)
+    };
+    points
+        .map(|epsilon| {
+            let robust = records.iter().filter(|record| survives(record, epsilon)).count();
+            point(epsilon, robust, records.len())
+        })
+        .collect()
+}
+
+/// `[steps, accuracy, low, high]`: of each item all that was spent on it until it broke.
+fn by_steps(records: &[AttackRecord]) -> Value {
+    let spent = |record: &AttackRecord| record.more.get("steps_spent").and_then(Value::as_u64).unwrap_or(0);
+    let most = records.iter().map(spent).max().unwrap_or(0);
+    let stride = (most.div_ceil(20)).max(1).next_multiple_of(CHECK_EVERY as u64);
+    let mut points: Vec<u64> = (0..most).step_by(stride as usize).collect();
+    points.push(most);
+    let survives = |record: &&AttackRecord, steps: u64| {
+        record.clean_correct && (record.robust_correct || spent(record) > steps)
+    };
+    points
+        .into_iter()
+        .map(|steps| {
+            let robust = records.iter().filter(|record| survives(record, steps)).count();
+            point(steps as f64, robust, records.len())
+        })
+        .collect()
+}
+
+fn point(at: f64, robust: usize, n: usize) -> Value {
+    let [low, high] = interval::wilson(robust as u64, n as u64, interval::Z_95);
+    json!([at, robust as f64 / n as f64, low, high])
 }

@@ -402,7 +402,7 @@ impl Demo<'_> {
             Err(summary) => return Ok(summary),
         };
         let (assistant, dataset) = self.loaded(training, config)?;
-        attack::under_attack(&assistant, &dataset, &attack::setting_of(config)?, &mut run, progress)
+        attack::under_attack(&assistant, &dataset, &attack::Setting::of(config)?, &mut run, progress)
     }
 
     fn certify(&self, training: &Training, progress: &dyn Progress) -> Result<()> {

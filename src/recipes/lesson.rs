@@ -11,7 +11,6 @@ use crate::model::assistant::Assistant;
 use crate::model::generate::Prompt;
 use crate::model::processor::ProcessedImage;
 use crate::nn::recompute::Memory;
-use crate::reward::answer::parse_answer;
 use crate::rng;
 use crate::roles::target::{Aim, Target};
 use candle_core::Tensor;
@@ -172,8 +171,9 @@ pub fn attack_batch(
         let target = Target {
             assistant,
             aims: range.clone().map(|i| aim_of(lesson, assistant, questions, i)).collect::<Result<_>>()?,
-            max_new_tokens: 1,
-            parse: &parse_answer,
+            answers: &|_, _| Err(anyhow::anyhow!("training never asks whether an attack succeeded").into()),
+            noise: None,
+            draws_at_once: 1,
             memory: Memory::Keep,
         };
         let config = attack::AttackConfig {
@@ -208,6 +208,7 @@ fn aim_of(lesson: &Lesson<'_>, assistant: &Assistant, questions: &Questions, i: 
         template: lesson.template,
         is_cot: lesson.is_cot(),
         objective: lesson.config.adversary.objective,
+        target: 1,
         own: None,
     };
     let size = [image.resized.height, image.resized.width];

@@ -35,3 +35,4 @@ pub mod run;
 pub mod scratch;
 pub mod sft;
 pub mod train;
+pub mod verdict;

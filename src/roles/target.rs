@@ -5,7 +5,8 @@
 //! tokens that carry what is seen; which one is used is named in every record.
 
 use super::policy::{self, Scoring};
-use crate::attack::Objective;
+use crate::attack::loss::{log_softmax, log_sum, softmax};
+use crate::attack::{NoiseBank, Objective, OptionLoss};
 use crate::error::{Error, Result};
 use crate::model::assistant::Assistant;
 use crate::model::generate::Prompt;
@@ -22,15 +23,21 @@ pub struct Aim {
     pub prompt: Prompt,
     /// Height and width of the image at the model's resolution.
     pub model_size: [usize; 2],
+    /// What is maximised, over the completions' scores.
+    pub loss: OptionLoss,
     /// Completions to score: the right one first, then wrong ones where the loss compares.
     pub completions: Vec<Vec<u32>>,
     /// The tokens of each completion that count.
     pub counted: Vec<Range<usize>>,
-    /// Which option is right, and how many there are.
+    /// Which option is right.
     pub answer: usize,
-    /// Number of options.
-    pub num_options: usize,
+    /// Names the item's noise.
+    pub key: u64,
 }
+
+/// What the model itself answers about each of `items` when it is shown these pixels, `[n, 3, height, width]` in [0, 1] at
+/// its own resolution; none where the answer cannot be read.
+pub type Answers<'a> = &'a dyn Fn(&Tensor, &[usize]) -> Result<Vec<Option<usize>>>;
 
 /// A batch of items under attack.
 pub struct Target<'a> {
@@ -38,10 +45,12 @@ pub struct Target<'a> {
     pub assistant: &'a Assistant,
     /// The items.
     pub aims: Vec<Aim>,
-    /// Longest completion when it is asked freely.
-    pub max_new_tokens: usize,
-    /// The answer parser.
-    pub parse: &'a dyn Fn(&str, usize) -> Option<usize>,
+    /// Its answers, by which items are judged.
+    pub answers: Answers<'a>,
+    /// Attack the model under this noise, by the mean of the option's shares; `None`: the model itself.
+    pub noise: Option<NoiseBank>,
+    /// Noisy images in one pass.
+    pub draws_at_once: usize,
     /// Whether activations are kept or recomputed.
     pub memory: Memory,
 }
@@ -68,26 +77,32 @@ impl Target<'_> {
         Scoring::new(self.assistant, &prompts, &completions)
     }
 
+    /// Where the counted tokens of completion `c` stand in the list of targets; `place` is the item's place in `scoring`.
+    fn counted(&self, scoring: &Scoring, place: usize, item: usize, c: usize) -> Range<usize> {
+        let (span, part) = (&scoring.spans[place][c], &self.aims[item].counted[c]);
+        span.start + part.start..span.start + part.end
+    }
+
+    /// Each item's completions' log-likelihoods, in nats.
+    fn scores(&self, scoring: &Scoring, items: &[usize], log_probs: &[f32]) -> Vec<Vec<f64>> {
+        let sum = |span: Range<usize>| log_probs[span].iter().map(|v| f64::from(*v)).sum::<f64>();
+        items
+            .iter()
+            .enumerate()
+            .map(|(place, &item)| {
+                (0..scoring.spans[place].len()).map(|c| sum(self.counted(scoring, place, item, c))).collect()
+            })
+            .collect()
+    }
+
     /// Loss of each item and the weight of each token's log-probability in the sum of losses.
     fn weigh(&self, scoring: &Scoring, items: &[usize], log_probs: &[f32]) -> (Vec<f32>, Vec<f32>) {
         let mut weights = vec![0f32; log_probs.len()];
         let mut losses = Vec::with_capacity(items.len());
-        for (spans, &item) in scoring.spans.iter().zip(items) {
-            let aim = &self.aims[item];
-            let counted = |c: usize| {
-                let (span, part) = (&spans[c], &aim.counted[c]);
-                span.start + part.start..span.start + part.end
-            };
-            let score = |c: usize| log_probs[counted(c)].iter().map(|v| f64::from(*v)).sum::<f64>();
-            let right = score(0);
-            let mut loss = -right;
-            weights[counted(0)].fill(-1.0);
-            let rivals = (1..spans.len()).map(|c| (c, score(c)));
-            if let Some((rival, rival_score)) = rivals.max_by(|a, b| a.1.total_cmp(&b.1)) {
-                loss += rival_score;
-                for weight in &mut weights[counted(rival)] {
-                    *weight += 1.0;
-                }
+        for (place, scores) in self.scores(scoring, items, log_probs).iter().enumerate() {
+            let (loss, slope) = self.aims[items[place]].loss.of(scores, 0);
+            for (c, slope) in slope.into_iter().enumerate() {
+                weights[self.counted(scoring, place, items[place], c)].fill(slope as f32);
             }
             losses.push(loss as f32);
         }
@@ -95,36 +110,144 @@ impl Target<'_> {
     }
 }
 
-impl Objective for Target<'_> {
-    fn loss_and_gradient(&self, pixels: &Tensor, items: &[usize]) -> Result<(Vec<f32>, Tensor)> {
+impl Target<'_> {
+    /// Losses of pixels at the model's resolution and, if `slopes` weighs each token's log-probability, their gradient by
+    /// `pixels`.
+    ///
+    /// `prepare` takes `pixels` to the model's images, of which there is one for each of `items`.
+    fn gradient_by(
+        &self,
+        pixels: &Tensor,
+        items: &[usize],
+        prepare: &dyn Fn(&Tensor) -> candle_core::Result<Tensor>,
+        slopes: &dyn Fn(&Scoring, &[f32]) -> Vec<f32>,
+    ) -> Result<Tensor> {
         let scoring = self.scoring(items)?;
         let variable = Var::from_tensor(&pixels.detach())?;
         let inputs = [variable.as_tensor().clone()];
-        let model_grid = {
-            let [height, width] = self.aims[items[0]].model_size;
-            vec![self.assistant.vlm.grid_of(height, width); items.len()]
-        };
-        let plan = self.assistant.vlm.vision_plan(&model_grid)?;
-        let mut stages: Vec<Stage<'_>> =
-            vec![Box::new(|state| Ok(vec![self.at_model_size(&state[0], items)?]))];
+        let [height, width] = self.aims[items[0]].model_size;
+        let plan =
+            self.assistant.vlm.vision_plan(&vec![self.assistant.vlm.grid_of(height, width); items.len()])?;
+        let mut stages: Vec<Stage<'_>> = vec![Box::new(|state| Ok(vec![prepare(&state[0])?]))];
         stages.extend(self.assistant.vlm.vision_stages(&plan));
         stages.extend(scoring.stages(self.assistant));
-        let losses = RefCell::new(Vec::new());
         let loss = |state: &[Tensor]| {
             let log_probs = scoring.log_probs(self.assistant, &state[0], 1.0)?;
-            let (values, weights) = self.weigh(&scoring, items, &log_probs.to_vec1::<f32>()?);
-            *losses.borrow_mut() = values;
+            let weights = slopes(&scoring, &log_probs.to_vec1::<f32>()?);
             let weights = Tensor::from_vec(weights, log_probs.dims1()?, log_probs.device())?;
             (log_probs * weights)?.sum_all()
         };
         let (_, gradients) = loss_and_gradients(&stages, &inputs, loss, &[], self.memory)?;
-        let gradient = gradients.get(variable.as_tensor()).cloned().ok_or_else(|| {
+        gradients.get(variable.as_tensor()).cloned().ok_or_else(|| {
             Error::NonFinite("no gradient reached the pixels: the attack would be void".to_owned())
-        })?;
+        })
+    }
+
+    /// Log of the right option's share in each noisy image of an item whose pixels are at the model's resolution,
+    /// `[1, 3, height, width]`.
+    fn log_shares(&self, bank: &NoiseBank, item: usize, pixels: &Tensor) -> Result<Vec<f64>> {
+        let mut log_shares = Vec::with_capacity(bank.draws);
+        for from in (0..bank.draws).step_by(self.draws_at_once) {
+            let count = self.draws_at_once.min(bank.draws - from);
+            let items = vec![item; count];
+            let scoring = self.scoring(&items)?;
+            let features = policy::encode(self.assistant, &[self.noisy(bank, item, pixels, from, count)?])?;
+            let log_probs = scoring.evaluate(self.assistant, Some(&features), 1.0)?;
+            log_shares.extend(self.scores(&scoring, &items, &log_probs).iter().map(|s| log_softmax(s, 0)));
+        }
+        Ok(log_shares)
+    }
+
+    /// Draws `from..from + count` of an item's noise added to its pixels.
+    fn noisy(
+        &self,
+        bank: &NoiseBank,
+        item: usize,
+        pixels: &Tensor,
+        from: usize,
+        count: usize,
+    ) -> candle_core::Result<Tensor> {
+        let (_, channels, height, width) = pixels.dims4()?;
+        let noise = bank.draws(self.aims[item].key, from, count, channels * height * width);
+        let noise = Tensor::from_vec(noise, (count, channels, height, width), pixels.device())?;
+        Tensor::cat(&vec![pixels; count], 0)? + noise
+    }
+
+    /// The smoothed model's losses: the negative log of the right option's mean share over the bank (Salman et al. 2019,
+    /// SmoothAdv), and their gradient if `with_gradient`.
+    fn smoothed(
+        &self,
+        bank: &NoiseBank,
+        pixels: &Tensor,
+        items: &[usize],
+        with_gradient: bool,
+    ) -> Result<(Vec<f32>, Option<Tensor>)> {
+        let (mut losses, mut gradients) = (Vec::new(), Vec::new());
+        for (row, &item) in items.iter().enumerate() {
+            let own = pixels.narrow(0, row, 1)?;
+            let log_shares = self.log_shares(bank, item, &self.at_model_size(&own.detach(), &[item])?)?;
+            losses.push(((log_shares.len() as f64).ln() - log_sum(&log_shares)) as f32);
+            if !with_gradient {
+                continue;
+            }
+            // d(-log mean_j s_j) = -sum_j w_j d log s_j with w the softmax of log s: nothing underflows.
+            let weights = softmax(&log_shares);
+            let mut sum: Option<Tensor> = None;
+            for from in (0..bank.draws).step_by(self.draws_at_once) {
+                let count = self.draws_at_once.min(bank.draws - from);
+                let copies = vec![item; count];
+                let prepare = |pixels: &Tensor| {
+                    self.noisy(bank, item, &self.at_model_size(pixels, &[item])?, from, count)
+                };
+                let slopes = |scoring: &Scoring, log_probs: &[f32]| {
+                    let mut slopes = vec![0f32; log_probs.len()];
+                    for (copy, scores) in self.scores(scoring, &copies, log_probs).iter().enumerate() {
+                        let (_, by_score) = OptionLoss::CrossEntropy.of(scores, 0);
+                        for (c, slope) in by_score.into_iter().enumerate() {
+                            let span = self.counted(scoring, copy, item, c);
+                            slopes[span].fill((weights[from + copy] * slope) as f32);
+                        }
+                    }
+                    slopes
+                };
+                let part = self.gradient_by(&own, &copies, &prepare, &slopes)?;
+                sum = Some(match sum {
+                    Some(sum) => (sum + part)?,
+                    None => part,
+                });
+            }
+            gradients.extend(sum);
+        }
+        let gradient = if with_gradient { Some(Tensor::cat(&gradients, 0)?) } else { None };
+        Ok((losses, gradient))
+    }
+}
+
+impl Objective for Target<'_> {
+    fn loss_and_gradient(&self, pixels: &Tensor, items: &[usize]) -> Result<(Vec<f32>, Tensor)> {
+        if let Some(bank) = &self.noise {
+            let (losses, gradient) = self.smoothed(bank, pixels, items, true)?;
+            let gradient = gradient.ok_or_else(|| anyhow::anyhow!("no item to attack"))?;
+            return Ok((losses, gradient));
+        }
+        let losses = RefCell::new(Vec::new());
+        let gradient = self.gradient_by(
+            pixels,
+            items,
+            &|pixels| self.at_model_size(pixels, items),
+            &|scoring, log_probs| {
+                let (values, weights) = self.weigh(scoring, items, log_probs);
+                *losses.borrow_mut() = values;
+                weights
+            },
+        )?;
         Ok((losses.into_inner(), gradient))
     }
 
     fn loss(&self, pixels: &Tensor, items: &[usize]) -> Result<Vec<f32>> {
+        if let Some(bank) = &self.noise {
+            return Ok(self.smoothed(bank, pixels, items, false)?.0);
+        }
         let scoring = self.scoring(items)?;
         let features = policy::encode(self.assistant, &[self.at_model_size(&pixels.detach(), items)?])?;
         let log_probs = scoring.evaluate(self.assistant, Some(&features), 1.0)?;
@@ -132,16 +255,7 @@ impl Objective for Target<'_> {
     }
 
     fn is_broken(&self, pixels: &Tensor, items: &[usize]) -> Result<Vec<bool>> {
-        let prompts: Vec<Prompt> = items.iter().map(|&i| self.aims[i].prompt.clone()).collect();
-        let pixels = self.at_model_size(&pixels.detach(), items)?;
-        let completions = policy::greedy_answers(self.assistant, &prompts, &[pixels], self.max_new_tokens)?;
-        completions
-            .iter()
-            .zip(items)
-            .map(|(completion, &item)| {
-                let text = self.assistant.text_of(completion)?;
-                Ok((self.parse)(&text, self.aims[item].num_options) != Some(self.aims[item].answer))
-            })
-            .collect()
+        let answers = (self.answers)(&self.at_model_size(&pixels.detach(), items)?, items)?;
+        Ok(answers.iter().zip(items).map(|(answer, &item)| *answer != Some(self.aims[item].answer)).collect())
     }
 }

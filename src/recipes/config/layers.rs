@@ -4,7 +4,7 @@
 //! key against their descriptions, so that one wrong key does not hide the next.
 
 use super::keys::{Key, Leaf, Node, choices, describe, near_misses};
-use super::{Command, RunConfig};
+use super::{AttackConfig, Command, RunConfig};
 use crate::error::{ConfigError, Error, Result};
 use serde_json::json;
 use std::collections::BTreeMap;
@@ -70,13 +70,16 @@ pub(super) fn load(
     for item in overrides {
         layers.add_override(item, &keys);
     }
-    let config: RunConfig = match layers.values.clone().try_into() {
+    let mut config: RunConfig = match layers.values.clone().try_into() {
         Ok(config) => config,
         Err(error) => {
             layers.problems.push(ConfigError::new("", error.to_string()));
             return Err(Error::Config(layers.problems));
         }
     };
+    if !layers.origins.contains_key("attack.num_steps") {
+        config.attack.num_steps = AttackConfig::default_num_steps(config.attack.method);
+    }
     let refused: Vec<String> = layers.problems.iter().map(|problem| problem.key.clone()).collect();
     // A value that was refused already is absent here: that it is missing is no second problem.
     for mut problem in config.problems(command).into_iter().filter(|problem| !refused.contains(&problem.key))

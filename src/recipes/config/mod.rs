@@ -113,7 +113,13 @@ words! {
         Finding = "finding",
         /// Best wrong option minus the right one.
         Margin = "margin",
-        /// Each of them in turn, on survivors.
+        /// Negative log of the right option's share among the options.
+        CrossEntropy = "cross_entropy",
+        /// The margin divided by best minus third option (Croce and Hein 2020); with two options the margin itself.
+        Dlr = "dlr",
+        /// Each wrong option minus the right one, in turn, on survivors; divided as in `dlr` from four options on.
+        Targeted = "targeted",
+        /// `completion`, `finding`, `answer` and `margin` in turn, on survivors.
         All = "all",
     }
 }
@@ -311,10 +317,14 @@ section! {
         epsilon: f64 = 8.0 / 255.0 => Range::at_least(0.0),
         /// Length of one step, in the units of `epsilon`; absent: 2.5 x `epsilon` / `num_steps` (Madry et al. 2018).
         step_size: Option<f64> = None => Range::at_least(0.0),
-        /// Gradient steps of one start.
-        num_steps: usize = 10,
+        /// Gradient steps of one start; 100 for `apgd` and `auto` unless set.
+        num_steps: usize = 10 => Range::at_least(1.0),
+        /// Losses that `square` may ask for in one start.
+        num_queries: usize = 1000 => Range::at_least(1.0),
         /// Starts; later ones attack survivors only.
         num_restarts: usize = 1 => Range::at_least(1.0),
+        /// Share of the last direction that PGD keeps (Dong et al. 2018); 0 is plain PGD.
+        momentum: f64 = 0.0 => Range::closed(0.0, 1.0),
         /// Whether each start begins at a random point of the ball.
         random_start: bool = true,
         /// What is maximised.
@@ -323,6 +333,15 @@ section! {
         space: Space = Space::Original,
         /// Whether an item already broken is left alone.
         early_stop: bool = true,
+        /// Whether the smallest budget that breaks each item is searched for, by bisection of `epsilon`.
+        min_epsilon: bool = false,
+        /// Attack the smoothed model of this noise instead: gradients of the mean probability over a fixed bank of noise
+        /// (Salman et al. 2019), answers by majority of fresh draws.
+        smoothing_sigma: Option<f64> = None => Range::above(0.0),
+        /// Draws of that bank, and of each majority.
+        eot_samples: usize = 32 => Range::at_least(1.0),
+        /// Items on which the attack itself is examined for its verdict; 0: none.
+        verdict_items: usize = 8,
     }
 }
 
@@ -531,21 +550,32 @@ impl DataConfig {
 }
 
 impl AttackConfig {
-    /// The length of one step: `step_size`, else 2.5 x `epsilon` / `num_steps` and at most `epsilon`; of FGSM `epsilon`.
+    /// The length of one step: `step_size`, else 2.5 x `epsilon` / `num_steps` and at most `epsilon`; of FGSM `epsilon`, of
+    /// APGD 2 x `epsilon` to begin with.
     pub fn resolved_step_size(&self) -> f64 {
         match (self.method, self.step_size) {
             (Method::Fgsm, _) => self.epsilon,
+            (Method::Apgd | Method::Auto, _) => 2.0 * self.epsilon,
             (_, Some(step_size)) => step_size,
             (_, None) => (2.5 * self.epsilon / self.num_steps.max(1) as f64).min(self.epsilon),
         }
     }
 
-    /// Gradient steps of a restart: none of noise, one of FGSM.
+    /// Steps of a restart: none of noise, one of FGSM, of Square its queries.
     pub fn resolved_num_steps(&self) -> usize {
         match self.method {
             Method::Noise => 0,
             Method::Fgsm => 1,
-            _ => self.num_steps,
+            Method::Square => self.num_queries,
+            Method::Pgd | Method::Apgd | Method::Auto => self.num_steps,
+        }
+    }
+
+    /// Gradient steps where none are set: AutoAttack's for what it is made of.
+    pub fn default_num_steps(method: Method) -> usize {
+        match method {
+            Method::Apgd | Method::Auto => 100,
+            _ => Self::default().num_steps,
         }
     }
 }
@@ -656,6 +686,30 @@ impl RunConfig {
     fn attack_problems(&self, command: Option<Command>, problems: &mut Vec<ConfigError>) {
         let train = &self.train.adversary;
         let attack = &self.attack;
+        let mut no_effect = |key: &str, message: String, help: &str| {
+            problems.push(ConfigError::new(format!("attack.{key}"), message).with_help(help));
+        };
+        if attack.method == Method::Auto && attack.objective != ObjectiveName::default() {
+            let message =
+                format!("`objective` has no effect with method `auto`: {}", attack.objective.word());
+            no_effect("objective", message, "`auto` goes through its own objectives: leave it out");
+        }
+        if attack.momentum > 0.0 && attack.method != Method::Pgd {
+            let message = format!("`momentum` has no effect with method `{}`", attack.method.word());
+            no_effect("momentum", message, "it belongs to `pgd`");
+        }
+        if attack.min_epsilon && !attack.early_stop {
+            let message = "`min_epsilon` needs `early_stop`: whether an item breaks must be asked".to_owned();
+            no_effect("min_epsilon", message, "leave `early_stop` at its default");
+        }
+        if attack.smoothing_sigma.is_some() && attack.objective != ObjectiveName::CrossEntropy {
+            let message = "`smoothing_sigma` attacks the mean probability of the options".to_owned();
+            no_effect("smoothing_sigma", message, "add `--objective cross_entropy`");
+        }
+        if attack.smoothing_sigma.is_some() && attack.method == Method::Square {
+            let message = "`smoothing_sigma` is about gradients, which `square` does not use".to_owned();
+            no_effect("smoothing_sigma", message, "use pgd or apgd");
+        }
         for (section, norm, epsilon, step_size) in [
             ("attack", attack.norm, attack.epsilon, attack.step_size),
             ("train.adversary", train.norm, train.epsilon, train.step_size),

@@ -34,10 +34,10 @@ fn defaults_are_the_contracts() {
 fn a_derived_step_never_exceeds_the_budget_and_is_read_back() {
     for (method, steps, length, count) in [
         ("pgd", "1", 1.0, 1),
-        ("pgd", "0", 1.0, 0),
         ("pgd", "5", 0.5, 5),
         ("fgsm", "5", 1.0, 1),
         ("noise", "5", 0.5, 0),
+        ("apgd", "5", 2.0, 5),
     ] {
         let overrides = [set("attack.num_steps", steps, "--set"), set("attack.method", method, "--set")];
         let config = RunConfig::load(Command::Attack, None, &overrides).unwrap();

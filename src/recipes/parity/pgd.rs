@@ -117,6 +117,7 @@ pub fn check(dir: &Path, device: &Device) -> Result<Vec<Check>> {
 /// The attack that torchattacks runs with these settings.
 fn settings(run: &Value, norm: Norm) -> Result<AttackConfig> {
     Ok(AttackConfig {
+        momentum: 0.0,
         method: Method::Pgd,
         norm,
         epsilon: Fraction(typed(&run["eps"], "eps")?),

@@ -1,7 +1,11 @@
 //! The laws of an attack on objectives whose optimum is known.
 
+use super::lattice::{is_within, nearest_levels, to_8bit_within_ball};
+use super::search::to_rows;
 use super::*;
-use crate::attack::{Fraction, Method, Norm};
+use crate::error::Error;
+use crate::rng;
+use candle_core::Device;
 use std::cell::Cell;
 
 /// loss = w·x per item, broken above a threshold; the gradient is w.
@@ -54,6 +58,7 @@ impl Objective for Quadratic {
     }
 }
 
+const EVERY: [Method; 5] = [Method::Noise, Method::Fgsm, Method::Pgd, Method::Apgd, Method::Square];
 const SHAPE: (usize, usize, usize) = (3, 4, 5);
 const LEN: usize = 60;
 
@@ -84,7 +89,7 @@ fn run(objective: &dyn Objective, clean: &Tensor, config: &AttackConfig) -> Adve
     let items: Vec<usize> = (0..b).collect();
     let keys: Vec<u64> = (0..b as u64).map(|i| 1000 + i).collect();
     let problem = Problem { clean, items: &items, keys: &keys, start: None, judge_8bit: false };
-    pgd(objective, &problem, config, &mut |_| Ok(())).unwrap()
+    attack(objective, &problem, config).unwrap()
 }
 
 fn config(norm: Norm, epsilon: f64) -> AttackConfig {
@@ -95,7 +100,7 @@ fn config(norm: Norm, epsilon: f64) -> AttackConfig {
 fn on_a_linear_loss_one_step_is_the_optimum_and_iterating_finds_it_too() {
     let (clean, objective) = (images(3), linear(3, f32::MAX));
     for (norm, epsilon) in [(Norm::Linf, 8.0 / 255.0), (Norm::L2, 0.5)] {
-        for method in [Method::Fgsm, Method::Pgd] {
+        for method in [Method::Fgsm, Method::Pgd, Method::Apgd] {
             // steps as long as the budget turn a random start within a few steps
             let step_size = Some(Fraction(epsilon));
             let config = AttackConfig { method, step_size, num_steps: 30, ..config(norm, epsilon) };
@@ -161,7 +166,7 @@ fn every_result_stays_in_the_budget_and_the_pixel_range() {
     let clean = (images(3) * 3.0).unwrap().affine(1.0, -1.0).unwrap().clamp(0f32, 1f32).unwrap();
     for norm in [Norm::Linf, Norm::L2] {
         for epsilon in [2.0 / 255.0, 0.3, 1.0] {
-            for method in [Method::Noise, Method::Fgsm, Method::Pgd] {
+            for method in EVERY {
                 let config = AttackConfig { method, num_restarts: 2, ..config(norm, epsilon) };
                 let found = to_rows(&run(&objective, &clean, &config).pixels).unwrap();
                 for (found, clean) in found.iter().zip(&to_rows(&clean).unwrap()) {
@@ -272,17 +277,20 @@ fn the_last_iterate_is_the_last_and_observers_see_every_loss() {
 fn batches_and_their_order_change_no_image() {
     let (clean, objective) = (images(5), linear(5, f32::MAX));
     for (norm, objective) in [(Norm::Linf, &Wavy as &dyn Objective), (Norm::L2, &objective)] {
-        let config = AttackConfig { num_restarts: 2, early_stop: true, ..config(norm, 0.05) };
-        let whole = run(objective, &clean, &config);
-        let all = to_rows(&whole.pixels).unwrap();
-        for order in [vec![4, 2, 0], vec![3, 1], vec![1]] {
+        let orders = [vec![4, 2, 0], vec![3, 1], vec![1]];
+        for (method, order) in
+            EVERY.into_iter().flat_map(|method| orders.clone().map(|order| (method, order)))
+        {
+            let config = AttackConfig { method, num_restarts: 2, early_stop: true, ..config(norm, 0.05) };
+            let whole = run(objective, &clean, &config);
+            let all = to_rows(&whole.pixels).unwrap();
             let index =
                 Tensor::new(order.iter().map(|&i| i as u32).collect::<Vec<u32>>(), &Device::Cpu).unwrap();
             let keys: Vec<u64> = order.iter().map(|&i| 1000 + i as u64).collect();
             let part = clean.index_select(&index, 0).unwrap();
             let problem =
                 Problem { clean: &part, items: &order, keys: &keys, start: None, judge_8bit: false };
-            let found = pgd(objective, &problem, &config, &mut |_| Ok(())).unwrap();
+            let found = attack(objective, &problem, &config).unwrap();
             for (row, &i) in order.iter().enumerate() {
                 assert_eq!(to_rows(&found.pixels).unwrap()[row], all[i]);
                 assert_eq!(found.loss[row].to_bits(), whole.loss[i].to_bits());
@@ -388,4 +396,118 @@ fn bad_numbers_and_shapes_are_errors() {
     let outside = (&clean * 3.0).unwrap();
     assert!(fails(&Problem { clean: &outside, ..problem }, &config));
     assert!(!fails(&problem, &config));
+}
+
+#[test]
+fn stronger_attacks_find_more_where_the_loss_has_many_hills() {
+    let clean = images(8);
+    let mean = |config: &AttackConfig| run(&Wavy, &clean, config).loss.iter().sum::<f32>() / 8.0;
+    for (norm, epsilon) in [(Norm::Linf, 0.06), (Norm::L2, 0.4)] {
+        let of = |method, num_steps| mean(&AttackConfig { method, num_steps, ..config(norm, epsilon) });
+        let (noise, fgsm, pgd) = (of(Method::Noise, 1), of(Method::Fgsm, 1), of(Method::Pgd, 10));
+        let (apgd, square) = (of(Method::Apgd, 100), of(Method::Square, 300));
+        // No order among the strong ones: long steps leap over hills as narrow as these.
+        let weakest = noise.max(fgsm);
+        assert!(noise < square && noise < fgsm, "{norm:?}: {noise} {fgsm} {square}");
+        assert!(weakest < pgd && weakest < apgd, "{norm:?}: {weakest} {pgd} {apgd}");
+    }
+}
+
+#[test]
+fn apgd_finds_the_optimum_that_fixed_steps_only_circle() {
+    let clean = images(1);
+    let x = to_rows(&clean).unwrap().remove(0);
+    let direction = normals("direction", 0);
+    let length = Norm::L2.distance(&direction, &[0.0; LEN]);
+    let target: Vec<f32> = x.iter().zip(&direction).map(|(x, d)| x + (0.1 / length) as f32 * d).collect();
+    let objective = Quadratic { target };
+    // The optimum lies inside the ball: only ever shorter steps come close.
+    let base = AttackConfig { num_steps: 100, ..config(Norm::L2, 0.5) };
+    let fixed = run(&objective, &clean, &AttackConfig { step_size: Some(Fraction(0.1)), ..base.clone() });
+    let adaptive = run(&objective, &clean, &AttackConfig { method: Method::Apgd, ..base });
+    assert!(adaptive.loss[0] > -1e-4 && adaptive.loss[0] > 5.0 * fixed.loss[0], "{adaptive:?} {fixed:?}");
+}
+
+#[test]
+fn more_steps_of_apgd_and_more_queries_never_lose_what_a_warm_start_brings() {
+    let clean = images(4);
+    let items = [0, 1, 2, 3];
+    let first = run(&Wavy, &clean, &config(Norm::Linf, 0.05));
+    for method in [Method::Pgd, Method::Apgd, Method::Square] {
+        let config = AttackConfig { method, ..config(Norm::Linf, 0.05) };
+        let start = Some(&first.pixels);
+        let problem = Problem { clean: &clean, items: &items, keys: &[0, 1, 2, 3], start, judge_8bit: false };
+        let found = attack(&Wavy, &problem, &config).unwrap();
+        assert!(found.loss.iter().zip(&first.loss).all(|(now, then)| now >= then), "{method:?}");
+    }
+}
+
+#[test]
+fn momentum_keeps_the_direction_and_none_is_plain_pgd() {
+    let (clean, objective) = (images(2), linear(2, f32::MAX));
+    let base = config(Norm::L2, 0.3);
+    let with = |momentum| run(&Wavy, &clean, &AttackConfig { momentum, ..base.clone() }).loss;
+    assert_ne!(with(0.0), with(1.0));
+    // A constant gradient keeps its direction whatever is added up.
+    let along = |momentum| {
+        let straight = AttackConfig { random_start: false, momentum, ..base.clone() };
+        to_rows(&run(&objective, &clean, &straight).pixels).unwrap().remove(0)
+    };
+    assert!(Norm::Linf.distance(&along(0.0), &along(1.0)) < 1e-6);
+}
+
+#[test]
+fn gradients_of_zero_are_told() {
+    struct Flat;
+    impl Objective for Flat {
+        fn loss_and_gradient(&self, pixels: &Tensor, items: &[usize]) -> Result<(Vec<f32>, Tensor)> {
+            Ok((vec![1.0; items.len()], pixels.zeros_like()?))
+        }
+        fn loss(&self, _: &Tensor, items: &[usize]) -> Result<Vec<f32>> {
+            Ok(vec![1.0; items.len()])
+        }
+        fn is_broken(&self, _: &Tensor, items: &[usize]) -> Result<Vec<bool>> {
+            Ok(vec![false; items.len()])
+        }
+    }
+    let clean = images(2);
+    for method in [Method::Pgd, Method::Apgd] {
+        let config = AttackConfig { method, ..config(Norm::Linf, 0.1) };
+        assert_eq!(run(&Flat, &clean, &config).zero_gradient, [true; 2]);
+        assert_eq!(run(&Wavy, &clean, &config).zero_gradient, [false; 2]);
+    }
+}
+
+#[test]
+fn what_rounding_undoes_is_told_and_repaired_on_the_lattice() {
+    let clean = images(1);
+    let mut objective = linear(1, f32::MAX);
+    let loss = objective.loss(&clean, &[0]).unwrap()[0];
+    let epsilon = 40.0 / 255.0;
+    // Spread over 60 values, an L2 budget moves most of them by a few levels: rounding costs some of the gain.
+    let base = AttackConfig { early_stop: true, num_steps: 40, ..config(Norm::L2, epsilon) };
+    let levels = nearest_levels(&to_rows(&clean).unwrap()[0]);
+    let best = run(&objective, &clean, &AttackConfig { early_stop: false, ..base.clone() });
+    let rounded = to_8bit_within_ball(&to_rows(&best.pixels).unwrap()[0], &levels, Norm::L2, epsilon);
+    let at = |image: &[u8]| {
+        let pixels = image.iter().map(|u| f32::from(*u) / 255.0).collect::<Vec<_>>();
+        let pixels = Tensor::from_vec(pixels, clean.shape(), &Device::Cpu).unwrap();
+        objective.loss(&pixels, &[0]).unwrap()[0]
+    };
+    let after = at(&rounded);
+    assert!(after < best.loss[0]);
+    let problem = Problem { clean: &clean, items: &[0], keys: &[1000], start: None, judge_8bit: true };
+    let repaired = at(&lattice::ascend(&rounded, &levels, &objective.weights[0], Norm::L2, epsilon));
+    let mut outcome = |threshold: f32| {
+        objective.thresholds[0] = threshold;
+        let found = attack(&objective, &problem, &base).unwrap();
+        let image = nearest_levels(&to_rows(&found.pixels).unwrap()[0]);
+        assert!(found.rounding[0] != Rounding::Repaired || is_within(&image, &levels, Norm::L2, epsilon));
+        (found.broken[0], found.rounding[0])
+    };
+    assert_eq!(outcome(loss), (true, Rounding::Harmless));
+    assert_eq!(outcome(best.loss[0] + 1.0), (false, Rounding::Harmless));
+    assert!(repaired > after, "{repaired} {after}");
+    assert_eq!(outcome(0.5 * (after + repaired.min(best.loss[0]))), (true, Rounding::Repaired));
+    assert_eq!(outcome(best.loss[0].next_down()), (false, Rounding::Undone));
 }
