@@ -8,6 +8,7 @@
 use super::gray::{self, GrayReading};
 use super::{RgbImage8, dicom};
 use crate::error::{Error, Result};
+use crate::files;
 use image::codecs::png::PngEncoder;
 use image::metadata::Orientation;
 use image::{DynamicImage, ExtendedColorType, ImageDecoder, ImageEncoder, ImageFormat, ImageReader, Limits};
@@ -40,7 +41,7 @@ pub fn decode_file(path: &Path) -> Result<RgbImage8> {
 /// A data error with the path when the content is no supported image, truncated, empty or absurdly large; an I/O
 /// error when it cannot be read.
 pub fn read_file(path: &Path, reading: GrayReading) -> Result<Decoded> {
-    let bytes = std::fs::read(path).map_err(|error| Error::io("cannot read the image", path, error))?;
+    let bytes = files::read(path, "cannot read the image")?;
     read_bytes(&bytes, reading).map_err(|error| match error {
         Error::Data(message) => Error::data(match message.split_once("\n   = help") {
             Some((what, help)) => format!("{what}\n  --> {}\n   = help{help}", path.display()),

@@ -3,7 +3,6 @@
 use super::damage::{damaged, edits, json_damage};
 use super::tensors::file;
 use super::{for_all, memory_for, refusal, survive};
-use proptest::prelude::*;
 use safemed::error::Result;
 use safemed::model::lora::{Adapter, LoraConfig, Modules};
 use serde_json::{Value, json};
