@@ -46,6 +46,22 @@ pub fn read_text(path: &Path, failed: &str) -> Result<String> {
     Ok(text.strip_prefix('\u{feff}').map(str::to_owned).unwrap_or(text))
 }
 
+/// Runs `work` where recursion as deep as a file of some ten thousand bytes can ask for does no harm.
+///
+/// # Errors
+/// An unexpected error when the system gives no thread.
+pub fn on_deep_stack<T: Send>(work: impl FnOnce() -> T + Send) -> Result<T> {
+    /// Only what is used of it takes memory.
+    const STACK: usize = 256 << 20;
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new()
+            .stack_size(STACK)
+            .spawn_scoped(scope, work)
+            .map_err(|error| Error::Other(anyhow::anyhow!("cannot start a thread: {error}")))?;
+        thread.join().map_err(|panic| std::panic::resume_unwind(panic))
+    })
+}
+
 thread_local! {
     static GUARDED: Cell<bool> = const { Cell::new(false) };
 }

@@ -69,7 +69,8 @@ where
 pub(super) fn on_small_stack<T: Send>(work: impl FnOnce() -> T + Send) -> T {
     std::thread::scope(|scope| {
         let name = std::thread::current().name().unwrap_or("hostile").to_owned();
-        let thread = std::thread::Builder::new().name(name).stack_size(STACK).spawn_scoped(scope, work).unwrap();
+        let thread =
+            std::thread::Builder::new().name(name).stack_size(STACK).spawn_scoped(scope, work).unwrap();
         match thread.join() {
             Ok(value) => value,
             Err(panic) => std::panic::resume_unwind(panic),

@@ -12,6 +12,8 @@ use serde_json::{Map, Value, json};
 use std::io::Write;
 use std::path::Path;
 
+/// Longest template, in bytes; published ones have a few thousand.
+const MOST_TEMPLATE: usize = 1 << 16;
 /// Longest text that a template may write, in bytes.
 const MOST_TEXT: usize = 1 << 24;
 
@@ -117,6 +119,12 @@ impl ChatTemplate {
     /// # Errors
     /// A data error when it is not valid Jinja.
     pub fn new(source: &str) -> Result<Self> {
+        if source.len() > MOST_TEMPLATE {
+            return Err(Error::data(format!(
+                "the chat template is {} bytes long, more than the {MOST_TEMPLATE} allowed",
+                source.len()
+            )));
+        }
         let mut environment = Environment::new();
         environment.set_trim_blocks(true);
         environment.set_lstrip_blocks(true);
@@ -133,8 +141,8 @@ impl ChatTemplate {
         let fuel = (MOST_TEXT as u64 * 16 / source.len().max(1) as u64).clamp(10_000, 1_000_000);
         environment.set_fuel(Some(fuel));
         environment.set_recursion_limit(100);
-        environment
-            .add_template_owned("chat", source.to_string())
+        // The parser recurses for every operator of a chain.
+        files::on_deep_stack(|| environment.add_template_owned("chat", source.to_string()))?
             .map_err(|error| Error::data(format!("the chat template is not valid: {error:#}")))?;
         Ok(Self { environment, source: source.to_string(), tokens: Map::new() })
     }
@@ -207,15 +215,21 @@ impl ChatTemplate {
             };
             Error::data(format!("the chat template refuses the conversation: {detail}"))
         };
-        let values = context! {
-            messages => minijinja::Value::from_serialize(messages),
-            add_generation_prompt => options.add_generation_prompt,
-            add_vision_id => options.add_vision_id,
-            ..minijinja::Value::from_serialize(&self.tokens),
+        let values = || {
+            context! {
+                messages => minijinja::Value::from_serialize(messages),
+                add_generation_prompt => options.add_generation_prompt,
+                add_vision_id => options.add_vision_id,
+                ..minijinja::Value::from_serialize(&self.tokens),
+            }
         };
-        let mut text = Bounded(Vec::new());
-        self.environment.get_template("chat").map_err(wrong)?.render_captured_to(values, &mut text).map_err(wrong)?;
-        String::from_utf8(text.0).map_err(|error| Error::Other(error.into()))
+        // A template can make values as deep as it likes.
+        let text = files::on_deep_stack(|| {
+            let mut text = Bounded(Vec::new());
+            self.environment.get_template("chat")?.render_captured_to(values(), &mut text)?;
+            Ok(text.0)
+        })?;
+        String::from_utf8(text.map_err(wrong)?).map_err(|error| Error::Other(error.into()))
     }
 }
 
@@ -245,8 +259,10 @@ fn indent(
     options: Kwargs,
 ) -> std::result::Result<String, minijinja::Error> {
     let width = checked_indent(width.map_or_else(|| options.get("width"), |width| Ok(Some(width)))?)?;
-    let is_first = first.map_or_else(|| options.get::<Option<bool>>("first"), |is| Ok(Some(is)))? == Some(true);
-    let is_blank = blank.map_or_else(|| options.get::<Option<bool>>("blank"), |is| Ok(Some(is)))? == Some(true);
+    let is_first =
+        first.map_or_else(|| options.get::<Option<bool>>("first"), |is| Ok(Some(is)))? == Some(true);
+    let is_blank =
+        blank.map_or_else(|| options.get::<Option<bool>>("blank"), |is| Ok(Some(is)))? == Some(true);
     options.assert_all_used()?;
     let space = " ".repeat(width.unwrap_or(4));
     let line = |(index, line): (usize, &str)| match (index, line) {
@@ -254,7 +270,14 @@ fn indent(
         (_, "") if !is_blank => String::new(),
         _ => format!("{space}{line}"),
     };
-    Ok(value.strip_suffix('\n').unwrap_or(value).split('\n').enumerate().map(line).collect::<Vec<_>>().join("\n"))
+    Ok(value
+        .strip_suffix('\n')
+        .unwrap_or(value)
+        .split('\n')
+        .enumerate()
+        .map(line)
+        .collect::<Vec<_>>()
+        .join("\n"))
 }
 
 fn checked_indent(width: Option<usize>) -> std::result::Result<Option<usize>, minijinja::Error> {

@@ -581,7 +581,9 @@ impl VlmConfig {
             ("vision_config.num_position_embeddings", vision.position_embeddings.unwrap_or(1), 1 << 22),
         ];
         if let Some((key, size, most)) = limits.iter().find(|(_, size, most)| *size == 0 || size > most) {
-            return Err(Error::data(format!("config.json: `{key}` is {size}; it must be between 1 and {most}")));
+            return Err(Error::data(format!(
+                "config.json: `{key}` is {size}; it must be between 1 and {most}"
+            )));
         }
         // An axis has no more frequencies than the widest head.
         if text.mrope_section.iter().any(|&part| part > 1024) {
@@ -592,7 +594,8 @@ impl VlmConfig {
         }
         let block = |hidden: usize, inner: usize, heads: usize| hidden * (3 * inner + 4 * heads);
         let weights = 2 * text.vocab_size * text.hidden_size
-            + text.num_layers * block(text.hidden_size, text.intermediate_size, text.num_heads * text.head_dim)
+            + text.num_layers
+                * block(text.hidden_size, text.intermediate_size, text.num_heads * text.head_dim)
             + vision.depth * block(vision.hidden_size, vision.intermediate_size, vision.hidden_size);
         if weights > MOST_WEIGHTS {
             return Err(Error::data(format!(

@@ -153,7 +153,10 @@ impl ImageProcessorConfig {
             (small(self.patch_size, 256), "`patch_size` must be between 1 and 256"),
             (small(self.merge_size, 16), "`merge_size` must be between 1 and 16"),
             (small(self.temporal_patch_size, 16), "`temporal_patch_size` must be between 1 and 16"),
-            (self.factor() <= 512, "`patch_size` times `merge_size` must be 512 at most"),
+            (
+                self.patch_size.saturating_mul(self.merge_size) <= 512,
+                "`patch_size` times `merge_size` must be 512 at most",
+            ),
             (
                 (1..=1 << 24).contains(&self.min_pixels),
                 "`min_pixels` must be between 1 and 2^24: pictures are blown up to it",
@@ -165,10 +168,7 @@ impl ImageProcessorConfig {
                     && self.image_mean.iter().all(|mean| mean.abs() <= 1e6),
                 "`image_std` must be between 1e-6 and 1e6, `image_mean` within 1e6 of 0",
             ),
-            (
-                (1e-9..=1e9).contains(&self.rescale_factor),
-                "`rescale_factor` must be between 1e-9 and 1e9",
-            ),
+            ((1e-9..=1e9).contains(&self.rescale_factor), "`rescale_factor` must be between 1e-9 and 1e9"),
         ];
         match rules.iter().find(|(holds, _)| !holds) {
             Some((_, rule)) => Err(Error::data(format!("the image processor's {rule}"))),

@@ -122,7 +122,8 @@ fn check_stages(file: &[u8]) -> std::result::Result<(), String> {
                 _ => Ok(()),
             };
         }
-        let parts = ["normalizers", "pretokenizers", "processors", "decoders"].map(|list| stage[list].as_array());
+        let parts =
+            ["normalizers", "pretokenizers", "processors", "decoders"].map(|list| stage[list].as_array());
         match parts.into_iter().flatten().next() {
             Some(parts) if kind == "Sequence" => parts.iter().try_for_each(|part| check(part, key, known)),
             _ => Err(format!(
@@ -138,7 +139,9 @@ fn check_stages(file: &[u8]) -> std::result::Result<(), String> {
     check(&stages.decoder, "decoder", &["ByteLevel"])?;
     match stages.model.name.as_deref() {
         None | Some("BPE") => Ok(()),
-        Some(kind) => Err(format!("its model is of type `{kind}`, which is not supported\n   = help: BPE is")),
+        Some(kind) => {
+            Err(format!("its model is of type `{kind}`, which is not supported\n   = help: BPE is"))
+        }
     }
 }
 

@@ -4,9 +4,9 @@
 //! the modality's units, through the file's window or table to gray, inverted for `MONOCHROME1`; palettes and
 //! luminance-chrominance colour. Of several frames the first is read; overlays are not drawn.
 
-use super::RgbImage8;
 use super::decode::Decoded;
 use super::gray::{Curve, GrayReading, GrayRule, Window, extremes, level, stretched};
+use super::{RgbImage8, dicom_scan};
 use crate::error::{Error, Result};
 use crate::files;
 use dicom_object::file::ReadPreamble;
@@ -42,6 +42,7 @@ pub(super) fn decode(bytes: &[u8], reading: GrayReading, max_pixels: u64) -> Res
     let damaged = |error: String| Error::data(format!("the DICOM file cannot be decoded: {error}"));
     // Decoders of third parties read files of strangers here: whatever goes wrong in them is the file's fault.
     let result = files::guarded(|| -> Result<Decoded> {
+        dicom_scan::check(bytes).map_err(|why| damaged(why.to_owned()))?;
         let object = OpenFileOptions::new()
             .read_preamble(ReadPreamble::Always)
             .from_reader(Cursor::new(bytes))

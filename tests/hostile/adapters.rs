@@ -39,7 +39,9 @@ fn write(dir: &Path, settings: &[u8], header: &[u8]) -> usize {
 fn use_adapter(dir: &Path) -> Result<()> {
     let adapter = Adapter::load(dir)?;
     let modules: Vec<String> = adapter.modules().map(str::to_owned).collect();
-    for module in modules.iter().map(String::as_str).chain([MODULE, "lm_head", "model.visual.blocks.3.attn.qkv"]) {
+    for module in
+        modules.iter().map(String::as_str).chain([MODULE, "lm_head", "model.visual.blocks.3.attn.qkv"])
+    {
         adapter.config.targets(module)?;
         if let Some(layer) = adapter.layer(module, [5, 3])? {
             assert!(layer.scaling.is_finite() && layer.scaling != 0.0);
@@ -103,7 +105,13 @@ fn halves_that_are_no_matrices_are_refused_by_name() {
 #[test]
 fn patterns_that_backtrack_without_end_are_given_up() {
     let module = format!("model.{}", "a".repeat(60));
-    for pattern in [r"model\.(a+)+b", r"(?=(.*)*b).*", r"(a*)*(a*)*(a*)*b\1", &"(".repeat(10_000), &"a{1000}".repeat(1000)] {
+    for pattern in [
+        r"model\.(a+)+b",
+        r"(?=(.*)*b).*",
+        r"(a*)*(a*)*(a*)*b\1",
+        &"(".repeat(10_000),
+        &"a{1000}".repeat(1000),
+    ] {
         let modules = Modules::Pattern(pattern.to_owned());
         survive(memory_for(pattern.len()), || modules.contain(&module));
     }

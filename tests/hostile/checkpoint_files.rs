@@ -72,7 +72,9 @@ fn sizes_that_pass_one_by_one_are_refused_together() {
     }
     // Each at its own limit, together more numbers than any file holds.
     let mut config = configs[2].clone();
-    for (key, value) in [("vocab_size", 1u64 << 22), ("intermediate_size", 1 << 18), ("num_hidden_layers", 512)] {
+    for (key, value) in
+        [("vocab_size", 1u64 << 22), ("intermediate_size", 1 << 18), ("num_hidden_layers", 512)]
+    {
         config["text_config"][key] = json!(value);
     }
     for width in [1u64 << 16, 1 << 15] {
@@ -90,7 +92,8 @@ fn saved_tokenizer(dir: &Path) {
 fn use_tokenizer(dir: &Path) -> Result<()> {
     let tokenizer = Tokenizer::load(dir)?;
     drop((tokenizer.stop_ids().to_vec(), tokenizer.pad_id(), tokenizer.generation().clone()));
-    let ids = tokenizer.encode("<|im_start|>Is there a nodule in the upper-left part? Größe 12 mm\n<answer> B</answer>")?;
+    let ids = tokenizer
+        .encode("<|im_start|>Is there a nodule in the upper-left part? Größe 12 mm\n<answer> B</answer>")?;
     tokenizer.decode(&ids, true)?;
     tokenizer.decode(&[0, 1, 5, u32::MAX], false)?;
     Ok(())
@@ -103,14 +106,18 @@ fn damaged_tokenizers_are_refused_or_used() {
     let names = ["tokenizer.json", "tokenizer_config.json", "generation_config.json"];
     let sound = names.map(|name| json_of(&dir.path().join(name)));
     use_tokenizer(dir.path()).unwrap();
-    for_all(200, &(prop_oneof![6 => Just(0usize), 1 => Just(1), 1 => Just(2)], json_damage()), |(which, damage)| {
-        let bytes = damage.apply(&sound[which]);
-        for (name, sound) in names.iter().zip(&sound) {
-            std::fs::write(dir.path().join(name), sound.to_string()).unwrap();
-        }
-        std::fs::write(dir.path().join(names[which]), &bytes).unwrap();
-        survive(memory_for(bytes.len()), || use_tokenizer(dir.path()));
-    });
+    for_all(
+        200,
+        &(prop_oneof![6 => Just(0usize), 1 => Just(1), 1 => Just(2)], json_damage()),
+        |(which, damage)| {
+            let bytes = damage.apply(&sound[which]);
+            for (name, sound) in names.iter().zip(&sound) {
+                std::fs::write(dir.path().join(name), sound.to_string()).unwrap();
+            }
+            std::fs::write(dir.path().join(names[which]), &bytes).unwrap();
+            survive(memory_for(bytes.len()), || use_tokenizer(dir.path()));
+        },
+    );
 }
 
 /// Every stage that is read, also those which a Qwen checkpoint has not.
@@ -174,8 +181,23 @@ fn bombs_in_a_tokenizer_are_refused() {
         assert!(refused(key, value).contains("not supported"), "{key}");
     }
     let split = |pattern: String| json!({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false});
-    refused("pre_tokenizer", split(r"(?:(?:[a-z<>|_ ]+)+)+#".to_owned()));
-    refused("pre_tokenizer", split("(".repeat(100_000)));
+    for pattern in ["(".repeat(100_000), "(?:a?){2000}".repeat(1000), "(".repeat(2000)] {
+        refused("pre_tokenizer", split(pattern));
+    }
+    for pattern in [
+        r"(?:(?:[A-Za-z<>|_ ]+)+)+[#\d]\b",
+        r"(?:(\w|\s|.)+)+$(?<!t)",
+        r"((a{1000}){1000}){1000}",
+        r"(?<a>\g<a>?x)",
+        "",
+        "(?=)",
+        &format!("{}x{}", "(?:".repeat(500), ")*".repeat(500)),
+    ] {
+        let mut whole = sound.clone();
+        whole["pre_tokenizer"] = split(pattern.to_owned());
+        std::fs::write(&path, whole.to_string()).unwrap();
+        on_small_stack(|| survive(memory_for(100_000), || use_tokenizer(dir.path())));
+    }
     let mut nested = json!({"type": "NFC"});
     for _ in 0..60 {
         nested = json!({"type": "Sequence", "normalizers": [nested]});
@@ -188,7 +210,8 @@ fn bombs_in_a_tokenizer_are_refused() {
 
 fn rendered(template: &str) -> Result<String> {
     let messages = [Message::text("system", "You are helpful."), Message::image_question("Is it normal?")];
-    ChatTemplate::new(template)?.render(&messages, RenderOptions { add_generation_prompt: true, add_vision_id: true })
+    ChatTemplate::new(template)?
+        .render(&messages, RenderOptions { add_generation_prompt: true, add_vision_id: true })
 }
 
 #[test]
@@ -203,7 +226,8 @@ fn damaged_templates_are_refused_or_rendered() {
 #[test]
 fn templates_that_never_end_or_never_stop_writing_are_refused() {
     let loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}";
-    let writes = "{% for a in range(9999) %}{% for b in range(9999) %}0123456789{{ a }}{% endfor %}{% endfor %}";
+    let writes =
+        "{% for a in range(9999) %}{% for b in range(9999) %}0123456789{{ a }}{% endfor %}{% endfor %}";
     for template in [
         loops,
         writes,
@@ -225,7 +249,15 @@ fn templates_that_never_end_or_never_stop_writing_are_refused() {
     }
     let deep = format!("{}1{}", "(".repeat(20_000), ")".repeat(20_000));
     let nested = format!("{}{}", "{% if 1 %}".repeat(5000), "{% endif %}".repeat(5000));
-    for template in [format!("{{{{ {deep} }}}}"), format!("{{{{ {}1 }}}}", "not ".repeat(20_000)), nested] {
+    let values = "{% set ns = namespace(x=[]) %}{% for a in range(9999) %}{% set ns.x = [ns.x] %}{% endfor %}{{ ns.x }}";
+    let chains = [("not ", "1"), ("-", "1"), ("{% if 1 %}x{% elif 1 %}", "")].map(|(part, end)| {
+        let opened = if end.is_empty() { "" } else { "{{ " };
+        format!("{opened}{}{end} }}}}", part.repeat(60_000 / part.len()))
+    });
+    for template in [format!("{{{{ {deep} }}}}"), nested, values.to_owned(), "{{".repeat(1 << 20)]
+        .into_iter()
+        .chain(chains)
+    {
         on_small_stack(|| survive(memory_for(template.len()), || rendered(&template)));
     }
 }
@@ -239,7 +271,9 @@ fn a_template_far_longer_than_any_conversation_needs_still_renders() {
 #[test]
 fn damaged_image_processors_are_refused_or_small() {
     let dir = tempfile::tempdir().unwrap();
-    let sound = ImageProcessorConfig { min_pixels: 1024, max_pixels: 4096, ..ImageProcessorConfig::default() }.to_json();
+    let sound =
+        ImageProcessorConfig { min_pixels: 1024, max_pixels: 4096, ..ImageProcessorConfig::default() }
+            .to_json();
     let whole = json!({"image_processor": sound.clone(), "processor_class": "x"});
     let image = RgbImage8::filled(20, 30, [1, 2, 3]).unwrap();
     for_all(300, &(any::<bool>(), json_damage()), |(is_whole, damage)| {
@@ -279,6 +313,9 @@ fn text_files_that_are_no_text_are_the_files_fault() {
 fn damage_of_this_module_reaches_every_kind_of_failure() {
     // The damage itself must not fail: brackets, twice the same key, noise.
     for damage in [JsonDamage::Deep(1000), JsonDamage::Twice, JsonDamage::Bytes(vec![0xff])] {
-        assert!(VlmConfig::from_json(serde_json::from_slice(&damage.apply(&json!({"a": 1}))).unwrap_or_default()).is_err());
+        assert!(
+            VlmConfig::from_json(serde_json::from_slice(&damage.apply(&json!({"a": 1}))).unwrap_or_default())
+                .is_err()
+        );
     }
 }
