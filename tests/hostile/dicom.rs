@@ -2,7 +2,6 @@
 
 use super::damage::{damaged, edits};
 use super::{for_all, on_small_stack, refusal, survive};
-use proptest::prelude::*;
 use safemed::pixels::decode::read_bytes;
 use safemed::pixels::gray::{GrayReading, GrayRule};
 

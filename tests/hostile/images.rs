@@ -3,7 +3,6 @@
 use super::damage::{damaged, edits, noise};
 use super::{for_all, refusal, survive};
 use image::{DynamicImage, ImageFormat};
-use proptest::prelude::*;
 use safemed::pixels::decode::{read_bytes, read_file};
 use safemed::pixels::gray::{GrayReading, GrayRule};
 use std::io::Cursor;
@@ -19,6 +18,7 @@ fn written(image: &DynamicImage, format: ImageFormat) -> Vec<u8> {
 
 /// A small picture in every format and depth that is read.
 fn pictures() -> Vec<Vec<u8>> {
+    use ImageFormat::{Bmp, Gif, Jpeg, Png, Pnm, Tiff, WebP};
     let colour = DynamicImage::ImageRgb8(image::RgbImage::from_fn(13, 9, |x, y| {
         image::Rgb([x as u8 * 19, y as u8, 7])
     }));
@@ -27,7 +27,6 @@ fn pictures() -> Vec<Vec<u8>> {
     let of = |image: &DynamicImage, formats: &[ImageFormat]| -> Vec<Vec<u8>> {
         formats.iter().map(|&format| written(image, format)).collect()
     };
-    use ImageFormat::{Bmp, Gif, Jpeg, Png, Pnm, Tiff, WebP};
     [
         of(&colour, &[Png, Jpeg, Bmp, Tiff, WebP, Pnm]),
         of(&alpha, &[Png, Gif, Tiff, WebP]),
