@@ -142,7 +142,8 @@ fn damaged_configurations_are_refused_or_read() {
     for text in ["x = ".to_owned() + &"[".repeat(100_000), "x = ".to_owned() + &"{a=".repeat(100_000), dotted]
     {
         std::fs::write(&path, &text).unwrap();
-        on_small_stack(|| refusal(memory_for(text.len()), load));
+        // The parser keeps every token of a text that it will refuse.
+        on_small_stack(|| refusal(memory_for(8 * text.len()), load));
     }
 }
 
