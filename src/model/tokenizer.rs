@@ -94,6 +94,8 @@ pub(crate) fn optional_json(path: &Path) -> Result<Value> {
 fn check_stages(file: &[u8]) -> std::result::Result<(), String> {
     /// Longest pattern of a split, in bytes; Qwen's has 110.
     const MOST_PATTERN: usize = 2048;
+    /// Most stages one after another; Qwen's have two.
+    const MOST_STAGES: usize = 16;
     #[derive(Deserialize)]
     struct Kind {
         #[serde(rename = "type")]
@@ -111,25 +113,35 @@ fn check_stages(file: &[u8]) -> std::result::Result<(), String> {
         decoder: Value,
         model: Kind,
     }
-    fn check(stage: &Value, key: &str, known: &[&str]) -> std::result::Result<(), String> {
-        let kind = stage["type"].as_str().unwrap_or_default();
-        if stage.is_null() || known.contains(&kind) {
-            let pattern = stage["pattern"].as_object().and_then(|pattern| pattern.values().next()?.as_str());
-            return match pattern {
-                Some(pattern) if pattern.len() > MOST_PATTERN => {
-                    Err(format!("a pattern of its `{key}` is longer than {MOST_PATTERN} bytes"))
-                }
-                _ => Ok(()),
-            };
-        }
+    fn leaves<'a>(stage: &'a Value, into: &mut Vec<&'a Value>) {
         let parts =
             ["normalizers", "pretokenizers", "processors", "decoders"].map(|list| stage[list].as_array());
         match parts.into_iter().flatten().next() {
-            Some(parts) if kind == "Sequence" => parts.iter().try_for_each(|part| check(part, key, known)),
-            _ => Err(format!(
+            Some(parts) if stage["type"] == "Sequence" => parts.iter().for_each(|part| leaves(part, into)),
+            _ => into.push(stage),
+        }
+    }
+    fn check(stage: &Value, key: &str, known: &[&str]) -> std::result::Result<(), String> {
+        let mut all = Vec::new();
+        leaves(stage, &mut all);
+        all.retain(|stage| !stage.is_null());
+        let kinds: Vec<&str> = all.iter().map(|stage| stage["type"].as_str().unwrap_or_default()).collect();
+        if let Some(kind) = kinds.iter().find(|kind| !known.contains(kind)) {
+            return Err(format!(
                 "its `{key}` is of type `{kind}`, which is not supported\n   = help: known are {}",
                 known.join(", ")
-            )),
+            ));
+        }
+        // Each writes two letters for every byte beyond ASCII.
+        if all.len() > MOST_STAGES || kinds.iter().filter(|kind| **kind == "ByteLevel").count() > 1 {
+            return Err(format!("its `{key}` has more than {MOST_STAGES} stages, or `ByteLevel` twice"));
+        }
+        let pattern = |stage: &&Value| Some(stage["pattern"].as_object()?.values().next()?.as_str()?.len());
+        match all.iter().filter_map(pattern).max() {
+            Some(length) if length > MOST_PATTERN => {
+                Err(format!("a pattern of its `{key}` is longer than {MOST_PATTERN} bytes"))
+            }
+            _ => Ok(()),
         }
     }
     let stages: Stages = serde_json::from_slice(file).map_err(|error| error.to_string())?;

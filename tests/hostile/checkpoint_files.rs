@@ -180,6 +180,10 @@ fn bombs_in_a_tokenizer_are_refused() {
     ] {
         assert!(refused(key, value).contains("not supported"), "{key}");
     }
+    let level =
+        json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false});
+    let levels = json!({"type": "Sequence", "pretokenizers": vec![level; 40]});
+    assert!(refused("pre_tokenizer", levels).contains("twice"));
     let split = |pattern: String| json!({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false});
     for pattern in ["(".repeat(100_000), "(?:a?){2000}".repeat(1000), "(".repeat(2000)] {
         refused("pre_tokenizer", split(pattern));
