@@ -165,7 +165,10 @@ impl Error {
                 std::io::ErrorKind::BrokenPipe => ExitStatus::Done,
                 std::io::ErrorKind::NotFound
                 | std::io::ErrorKind::IsADirectory
-                | std::io::ErrorKind::NotADirectory => ExitStatus::Data,
+                | std::io::ErrorKind::NotADirectory
+                | std::io::ErrorKind::InvalidData
+                | std::io::ErrorKind::InvalidInput
+                | std::io::ErrorKind::InvalidFilename => ExitStatus::Data,
                 _ => ExitStatus::Unexpected,
             },
             Self::Tensor(_) | Self::Other(_) => ExitStatus::Unexpected,

@@ -22,7 +22,7 @@
 //! | 2 | [`model`] | checkpoints, tokens, positions, the network |
 //! | 2 | [`data`], [`reward`], [`eval`] | questions; the answer parser; shares with intervals |
 //! | 1 | [`nn`], [`pixels`], [`stats`] | differentiable operations; images; exact bounds |
-//! | 0 | [`error`], [`backend`], [`rng`] | failures and exit statuses; devices and threads; named random streams |
+//! | 0 | [`error`], [`files`], [`backend`], [`rng`] | failures and exit statuses; files of strangers; devices and threads; named random streams |
 //!
 //! # What must stay true
 //!
@@ -51,6 +51,7 @@ pub mod cli;
 pub mod data;
 pub mod error;
 pub mod eval;
+pub mod files;
 pub mod model;
 pub mod nn;
 pub mod pixels;

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 /// Floor of each module of the crate's root, ground first. Modules of one floor are siblings.
 const FLOORS: [&[&str]; 6] = [
-    &["error", "backend", "rng"],
+    &["error", "files", "backend", "rng"],
     &["nn", "pixels", "stats"],
     &["attack", "certify", "train", "reward", "eval", "data", "model"],
     &["roles"],

@@ -290,6 +290,9 @@ pub(super) fn start_log(verbosity: u8, quiet: bool) {
 /// A panic is a defect of ours: one line, no trace, and the process ends with status 1.
 pub(super) fn install_panic_hook() {
     std::panic::set_hook(Box::new(|panic| {
+        if crate::files::is_guarded() {
+            return;
+        }
         let payload = panic.payload();
         let message = payload
             .downcast_ref::<&str>()

@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::error::{Error, Result};
+use crate::files;
 use crate::pixels::gray::GrayReading;
 pub use problem::Problem;
 pub use sample::Sample;
@@ -345,7 +346,7 @@ pub struct Records {
 /// # Errors
 /// [`Error::Io`] when the file cannot be read at all.
 pub fn read_array(file: &Path, problems: &mut Vec<Problem>) -> Result<Option<Records>> {
-    let bytes = std::fs::read(file).map_err(|error| Error::io("cannot read the questions", file, error))?;
+    let bytes = files::read(file, "cannot read the questions")?;
     let mut refuse = |message: String, line: Option<usize>| {
         problems.push(Problem { line, ..Problem::of_file(file, message) });
         Ok(None)

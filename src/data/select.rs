@@ -12,6 +12,7 @@ use serde_json::Value;
 use super::problem::{self, Problem};
 use super::sample::{Sample, modality_name};
 use crate::error::{Error, Result};
+use crate::files;
 
 /// Part `index` of `count` equal parts, by stride over the ids in sorted order; written `I/N`, `I` from 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -73,7 +74,7 @@ impl Shard {
 /// # Errors
 /// When the file is missing, no list of texts, empty, or names an id twice.
 pub fn read_split(file: &Path) -> Result<Vec<String>> {
-    let bytes = std::fs::read(file).map_err(|error| Error::io("cannot read the split", file, error))?;
+    let bytes = files::read(file, "cannot read the split")?;
     let refuse = |message: String| {
         Error::data(format!(
             "{message}\n  --> {}\n   = help: a split is a JSON list of question ids, such as [\"ACRIMA_0000\"]",

@@ -5,10 +5,17 @@
 
 use super::tokenizer::{IMAGE_PAD, optional_json};
 use crate::error::{Error, Result};
+use crate::files;
 use minijinja::value::Kwargs;
 use minijinja::{Environment, ErrorKind, context};
 use serde_json::{Map, Value, json};
+use std::io::Write;
 use std::path::Path;
+
+/// Longest template, in bytes; published ones have a few thousand.
+const MOST_TEMPLATE: usize = 1 << 16;
+/// Longest text that a template may write, in bytes.
+const MOST_TEXT: usize = 1 << 24;
 
 /// The template of models built here: a user turn holds images and text, nothing is added on its own.
 pub const DEFAULT_TEMPLATE: &str = "\
@@ -112,6 +119,12 @@ impl ChatTemplate {
     /// # Errors
     /// A data error when it is not valid Jinja.
     pub fn new(source: &str) -> Result<Self> {
+        if source.len() > MOST_TEMPLATE {
+            return Err(Error::data(format!(
+                "the chat template is {} bytes long, more than the {MOST_TEMPLATE} allowed",
+                source.len()
+            )));
+        }
         let mut environment = Environment::new();
         environment.set_trim_blocks(true);
         environment.set_lstrip_blocks(true);
@@ -120,8 +133,16 @@ impl ChatTemplate {
             Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
         });
         environment.add_filter("tojson", to_json);
-        environment
-            .add_template_owned("chat", source.to_string())
+        environment.add_filter("indent", indent);
+        // They fill up to any length asked for, and no conversation needs them.
+        environment.remove_filter("batch");
+        environment.remove_filter("slice");
+        // So that neither time nor text is without end: every instruction may write a piece of the template.
+        let fuel = (MOST_TEXT as u64 * 16 / source.len().max(1) as u64).clamp(10_000, 1_000_000);
+        environment.set_fuel(Some(fuel));
+        environment.set_recursion_limit(100);
+        // The parser recurses for every operator of a chain.
+        files::on_deep_stack(|| environment.add_template_owned("chat", source.to_string()))?
             .map_err(|error| Error::data(format!("the chat template is not valid: {error:#}")))?;
         Ok(Self { environment, source: source.to_string(), tokens: Map::new() })
     }
@@ -135,8 +156,7 @@ impl ChatTemplate {
         let config = optional_json(&dir.join("tokenizer_config.json"))?;
         let jinja = dir.join("chat_template.jinja");
         let source = if jinja.exists() {
-            std::fs::read_to_string(&jinja)
-                .map_err(|error| Error::io("cannot read the chat template", &jinja, error))?
+            files::read_text(&jinja, "cannot read the chat template")?
         } else {
             let nested = optional_json(&dir.join("chat_template.json"))?;
             template_text(nested.get("chat_template")).or_else(|| template_text(config.get("chat_template"))).ok_or_else(
@@ -189,16 +209,83 @@ impl ChatTemplate {
     /// As [`Self::render`].
     pub fn render_json(&self, messages: &Value, options: RenderOptions) -> Result<String> {
         let wrong = |error: minijinja::Error| {
-            let detail = error.detail().map_or_else(|| error.to_string(), String::from);
+            let detail = match error.kind() {
+                ErrorKind::OutOfFuel => "it does not come to an end".to_owned(),
+                _ => error.detail().map_or_else(|| error.to_string(), String::from),
+            };
             Error::data(format!("the chat template refuses the conversation: {detail}"))
         };
-        let values = context! {
-            messages => minijinja::Value::from_serialize(messages),
-            add_generation_prompt => options.add_generation_prompt,
-            add_vision_id => options.add_vision_id,
-            ..minijinja::Value::from_serialize(&self.tokens),
+        let values = || {
+            context! {
+                messages => minijinja::Value::from_serialize(messages),
+                add_generation_prompt => options.add_generation_prompt,
+                add_vision_id => options.add_vision_id,
+                ..minijinja::Value::from_serialize(&self.tokens),
+            }
         };
-        self.environment.get_template("chat").map_err(wrong)?.render(values).map_err(wrong)
+        // A template can make values as deep as it likes.
+        let text = files::on_deep_stack(|| {
+            let mut text = Bounded(Vec::new());
+            self.environment.get_template("chat")?.render_captured_to(values(), &mut text)?;
+            Ok(text.0)
+        })?;
+        String::from_utf8(text.map_err(wrong)?).map_err(|error| Error::Other(error.into()))
+    }
+}
+
+/// Text up to [`MOST_TEXT`] bytes.
+struct Bounded(Vec<u8>);
+
+impl Write for Bounded {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        if self.0.len() + bytes.len() > MOST_TEXT {
+            return Err(std::io::Error::other("it writes without end"));
+        }
+        self.0.write(bytes)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// minijinja's filter, for indents of this world.
+#[expect(clippy::needless_pass_by_value, reason = "the form of a filter's arguments")]
+fn indent(
+    value: &str,
+    width: Option<usize>,
+    first: Option<bool>,
+    blank: Option<bool>,
+    options: Kwargs,
+) -> std::result::Result<String, minijinja::Error> {
+    let width = checked_indent(width.map_or_else(|| options.get("width"), |width| Ok(Some(width)))?)?;
+    let is_first =
+        first.map_or_else(|| options.get::<Option<bool>>("first"), |is| Ok(Some(is)))? == Some(true);
+    let is_blank =
+        blank.map_or_else(|| options.get::<Option<bool>>("blank"), |is| Ok(Some(is)))? == Some(true);
+    options.assert_all_used()?;
+    let space = " ".repeat(width.unwrap_or(4));
+    let line = |(index, line): (usize, &str)| match (index, line) {
+        (0, _) if !is_first => line.to_owned(),
+        (_, "") if !is_blank => String::new(),
+        _ => format!("{space}{line}"),
+    };
+    Ok(value
+        .strip_suffix('\n')
+        .unwrap_or(value)
+        .split('\n')
+        .enumerate()
+        .map(line)
+        .collect::<Vec<_>>()
+        .join("\n"))
+}
+
+fn checked_indent(width: Option<usize>) -> std::result::Result<Option<usize>, minijinja::Error> {
+    match width {
+        Some(width) if width > 64 => {
+            Err(minijinja::Error::new(ErrorKind::InvalidOperation, format!("an indent of {width} is absurd")))
+        }
+        width => Ok(width),
     }
 }
 
@@ -221,7 +308,7 @@ fn to_json(
     value: &minijinja::Value,
     options: Kwargs,
 ) -> std::result::Result<minijinja::Value, minijinja::Error> {
-    let indent: Option<usize> = options.get("indent")?;
+    let indent = checked_indent(options.get("indent")?)?;
     for ignored in ["ensure_ascii", "sort_keys", "separators"] {
         let _: Option<minijinja::Value> = options.get(ignored)?;
     }

@@ -6,12 +6,16 @@
 //! values that transformers 5.23 gives them. Nothing here reads weights.
 
 use crate::error::{Error, Result};
+use crate::files;
 use crate::nn::activation::Activation;
 use serde_json::{Map, Value, json};
 use std::path::Path;
 
 /// The `model_type`s that can be loaded.
 pub const SUPPORTED_MODEL_TYPES: [&str; 3] = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"];
+
+/// Most weights that a configuration may ask for: far beyond any dense model.
+const MOST_WEIGHTS: usize = 1 << 41;
 
 /// Epsilon of every norm of the vision tower; no `config.json` carries it.
 const VISION_NORM_EPS: f64 = 1e-6;
@@ -288,9 +292,8 @@ impl VlmConfig {
     /// A data error when the file is missing, is not JSON, describes another kind of model, or makes no sense.
     pub fn load(dir: &Path) -> Result<Self> {
         let path = dir.join("config.json");
-        let text = std::fs::read_to_string(&path)
-            .map_err(|error| Error::io("cannot read the model's configuration", &path, error))?;
-        let raw: Value = serde_json::from_str(text.trim_start_matches('\u{feff}'))
+        let text = files::read_text(&path, "cannot read the model's configuration")?;
+        let raw: Value = serde_json::from_str(&text)
             .map_err(|error| Error::data(format!("not valid JSON: {error}\n  --> {}", path.display())))?;
         Self::from_json(raw).map_err(|error| match error {
             Error::Data(message) => Error::data(match message.split_once("\n   = help") {
@@ -577,12 +580,29 @@ impl VlmConfig {
             ("vision_config.window_size", vision.window_size.unwrap_or(1), 1 << 16),
             ("vision_config.num_position_embeddings", vision.position_embeddings.unwrap_or(1), 1 << 22),
         ];
-        match limits.iter().find(|(_, size, most)| *size == 0 || size > most) {
-            Some((key, size, most)) => {
-                Err(Error::data(format!("config.json: `{key}` is {size}; it must be between 1 and {most}")))
-            }
-            None => Ok(()),
+        if let Some((key, size, most)) = limits.iter().find(|(_, size, most)| *size == 0 || size > most) {
+            return Err(Error::data(format!(
+                "config.json: `{key}` is {size}; it must be between 1 and {most}"
+            )));
         }
+        // An axis has no more frequencies than the widest head.
+        if text.mrope_section.iter().any(|&part| part > 1024) {
+            return Err(Error::data(format!(
+                "config.json: `mrope_section` is {:?}; its parts must be 1024 at most",
+                text.mrope_section
+            )));
+        }
+        let block = |hidden: usize, inner: usize, heads: usize| hidden * (3 * inner + 4 * heads);
+        let weights = 2 * text.vocab_size * text.hidden_size
+            + text.num_layers
+                * block(text.hidden_size, text.intermediate_size, text.num_heads * text.head_dim)
+            + vision.depth * block(vision.hidden_size, vision.intermediate_size, vision.hidden_size);
+        if weights > MOST_WEIGHTS {
+            return Err(Error::data(format!(
+                "config.json: its sizes together make about {weights} weights, more than the {MOST_WEIGHTS} allowed"
+            )));
+        }
+        Ok(())
     }
 
     /// This configuration in the notation of transformers 5.x, for a `config.json` beside float32 weights.

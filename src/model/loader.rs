@@ -17,6 +17,8 @@ use super::weights::{Numbers, Weights};
 use crate::error::{Error, Result};
 use candle_core::Device;
 use serde_json::Value;
+use std::cell::RefCell;
+use std::collections::BTreeSet;
 use std::path::Path;
 
 /// What turns conversations and pictures into a model's input.
@@ -132,7 +134,9 @@ pub fn load_vlm(
         other => other,
     })?;
     let weights = Weights::open(dir)?;
+    let used = RefCell::new(BTreeSet::new());
     let source = |name: &str, shape: &[usize]| {
+        used.borrow_mut().insert(name.to_owned());
         let base = weights.get(name, shape)?;
         let numbers = match adaptation {
             Adaptation::Active(adapter) => adapter.replacement(name, shape)?.map_or(base, Numbers::from),
@@ -149,6 +153,13 @@ pub fn load_vlm(
     let vlm = Vlm::new(&config, patchify, Build { source: &source, trains, low_rank: &low_rank }, device)?;
     if let Adaptation::Active(adapter) | Adaptation::Merged(adapter) = adaptation {
         adapter.check_used()?;
+    }
+    // A tied output layer is often stored all the same.
+    let is_tied = |name: &str| config.tie_word_embeddings && name == "lm_head.weight";
+    let used = used.into_inner();
+    let unused: Vec<&str> = weights.names().filter(|name| !used.contains(*name) && !is_tied(name)).collect();
+    if let Some(first) = unused.first() {
+        tracing::warn!("{} tensors of {} are not used, such as `{first}`", unused.len(), dir.display());
     }
     Ok((vlm, processor))
 }

@@ -6,6 +6,7 @@
 
 use super::weights::{Numbers, TensorFile, canonical_name, save_file};
 use crate::error::{Error, Result};
+use crate::files;
 use crate::nn::linear::LowRank;
 use crate::rng;
 use candle_core::{Device, Tensor};
@@ -383,8 +384,7 @@ impl Adapter {
             other => other,
         };
         let path = dir.join(CONFIG_FILE);
-        let text =
-            std::fs::read(&path).map_err(|error| Error::io("cannot read the adapter", &path, error))?;
+        let text = files::read(&path, "cannot read the adapter")?;
         let value: Value = serde_json::from_slice(&text)
             .map_err(|error| Error::data(format!("not valid JSON: {error}\n  --> {}", path.display())))?;
         let config = LoraConfig::from_json(&value).map_err(here)?;
@@ -447,8 +447,8 @@ impl Adapter {
                 return Err(Error::data(format!("the adapter of `{own_name}` lacks lora_A or lora_B")));
             };
             let (rank, scaling) = self.config.shape_of(&module, &[&own_name])?;
-            let shapes = (a.dims2()?, b.dims2()?);
-            if shapes.0.0 != rank || shapes.1.1 != rank {
+            let fits = matches!((a.dims(), b.dims()), (&[rows, _], &[_, columns]) if rows == rank && columns == rank);
+            if !fits {
                 return Err(Error::data(format!(
                     "the adapter of `{own_name}` has lora_A {:?} and lora_B {:?}; its rank is {rank} by {CONFIG_FILE}",
                     a.dims(),

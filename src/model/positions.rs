@@ -46,7 +46,8 @@ impl PromptPositions {
 
 /// Merged tokens that an image of this grid takes.
 pub fn image_tokens(grid: Grid, spatial_merge_size: usize) -> usize {
-    grid[0] * (grid[1] / spatial_merge_size) * (grid[2] / spatial_merge_size)
+    let [frames, rows, columns] = grid;
+    frames.saturating_mul(rows / spatial_merge_size).saturating_mul(columns / spatial_merge_size)
 }
 
 /// Positions of a prompt: text counts up by one on all three axes; an image's tokens share the temporal position and
@@ -82,7 +83,7 @@ pub fn prompt_positions(
             )));
         };
         let count = image_tokens(grid, spatial_merge_size);
-        let end = index + count;
+        let end = index.saturating_add(count);
         if count == 0 || end > input_ids.len() || input_ids[index..end].iter().any(|&id| id != image_token_id)
         {
             return Err(Error::data(format!(

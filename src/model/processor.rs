@@ -153,18 +153,22 @@ impl ImageProcessorConfig {
             (small(self.patch_size, 256), "`patch_size` must be between 1 and 256"),
             (small(self.merge_size, 16), "`merge_size` must be between 1 and 16"),
             (small(self.temporal_patch_size, 16), "`temporal_patch_size` must be between 1 and 16"),
-            (self.min_pixels > 0, "`min_pixels` must be positive"),
+            (
+                self.patch_size.saturating_mul(self.merge_size) <= 512,
+                "`patch_size` times `merge_size` must be 512 at most",
+            ),
+            (
+                (1..=1 << 24).contains(&self.min_pixels),
+                "`min_pixels` must be between 1 and 2^24: pictures are blown up to it",
+            ),
             (self.min_pixels <= self.max_pixels, "`min_pixels` must not exceed `max_pixels`"),
             (self.max_pixels <= 1 << 30, "`max_pixels` is absurdly large"),
             (
-                self.image_std.iter().all(|&std| std > 0.0 && std.is_finite())
-                    && self.image_mean.iter().all(|mean| mean.is_finite()),
-                "`image_std` must be positive, `image_mean` finite",
+                self.image_std.iter().all(|std| (1e-6..=1e6).contains(std))
+                    && self.image_mean.iter().all(|mean| mean.abs() <= 1e6),
+                "`image_std` must be between 1e-6 and 1e6, `image_mean` within 1e6 of 0",
             ),
-            (
-                self.rescale_factor > 0.0 && self.rescale_factor.is_finite(),
-                "`rescale_factor` must be positive",
-            ),
+            ((1e-9..=1e9).contains(&self.rescale_factor), "`rescale_factor` must be between 1e-9 and 1e9"),
         ];
         match rules.iter().find(|(holds, _)| !holds) {
             Some((_, rule)) => Err(Error::data(format!("the image processor's {rule}"))),

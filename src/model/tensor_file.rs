@@ -1,6 +1,7 @@
 //! One safetensors file, mapped: its header checked, its numbers read in place, its pages given back when done.
 
 use crate::error::{Error, Result};
+use crate::files;
 use crate::nn::linear::Values;
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
@@ -323,6 +324,7 @@ impl TensorFile {
     /// # Errors
     /// A data error when the file is truncated or damaged; an I/O error when it cannot be opened.
     pub fn open(path: &Path) -> Result<Self> {
+        files::check_plain(path, "cannot open the weights")?;
         let file = File::open(path).map_err(|error| Error::io("cannot open the weights", path, error))?;
         // SAFETY: a mapping is sound as long as nobody truncates the file meanwhile; checkpoints are written to a
         // temporary name and renamed, so a mapped file is never changed by this program.
@@ -340,7 +342,24 @@ impl TensorFile {
                 }
             ))
         })?;
-        Ok(Self { path: path.to_path_buf(), map, header, data_start: 8 + length })
+        let file = Self { path: path.to_path_buf(), map, header, data_start: 8 + length };
+        file.check_shapes()?;
+        Ok(file)
+    }
+
+    /// Refuses empty tensors whose other sides have no product: they fit the file, but no arithmetic of shapes.
+    fn check_shapes(&self) -> Result<()> {
+        let is_absurd = |shape: &[usize]| {
+            let sides = shape.iter().filter(|&&side| side > 0);
+            sides.copied().try_fold(1, usize::checked_mul).is_none_or(|count| count > isize::MAX as usize)
+        };
+        match self.entries().iter().find(|entry| is_absurd(&entry.shape)) {
+            None => Ok(()),
+            Some(Entry { name, shape, .. }) => Err(Error::data(format!(
+                "not a sound safetensors file: tensor `{name}` has the absurd shape {shape:?}\n  --> {}",
+                self.path.display()
+            ))),
+        }
     }
 
     /// The file's path.

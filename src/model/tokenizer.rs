@@ -5,6 +5,8 @@
 
 use super::weights::write_atomically;
 use crate::error::{Error, Result};
+use crate::files;
+use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -80,11 +82,78 @@ impl std::fmt::Debug for Tokenizer {
 
 /// A JSON file of the checkpoint, or null when it is not there.
 pub(crate) fn optional_json(path: &Path) -> Result<Value> {
-    match std::fs::read_to_string(path) {
-        Ok(text) => serde_json::from_str(text.trim_start_matches('\u{feff}'))
+    match files::read_text(path, "cannot read the file") {
+        Ok(text) => serde_json::from_str(&text)
             .map_err(|error| Error::data(format!("not valid JSON: {error}\n  --> {}", path.display()))),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Value::Null),
-        Err(error) => Err(Error::io("cannot read the file", path, error)),
+        Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => Ok(Value::Null),
+        Err(error) => Err(error),
+    }
+}
+
+/// Refuses stages that no byte-level tokenizer of this family has: some grow text without end, some fail on damage.
+fn check_stages(file: &[u8]) -> std::result::Result<(), String> {
+    /// Longest pattern of a split, in bytes; Qwen's has 110.
+    const MOST_PATTERN: usize = 2048;
+    /// Most stages one after another; Qwen's have two.
+    const MOST_STAGES: usize = 16;
+    #[derive(Deserialize)]
+    struct Kind {
+        #[serde(rename = "type")]
+        name: Option<String>,
+    }
+    #[derive(Deserialize)]
+    struct Stages {
+        #[serde(default)]
+        normalizer: Value,
+        #[serde(default)]
+        pre_tokenizer: Value,
+        #[serde(default)]
+        post_processor: Value,
+        #[serde(default)]
+        decoder: Value,
+        model: Kind,
+    }
+    fn leaves<'a>(stage: &'a Value, into: &mut Vec<&'a Value>) {
+        let parts =
+            ["normalizers", "pretokenizers", "processors", "decoders"].map(|list| stage[list].as_array());
+        match parts.into_iter().flatten().next() {
+            Some(parts) if stage["type"] == "Sequence" => parts.iter().for_each(|part| leaves(part, into)),
+            _ => into.push(stage),
+        }
+    }
+    fn check(stage: &Value, key: &str, known: &[&str]) -> std::result::Result<(), String> {
+        let mut all = Vec::new();
+        leaves(stage, &mut all);
+        all.retain(|stage| !stage.is_null());
+        let kinds: Vec<&str> = all.iter().map(|stage| stage["type"].as_str().unwrap_or_default()).collect();
+        if let Some(kind) = kinds.iter().find(|kind| !known.contains(kind)) {
+            return Err(format!(
+                "its `{key}` is of type `{kind}`, which is not supported\n   = help: known are {}",
+                known.join(", ")
+            ));
+        }
+        // Each writes two letters for every byte beyond ASCII.
+        if all.len() > MOST_STAGES || kinds.iter().filter(|kind| **kind == "ByteLevel").count() > 1 {
+            return Err(format!("its `{key}` has more than {MOST_STAGES} stages, or `ByteLevel` twice"));
+        }
+        let pattern = |stage: &&Value| Some(stage["pattern"].as_object()?.values().next()?.as_str()?.len());
+        match all.iter().filter_map(pattern).max() {
+            Some(length) if length > MOST_PATTERN => {
+                Err(format!("a pattern of its `{key}` is longer than {MOST_PATTERN} bytes"))
+            }
+            _ => Ok(()),
+        }
+    }
+    let stages: Stages = serde_json::from_slice(file).map_err(|error| error.to_string())?;
+    check(&stages.normalizer, "normalizer", &["NFC", "NFD", "NFKC", "NFKD"])?;
+    check(&stages.pre_tokenizer, "pre_tokenizer", &["Split", "ByteLevel", "Digits"])?;
+    check(&stages.post_processor, "post_processor", &["ByteLevel", "TemplateProcessing"])?;
+    check(&stages.decoder, "decoder", &["ByteLevel"])?;
+    match stages.model.name.as_deref() {
+        None | Some("BPE") => Ok(()),
+        Some(kind) => {
+            Err(format!("its model is of type `{kind}`, which is not supported\n   = help: BPE is"))
+        }
     }
 }
 
@@ -107,9 +176,13 @@ impl Tokenizer {
                 dir.display()
             )));
         }
-        let mut inner = tokenizers::Tokenizer::from_file(&path).map_err(|error| {
-            Error::data(format!("not a sound tokenizer.json: {error}\n  --> {}", path.display()))
-        })?;
+        let bytes = files::read(&path, "cannot read the tokenizer")?;
+        let wrong =
+            |why: String| Error::data(format!("not a sound tokenizer.json: {why}\n  --> {}", path.display()));
+        check_stages(&bytes).map_err(wrong)?;
+        let mut inner = files::guarded(|| tokenizers::Tokenizer::from_bytes(&bytes))
+            .unwrap_or_else(|| Err("its parts contradict each other".into()))
+            .map_err(|error| wrong(error.to_string()))?;
         // Some files carry the settings of the last training run.
         inner.with_padding(None);
         inner.with_truncation(None).map_err(unexpected)?;
@@ -145,9 +218,13 @@ impl Tokenizer {
     /// # Errors
     /// A data error when the tokenizer cannot encode it.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        match self.inner.encode(text, false) {
-            Ok(encoding) => Ok(encoding.get_ids().to_vec()),
-            Err(error) => Err(Error::data(format!("the text cannot be tokenized: {error}"))),
+        // The library panics where a pattern of tokenizer.json backtracks without end.
+        match files::guarded(|| self.inner.encode(text, false)) {
+            Some(Ok(encoding)) => Ok(encoding.get_ids().to_vec()),
+            Some(Err(error)) => Err(Error::data(format!("the text cannot be tokenized: {error}"))),
+            None => Err(Error::data(
+                "the text cannot be tokenized: tokenizer.json is damaged, or one of its patterns backtracks without end",
+            )),
         }
     }
 
@@ -156,8 +233,8 @@ impl Tokenizer {
     /// # Errors
     /// A data error when the tokenizer's decoder fails.
     pub fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> Result<String> {
-        self.inner
-            .decode(ids, skip_special_tokens)
+        files::guarded(|| self.inner.decode(ids, skip_special_tokens))
+            .unwrap_or_else(|| Err("tokenizer.json is damaged".into()))
             .map_err(|error| Error::data(format!("the tokens cannot be decoded: {error}")))
     }
 

@@ -6,6 +6,7 @@
 
 pub use super::tensor_file::{Entry, Numbers, TensorFile, write_atomically, write_tensors};
 use crate::error::{Error, Result};
+use crate::files;
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
 use safetensors::tensor::Dtype;
@@ -262,8 +263,7 @@ pub fn shards(index: &Path) -> Result<Vec<String>> {
 /// Each tensor of a sharded checkpoint with the file it is in, in the order of the index.
 fn weight_map(index: &Path) -> Result<Vec<(String, String)>> {
     let wrong = |what: String| Error::data(format!("{what}\n  --> {}", index.display()));
-    let text = std::fs::read_to_string(index)
-        .map_err(|error| Error::io("cannot read the index of the weights", index, error))?;
+    let text = files::read_text(index, "cannot read the index of the weights")?;
     let value: Value =
         serde_json::from_str(&text).map_err(|error| wrong(format!("not valid JSON: {error}")))?;
     let entries = value

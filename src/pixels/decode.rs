@@ -8,6 +8,7 @@
 use super::gray::{self, GrayReading};
 use super::{RgbImage8, dicom};
 use crate::error::{Error, Result};
+use crate::files;
 use image::codecs::png::PngEncoder;
 use image::metadata::Orientation;
 use image::{DynamicImage, ExtendedColorType, ImageDecoder, ImageEncoder, ImageFormat, ImageReader, Limits};
@@ -16,6 +17,9 @@ use std::path::Path;
 
 /// Most pixels an image may have; Pillow's limit for a decompression bomb.
 const MAX_PIXELS: u64 = 178_956_970;
+
+/// Most pixels for each byte of the file: the emptiest picture of one bit a pixel takes more as a PNG.
+const MAX_PIXELS_PER_BYTE: u64 = 10_000;
 
 /// A picture, and how its numbers became eight bits.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -40,7 +44,7 @@ pub fn decode_file(path: &Path) -> Result<RgbImage8> {
 /// A data error with the path when the content is no supported image, truncated, empty or absurdly large; an I/O
 /// error when it cannot be read.
 pub fn read_file(path: &Path, reading: GrayReading) -> Result<Decoded> {
-    let bytes = std::fs::read(path).map_err(|error| Error::io("cannot read the image", path, error))?;
+    let bytes = files::read(path, "cannot read the image")?;
     read_bytes(&bytes, reading).map_err(|error| match error {
         Error::Data(message) => Error::data(match message.split_once("\n   = help") {
             Some((what, help)) => format!("{what}\n  --> {}\n   = help{help}", path.display()),
@@ -59,8 +63,9 @@ pub fn read_bytes(bytes: &[u8], reading: GrayReading) -> Result<Decoded> {
     if bytes.is_empty() {
         return Err(Error::data("the image file is empty"));
     }
+    let max_pixels = MAX_PIXELS.min((bytes.len() as u64 * MAX_PIXELS_PER_BYTE).max(1 << 20));
     if dicom::is_dicom(bytes) {
-        return dicom::decode(bytes, reading, MAX_PIXELS);
+        return dicom::decode(bytes, reading, max_pixels);
     }
     let format = image::guess_format(bytes).map_err(|_| {
         Error::data(
@@ -73,16 +78,17 @@ pub fn read_bytes(bytes: &[u8], reading: GrayReading) -> Result<Decoded> {
     let mut reader = ImageReader::with_format(Cursor::new(bytes), format);
     let mut limits = Limits::default();
     // Room for sixteen-bit RGBA at the pixel limit.
-    limits.max_alloc = Some(MAX_PIXELS * 8);
+    limits.max_alloc = Some(max_pixels * 8);
     reader.limits(limits);
     let mut decoder = reader.into_decoder().map_err(damaged)?;
     let (width, height) = decoder.dimensions();
     if width == 0 || height == 0 {
         return Err(Error::data("the image has no pixels"));
     }
-    if u64::from(width) * u64::from(height) > MAX_PIXELS {
+    if u64::from(width) * u64::from(height) > max_pixels {
         return Err(Error::data(format!(
-            "the image claims {width} by {height} pixels, more than the {MAX_PIXELS} allowed"
+            "the image claims {width} by {height} pixels, more than the {max_pixels} allowed in a file of {} bytes",
+            bytes.len()
         )));
     }
     // An orientation that cannot be read is none, as everywhere.

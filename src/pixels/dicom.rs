@@ -4,10 +4,11 @@
 //! the modality's units, through the file's window or table to gray, inverted for `MONOCHROME1`; palettes and
 //! luminance-chrominance colour. Of several frames the first is read; overlays are not drawn.
 
-use super::RgbImage8;
 use super::decode::Decoded;
 use super::gray::{Curve, GrayReading, GrayRule, Window, extremes, level, stretched};
+use super::{RgbImage8, dicom_scan};
 use crate::error::{Error, Result};
+use crate::files;
 use dicom_object::file::ReadPreamble;
 use dicom_object::{DefaultDicomObject, OpenFileOptions, Tag};
 use dicom_pixeldata::{
@@ -15,7 +16,6 @@ use dicom_pixeldata::{
     VoiLutFunction,
 };
 use std::io::Cursor;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 
 const ROWS: Tag = Tag(0x0028, 0x0010);
 const COLUMNS: Tag = Tag(0x0028, 0x0011);
@@ -41,15 +41,16 @@ pub(super) fn is_dicom(bytes: &[u8]) -> bool {
 pub(super) fn decode(bytes: &[u8], reading: GrayReading, max_pixels: u64) -> Result<Decoded> {
     let damaged = |error: String| Error::data(format!("the DICOM file cannot be decoded: {error}"));
     // Decoders of third parties read files of strangers here: whatever goes wrong in them is the file's fault.
-    let result = catch_unwind(AssertUnwindSafe(|| -> Result<Decoded> {
+    let result = files::guarded(|| -> Result<Decoded> {
+        dicom_scan::check(bytes).map_err(|why| damaged(why.to_owned()))?;
         let object = OpenFileOptions::new()
             .read_preamble(ReadPreamble::Always)
             .from_reader(Cursor::new(bytes))
             .map_err(|error| damaged(chain(&error)))?;
         let stored = Stored::read(&object, max_pixels)?;
         stored.show(&object, reading)
-    }));
-    result.unwrap_or_else(|_| Err(damaged("its pixel data are damaged".to_owned())))
+    });
+    result.unwrap_or_else(|| Err(damaged("its pixel data are damaged".to_owned())))
 }
 
 /// An error with its causes.
@@ -100,7 +101,7 @@ impl<'a> Stored<'a> {
         if height == 0 || width == 0 {
             return Err(Error::data("the image has no pixels"));
         }
-        if height as u64 * width as u64 > max_pixels {
+        if (height as u64).saturating_mul(width as u64) > max_pixels {
             return Err(Error::data(format!(
                 "the image claims {width} by {height} pixels, more than the {max_pixels} allowed"
             )));

@@ -4,6 +4,7 @@
 
 pub mod decode;
 mod dicom;
+mod dicom_scan;
 pub mod gray;
 pub mod resize;
 

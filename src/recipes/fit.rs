@@ -218,8 +218,14 @@ impl Saved {
         match self {
             Self::Model(weights) => Ok(weights.get(name, shape)?.into_tensor(shape)?),
             Self::Adapter(file) => {
-                let values = file.floats(&format!("{}{name}", lora::ROOT))?;
-                Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
+                let name = format!("{}{name}", lora::ROOT);
+                if file.shape(&name).is_some_and(|found| found != shape) {
+                    return Err(Error::data(format!(
+                        "the saved adapter's `{name}` is not {shape:?}\n  --> {}",
+                        file.path().display()
+                    )));
+                }
+                file.tensor(&name)
             }
         }
     }

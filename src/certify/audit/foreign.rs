@@ -9,6 +9,9 @@ use std::collections::BTreeSet;
 use std::ops::RangeInclusive;
 use std::path::Path;
 
+/// Longest radius in characters: no file prints more, and formatting has limits of its own.
+const MOST_DIGITS: usize = 32;
+
 /// How a file prints its radii.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RadiusFormat {
@@ -293,7 +296,7 @@ fn read(text: &str, path: &Path) -> Result<(Vec<Row>, Vec<String>)> {
                 .map_err(|_| bad(index + 1, "`label` and `predict` must be whole numbers"))
         };
         let (label, predict, radius) = (whole(label)?, whole(predict)?, field(radius)?);
-        if radius.parse::<f64>().is_err() {
+        if radius.len() > MOST_DIGITS || radius.parse::<f64>().is_err() {
             return Err(bad(index + 1, &format!("not a radius: `{radius}`")));
         }
         if let Some(flag) = column("correct") {

@@ -65,7 +65,7 @@ fn recompute(record: &Map<String, Value>) -> std::result::Result<Pair, String> {
     let (alpha, sigma) = (number(record, "alpha")?, number(record, "sigma")?);
     let (selection, counts) = (class_counts(record, "counts_selection")?, class_counts(record, "counts")?);
     for (key, counts, draws) in [("counts_selection", &selection, n0), ("counts", &counts, n)] {
-        let sum: u64 = counts.iter().map(|(_, count)| count).sum();
+        let sum = counts.iter().fold(0u64, |sum, (_, count)| sum.saturating_add(*count));
         if sum != draws {
             return Err(format!("`{key}` add up to {sum}, not to the {draws} draws stated"));
         }
