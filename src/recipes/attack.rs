@@ -512,7 +512,6 @@ impl Attacker<'_> {
             left = left.saturating_sub(1);
             let (found, images) = self.search(&[&*item], stage, middle, true)?;
             let answer = self.ask(&[item.sample], &[&images[0]])?.remove(0);
-            item.steps += found.steps_used[0];
             if answer.prediction == Some(item.sample.answer) {
                 robust = middle;
             } else {
@@ -701,38 +700,54 @@ fn roundings(records: &[AttackRecord]) -> Value {
     json!({ "undone": count("undone"), "repaired": count("repaired") })
 }
 
-/// `[budget, accuracy, low, high]` at each budget up to the run's; null where the smallest budgets were not searched for.
-fn by_epsilon(records: &[AttackRecord]) -> Value {
+/// Robust accuracy against what it cost, each point `[at, accuracy, low, high]`.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Curves {
+    /// At each budget up to the run's; empty where the smallest budgets were not searched for.
+    pub by_epsilon: Vec<[f64; 4]>,
+    /// At numbers of gradients and queries spent on each item.
+    pub by_steps: Vec<[f64; 4]>,
+}
+
+/// The curves of a run's records; empty when they are none of `attack`.
+pub fn curves(records: &[Value]) -> Curves {
+    match records.iter().map(read_record).collect::<Result<Vec<_>>>() {
+        Ok(records) if !records.is_empty() => {
+            Curves { by_epsilon: by_epsilon(&records), by_steps: by_steps(&records) }
+        }
+        _ => Curves::default(),
+    }
+}
+
+fn by_epsilon(records: &[AttackRecord]) -> Vec<[f64; 4]> {
     let first = &records[0];
     if records.iter().all(|record| !record.more.contains_key("min_epsilon")) {
-        return Value::Null;
+        return Vec::new();
     }
-    let steps = if first.norm == "l2" { 16.0 } else { (255.0 * first.epsilon).round().clamp(1.0, 255.0) };
-    let points = (0..=steps as usize).map(|k| first.epsilon * k as f64 / steps);
+    let points = if first.norm == "l2" { 16.0 } else { (255.0 * first.epsilon).round().clamp(1.0, 255.0) };
     let survives = |record: &&AttackRecord, epsilon: f64| {
         let smallest = record.more.get("min_epsilon").and_then(Value::as_f64);
         record.clean_correct && smallest.is_none_or(|smallest| smallest > epsilon + 1e-9)
     };
-    points
-        .map(|epsilon| {
+    (0..=points as usize)
+        .map(|k| {
+            let epsilon = first.epsilon * k as f64 / points;
             let robust = records.iter().filter(|record| survives(record, epsilon)).count();
             point(epsilon, robust, records.len())
         })
         .collect()
 }
 
-/// `[steps, accuracy, low, high]`: of each item all that was spent on it until it broke.
-fn by_steps(records: &[AttackRecord]) -> Value {
+fn by_steps(records: &[AttackRecord]) -> Vec<[f64; 4]> {
     let spent = |record: &AttackRecord| record.more.get("steps_spent").and_then(Value::as_u64).unwrap_or(0);
     let most = records.iter().map(spent).max().unwrap_or(0);
-    let stride = (most.div_ceil(20)).max(1).next_multiple_of(CHECK_EVERY as u64);
-    let mut points: Vec<u64> = (0..most).step_by(stride as usize).collect();
-    points.push(most);
+    let stride = most.div_ceil(20).max(1).next_multiple_of(CHECK_EVERY as u64);
     let survives = |record: &&AttackRecord, steps: u64| {
         record.clean_correct && (record.robust_correct || spent(record) > steps)
     };
-    points
-        .into_iter()
+    (0..most)
+        .step_by(stride as usize)
+        .chain([most])
         .map(|steps| {
             let robust = records.iter().filter(|record| survives(record, steps)).count();
             point(steps as f64, robust, records.len())
@@ -740,7 +755,7 @@ fn by_steps(records: &[AttackRecord]) -> Value {
         .collect()
 }
 
-fn point(at: f64, robust: usize, n: usize) -> Value {
+fn point(at: f64, robust: usize, n: usize) -> [f64; 4] {
     let [low, high] = interval::wilson(robust as u64, n as u64, interval::Z_95);
-    json!([at, robust as f64 / n as f64, low, high])
+    [at, robust as f64 / n as f64, low, high]
 }

@@ -3,6 +3,7 @@
 use super::source::RunDir;
 use super::tables::{accuracy, is_certified};
 use crate::eval::report::{Figure, Point, Series, Shape};
+use crate::recipes::attack;
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -29,6 +30,7 @@ const MOST_CURVES: usize = 8;
 pub(super) fn figures(runs: &[RunDir]) -> Vec<Figure> {
     let mut figures = Vec::new();
     figures.extend(budget_figure(runs));
+    figures.extend(steps_figure(runs));
     figures.extend(radius_figure(runs));
     figures.extend(training_figures(runs));
     figures
@@ -76,6 +78,10 @@ fn budget_figure(runs: &[RunDir]) -> Option<Figure> {
     for (run, name) in attacks.iter().zip(&names) {
         let records: Vec<&Value> = run.records.iter().collect();
         let curve = curves.entry(name).or_default();
+        for [x, y, low, high] in attack::curves(&run.records).by_epsilon {
+            let x = x * scale;
+            curve.insert(x.to_bits(), Point { x, y, interval: Some([low, high]) });
+        }
         let epsilon = run.records[0]["epsilon"].as_f64().unwrap_or(0.0) * scale;
         for (x, field) in [(epsilon, "robust_correct"), (0.0, "clean_correct")] {
             if let Some(found) = accuracy(&records, |record| record[field] == true) {
@@ -94,6 +100,36 @@ fn budget_figure(runs: &[RunDir]) -> Option<Figure> {
         title: "Accuracy against attack budget".to_owned(),
         caption: "Over all items; band: Wilson's 95 % interval.".to_owned(),
         x_label: unit.to_owned(),
+        y_label: "accuracy".to_owned(),
+        y_range: Some([0.0, 1.0]),
+        shape: Shape::Line,
+        series,
+    })
+}
+
+/// What more steps bring: a curve that still falls at its end stands for an attack that was stopped too early.
+fn steps_figure(runs: &[RunDir]) -> Option<Figure> {
+    let attacks: Vec<&RunDir> =
+        runs.iter().filter(|run| run.command == "attack" && !run.records.is_empty()).collect();
+    let names = curve_names(&attacks, |run| run.records[0]["method"].as_str().unwrap_or("attack").to_owned());
+    let series: Vec<Series> = attacks
+        .iter()
+        .zip(names)
+        .map(|(run, name)| Series {
+            name,
+            points: attack::curves(&run.records)
+                .by_steps
+                .into_iter()
+                .map(|[x, y, low, high]| Point { x, y, interval: Some([low, high]) })
+                .collect(),
+        })
+        .filter(|series| series.points.len() > 2)
+        .collect();
+    (!series.is_empty()).then(|| Figure {
+        title: "Accuracy against steps spent".to_owned(),
+        caption: "Gradients and queries spent on an item until it broke, over all stages; band: Wilson's 95 % interval."
+            .to_owned(),
+        x_label: "steps".to_owned(),
         y_label: "accuracy".to_owned(),
         y_range: Some([0.0, 1.0]),
         shape: Shape::Line,

@@ -4,7 +4,9 @@ use super::source::RunDir;
 use crate::eval::accuracy::{Accuracy, from_counts};
 use crate::eval::report::{Cell, Table, percent};
 use crate::recipes::config::ObjectiveName;
-use crate::recipes::records::NONE;
+use crate::recipes::records::{AttackRecord, NONE};
+use crate::recipes::verdict::{self, Check};
+use crate::stats::binomial;
 use serde_json::Value;
 use std::collections::BTreeMap;
 
@@ -31,7 +33,11 @@ pub(super) fn tables(runs: &[RunDir]) -> Tables {
     }
     all.main.extend(attack_table(&attacks));
     all.notes.extend(budget_notes(&attacks));
+    all.main.extend(pairs_table(&attacks));
     all.main.extend(certify_table(&certificates));
+    for run in &attacks {
+        all.details.push(verdict_table(run));
+    }
     for run in &evals {
         all.details.extend(group_table(run, "modality", "modality"));
         all.details.extend(group_table(run, "question_type", "question type"));
@@ -175,14 +181,15 @@ fn attack_table(runs: &[&RunDir]) -> Option<Table> {
                 share(accuracy(&records, |record| record["clean_correct"] == true)),
                 share(accuracy(&records, |record| record["robust_correct"] == true)),
                 count(unread),
+                Cell::Text(verdict::worst(&checks_of(run)).word().to_owned()),
             ]
         })
         .collect();
     (!rows.is_empty()).then(|| Table {
         title: "Accuracy under attack".to_owned(),
-        caption:
-            "Over all items, those wrong when clean included. An answer that cannot be read counts as wrong."
-                .to_owned(),
+        caption: "Over all items, those wrong when clean included. An answer that cannot be read counts as wrong. \
+                  The verdict is on the attack: without PASS the number may say more about it than about the model."
+            .to_owned(),
         head: names(&[
             "run",
             "method",
@@ -195,7 +202,70 @@ fn attack_table(runs: &[&RunDir]) -> Option<Table> {
             "clean",
             "attacked",
             "unreadable",
+            "verdict",
         ]),
+        rows,
+    })
+}
+
+fn checks_of(run: &RunDir) -> Vec<Check> {
+    let records: Vec<AttackRecord> =
+        run.records.iter().filter_map(|record| serde_json::from_value(record.clone()).ok()).collect();
+    verdict::checks(&records)
+}
+
+/// The checks behind a run's verdict.
+fn verdict_table(run: &RunDir) -> Table {
+    let rows = checks_of(run)
+        .into_iter()
+        .map(|check| {
+            vec![
+                Cell::Text(check.status.word().to_owned()),
+                Cell::Text(check.name),
+                Cell::Text(check.evidence),
+            ]
+        })
+        .collect();
+    Table {
+        title: format!("{}: may its accuracy under attack be believed?", run.name),
+        caption: "The attack examined on all records and, step by step, on a few items.".to_owned(),
+        head: names(&["", "check", "evidence"]),
+        rows,
+    }
+}
+
+/// Every two attacked models on the items that both runs have: McNemar's exact test of their differences.
+fn pairs_table(runs: &[&RunDir]) -> Option<Table> {
+    let robust = |run: &RunDir| -> BTreeMap<String, bool> {
+        let id = |record: &Value| Some((record["id"].as_str()?.to_owned(), record["robust_correct"] == true));
+        run.records.iter().filter_map(id).collect()
+    };
+    let mut rows = Vec::new();
+    for (i, first) in runs.iter().enumerate() {
+        for second in &runs[i + 1..] {
+            let (a, b) = (robust(first), robust(second));
+            let both: Vec<(bool, bool)> = a.iter().filter_map(|(id, a)| Some((*a, *b.get(id)?))).collect();
+            let only = |wanted| both.iter().filter(|pair| **pair == wanted).count() as u64;
+            let (left, right) = (only((true, false)), only((false, true)));
+            if both.is_empty() {
+                continue;
+            }
+            rows.push(vec![
+                Cell::Text(first.name.clone()),
+                Cell::Text(second.name.clone()),
+                count(both.len()),
+                count(left as usize),
+                count(right as usize),
+                Cell::Number(format!("{:.2e}", binomial::two_sided_test(left, right))),
+            ]);
+        }
+    }
+    (!rows.is_empty()).then(|| Table {
+        title: "Paired comparison under attack".to_owned(),
+        caption: "Items of both runs, right under attack in one of them only; p of McNemar's exact test that the two are \
+                  equally robust."
+            .to_owned(),
+        head: names(&["first", "second", "n", "only first", "only second", "p"]),
         rows,
     })
 }
