@@ -19,6 +19,7 @@ use crate::data::{Dataset, ImageCheck};
 use crate::error::{Error, Result};
 use crate::model::assistant::Assistant;
 use serde_json::{Value, json};
+use std::fmt::Write as _;
 use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 
@@ -386,6 +387,8 @@ impl Demo<'_> {
         config.attack.epsilon = f64::from(levels) / 255.0;
         config.attack.space = Space::Model;
         config.data.limit = Some(self.plan.num_curve);
+        // The strong attack at the full budget is the one examined.
+        config.attack.verdict_items = 0;
         let name = format!("{}-attack-{levels}", training.name);
         self.attacked(training, &config, &name, progress).map(|_| ())
     }
@@ -513,6 +516,7 @@ fn row_of(name: &str, eval: &Value, attack: &Value, certify: &Value) -> Value {
         "robust_accuracy": attack["robust_accuracy"],
         "robust_accuracy_interval": attack["accuracy_interval"],
         "unparsable": attack["unparsable"],
+        "verdict": attack["verdict"],
         "certified_accuracy": certify["certified_accuracy"],
         "abstention_rate": certify["abstention_rate"],
         "n_certified": certify["n"],
@@ -541,6 +545,8 @@ fn cells_of(row: &Value) -> Vec<String> {
         ]
         .map(share),
     );
+    // Robust accuracy never stands without what was found about the attack.
+    let _ = write!(cells[2], " {}", row["verdict"].as_str().unwrap_or_default());
     cells
 }
 

@@ -360,6 +360,7 @@ fn demo_table(run: &RunDir) -> Option<Table> {
             cells.push(row["n"].as_u64().map_or(Cell::Missing, |n| Cell::Number(n.to_string())));
             cells.push(share_of(row, "clean_accuracy", "n"));
             cells.push(share_of(row, "robust_accuracy", "n"));
+            cells.push(row["verdict"].as_str().map_or(Cell::Missing, |word| Cell::Text(word.to_owned())));
             cells.push(certified_cell(row, share_of));
             cells.extend(CONTROLS.map(|name| share_of(&row["controls"], name, "n")));
             cells
@@ -374,7 +375,7 @@ fn demo_table(run: &RunDir) -> Option<Table> {
         head: [
             names(&["model", "n", "clean"]),
             vec![attacked],
-            names(&["certified", "blank image", "shuffled image", "option prior"]),
+            names(&["verdict", "certified", "blank image", "shuffled image", "option prior"]),
         ]
         .concat(),
         rows,
