@@ -585,6 +585,19 @@ fn predict_answers_as_eval_does_and_smoothed_it_counts_votes() {
     let votes: u64 = answer["counts"].as_object().unwrap().values().map(|v| v.as_u64().unwrap()).sum();
     assert_eq!(votes, 40);
     assert_eq!(answer["abstained"], answer["prediction"].is_null());
+    let p_value = answer["p_value"].as_f64().unwrap();
+    assert_eq!(answer["abstained"], p_value > 0.001);
+    assert_eq!(
+        answer["radius"].as_f64().unwrap() > 0.0,
+        answer["p_lower"].as_f64() > Some(0.5) && p_value <= 0.001
+    );
+    // The same in words, and no sequential test.
+    arguments.retain(|word| *word != "--json");
+    let (status, stdout, _) = said(&safemed(&arguments));
+    assert!(status == 0 && stdout.contains("p-value") && stdout.contains("radius"), "{stdout}");
+    arguments.extend(["--set", "certify.mode=sequential"]);
+    let (status, _, stderr) = said(&safemed(&arguments));
+    assert!(status == 2 && stderr.contains("fixed `n`"), "{stderr}");
 }
 
 #[test]
@@ -614,7 +627,11 @@ fn drawn_answers_depend_on_the_seed_and_the_item_alone() {
     let Material { model, data, .. } = material();
     let (model, data) = (model.display().to_string(), data.display().to_string());
     let base = ["--model", &model, "--omnimedvqa", &data, "--temperature", "1"];
-    for more in [&["attack"][..], &["certify", "--sigma", "0.25"], &["eval", "--scoring", "likelihood"]] {
+    for more in [
+        &["attack"][..],
+        &["certify", "--sigma", "0.25", "--scoring", "likelihood"],
+        &["eval", "--scoring", "likelihood"],
+    ] {
         let (status, _, stderr) = said(&safemed(&[more, &base[..]].concat()));
         assert!(status == 2 && stderr.contains("temperature"), "{more:?}: {stderr}");
     }

@@ -386,6 +386,96 @@ fn batches_threads_and_kills_change_no_byte_of_attacks_and_certificates() {
     }
 }
 
+#[test]
+fn kills_inside_an_item_and_batches_change_no_byte_of_a_sequential_certificate() {
+    let dir = tempfile::tempdir().unwrap();
+    let of = |name: &str, batch_size: &str, more: &[(&'static str, &'static str)]| {
+        let out = dir.path().join(name);
+        let all = [
+            &[
+                ("certify.sigma", "0.1"),
+                ("certify.mode", "sequential"),
+                ("certify.n", "700"),
+                ("certify.n0", "30"),
+                ("max_new_tokens", "2"),
+                ("data.limit", "3"),
+                ("batch_size", batch_size),
+            ][..],
+            more,
+        ]
+        .concat();
+        (settings(&material().loud, &out, &all), out)
+    };
+    // Drawn tokens, two rules, with and without a target: the record says which.
+    for (name, more, decoding) in [
+        ("anytime", &[("generation.temperature", "1.5"), ("certify.min_gain", "0")][..], "1.5"),
+        ("target", &[("certify.target_radius", "0.1")], "greedy"),
+        ("stages", &[("certify.target_radius", "0.1"), ("certify.rule", "clopper_pearson")], "greedy"),
+    ] {
+        let (first_settings, first) = of(name, "1", more);
+        let summary = run_as(Certify, &first_settings, 1).unwrap().summary;
+        let (batched_settings, batched) = of(&format!("{name}-batched"), "16", more);
+        run_as(Certify, &batched_settings, 2).unwrap();
+        check_same(&first, &batched);
+        if name == "anytime" {
+            let (killed_settings, killed) = of("killed", "1", more);
+            run_with_kills(Certify, &killed_settings, &killed, "draws.jsonl", &[5, 40, 90]);
+            check_same(&first, &killed);
+            assert!(!killed.join("draws.jsonl").exists());
+            // What was drawn belongs to the run: its settings are written down, and others cannot continue it.
+            assert!(fs::read_to_string(killed.join("config.toml")).unwrap().contains("temperature = 1.5"));
+            let mut arguments = arguments(Certify, &killed_settings);
+            arguments.extend(["--resume", "--temperature", "1"].map(str::to_owned));
+            let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+            let (status, _, err) = call(dir.path(), &arguments);
+            assert!(status == 2 && err.contains("generation.temperature"), "{status} {err}");
+        }
+        let records = lines(&first, "records.jsonl");
+        let used: u64 = records.iter().map(|record| 30 + record["n"].as_u64().unwrap()).sum();
+        assert_eq!(summary["draws"], used);
+        assert_eq!(summary["fixed_draws"], 3 * 730);
+        let stopped: u64 =
+            summary["stopped"].as_object().unwrap().values().map(|v| v.as_u64().unwrap()).sum();
+        assert_eq!(stopped, 3);
+        assert!(
+            records.iter().all(|record| record["decoding"].to_string().contains(decoding)),
+            "{records:?}"
+        );
+        let (status, out, err) = call(dir.path(), &["audit", &first.display().to_string(), "--json"]);
+        assert!(status == 0 && out.contains("\"exact\":3"), "{out} {err}");
+    }
+}
+
+#[test]
+fn noise_meets_pixels_that_no_mean_or_deviation_of_the_processor_has_touched() {
+    let dir = tempfile::tempdir().unwrap();
+    let other = dir.path().join("other");
+    copy(&material().loud, &other);
+    for (name, pointer) in [("preprocessor_config.json", ""), ("processor_config.json", "/image_processor")] {
+        let file = other.join(name);
+        let Ok(text) = fs::read_to_string(&file) else { continue };
+        let mut processor: Value = serde_json::from_str(&text).unwrap();
+        let settings = processor.pointer_mut(pointer).unwrap();
+        settings["image_mean"] = serde_json::json!([0.1, 0.2, 0.3]);
+        settings["image_std"] = serde_json::json!([0.9, 0.8, 0.7]);
+        fs::write(&file, processor.to_string()).unwrap();
+    }
+    let device = candle_core::Device::Cpu;
+    let image = fs::read_dir(material().data.join("Images/Phantom")).unwrap().next().unwrap().unwrap().path();
+    let image = safemed::pixels::decode::decode_file(&image).unwrap();
+    let seen = [&material().loud, &other].map(|model| {
+        let assistant = safemed::model::assistant::Assistant::load(model, &|_| false, &device).unwrap();
+        // What `certify` adds noise to, and what the network makes of it.
+        let pixels = assistant.process(&image).unwrap().resized.to_tensor(&device).unwrap();
+        let features = safemed::roles::policy::encode(&assistant, &[pixels.unsqueeze(0).unwrap()]).unwrap();
+        let values = pixels.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        assert!(values.iter().all(|value| (0.0..=1.0).contains(value)));
+        (values, features.merged.flatten_all().unwrap().to_vec1::<f32>().unwrap())
+    });
+    assert_eq!(seen[0].0, seen[1].0);
+    assert_ne!(seen[0].1, seen[1].1);
+}
+
 /// What each record says about its attacked image, against the image itself.
 fn check_attacks(dir: &Path, records: &[Value], summary: &Value) {
     let attacked: Vec<&Value> =
@@ -433,7 +523,17 @@ fn what_cannot_be_done_is_refused_before_anything_is_written() {
         (Attack, &[("attack.smoothing_sigma", "0.1")], "cross_entropy"),
         (Certify, &[("certify.sigma", "0.25"), ("certify.n", "9")], "at least 10 draws"),
         (Certify, &[("certify.sigma", "0")], "out of range"),
-        (Certify, &[("certify.sigma", "0.25"), ("certify.mode", "sequential")], "not there yet"),
+        (
+            Certify,
+            &[("certify.sigma", "0.25"), ("certify.mode", "sequential"), ("certify.n", "9")],
+            "can never answer",
+        ),
+        (
+            Certify,
+            &[("certify.sigma", "0.25"), ("certify.mode", "sequential"), ("certify.target_radius", "1")],
+            "the largest that a unanimous vote reaches",
+        ),
+        (Certify, &[("certify.sigma", "0.25"), ("certify.alpha", "1")], "out of range"),
         (Train, &[("train.recipe", "grpo"), ("train.micro_batch_size", "2")], "whole batch"),
         (Train, &[("train.recipe", "at_sft"), ("train.captions", "true")], "needs images"),
         (

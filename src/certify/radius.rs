@@ -1,7 +1,7 @@
 //! From one count to one radius: the step that everything else in `certify` rests on.
 
 use crate::error::{Error, Result};
-use crate::stats::{binomial, normal};
+use crate::stats::{Probability, binomial, normal};
 
 /// One certified radius with the bound behind it.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -12,6 +12,15 @@ pub struct RadiusRow {
     pub abstain: bool,
     /// Radius in the L2 norm of pixels in [0, 1]: `sigma · Φ⁻¹(p_lower)`, 0 when abstained.
     pub radius: f64,
+}
+
+impl RadiusRow {
+    /// The radius that a lower bound of the class's probability certifies.
+    pub fn of_bound(bound: Probability, sigma: f64) -> Self {
+        let abstain = bound.value < 0.5;
+        let radius = if abstain { 0.0 } else { sigma * normal::quantile(bound) };
+        Self { p_lower: bound.value, abstain, radius }
+    }
 }
 
 /// The L2 radius within which a class seen `count` times in `n` noisy draws is certain with confidence `1 - alpha`.
@@ -25,10 +34,7 @@ pub fn radius(count: u64, n: u64, alpha: f64, sigma: f64) -> Result<RadiusRow> {
     if !(sigma > 0.0 && sigma.is_finite()) {
         return Err(Error::usage(format!("sigma must be a positive finite number: {sigma}")));
     }
-    let bound = binomial::lower_bound(count, n, alpha)?;
-    let abstain = bound.value < 0.5;
-    let radius = if abstain { 0.0 } else { sigma * normal::quantile(bound) };
-    Ok(RadiusRow { p_lower: bound.value, abstain, radius })
+    Ok(RadiusRow::of_bound(binomial::lower_bound(count, n, alpha)?, sigma))
 }
 
 /// The smallest `n` at which a unanimous vote is certified: `ceil(ln alpha / ln ½)`, exactly.

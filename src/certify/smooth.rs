@@ -1,15 +1,17 @@
 //! Cohen's CERTIFY and PREDICT over counter-based noise.
 //!
 //! Draw `d` of an item takes its noise from the stream (seed, "smoothing", item key, d): counts of disjoint ranges
-//! of draws add up, and batch size, order and threads change nothing. Selection uses draws `0..n0`, estimation
-//! `n0..n0 + n`; both ranges travel with the certificate. The noise is added to pixels in [0, 1] and not clipped.
+//! of draws add up, and batch size, order and threads change nothing. Selection uses draws `0..n0`, estimation those
+//! from `n0` on, as many as the mode takes; both ranges travel with the certificate. The noise is added to pixels in
+//! [0, 1] and not clipped.
 
 use super::BaseClassifier;
 use super::radius::{radius, smallest_certifying_n};
+use super::sequential::{Procedure, Sequential, Stop};
 use crate::error::{ConfigError, Error, Result};
 use crate::rng;
 use crate::stats::binomial;
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
@@ -23,7 +25,7 @@ pub struct SmoothingConfig {
     /// Draws that select the class.
     #[serde(default = "default_n0")]
     pub n0: u64,
-    /// Draws that estimate its probability.
+    /// Draws that estimate its probability; the cap when sequential.
     #[serde(default = "default_n")]
     pub n: u64,
     /// Failure probability of one certificate, in (0, 1).
@@ -35,6 +37,9 @@ pub struct SmoothingConfig {
     /// Seed of the noise.
     #[serde(default)]
     pub seed: u64,
+    /// How to stop early; absent: exactly `n` draws (CERTIFY).
+    #[serde(default)]
+    pub sequential: Option<Sequential>,
 }
 
 fn default_n0() -> u64 {
@@ -54,7 +59,7 @@ impl SmoothingConfig {
     /// The contract's defaults at a given `sigma`.
     pub fn new(sigma: f64) -> Self {
         let (n0, n, alpha) = (default_n0(), default_n(), default_alpha());
-        Self { sigma, n0, n, alpha, batch_size: default_batch_size(), seed: 0 }
+        Self { sigma, n0, n, alpha, batch_size: default_batch_size(), seed: 0, sequential: None }
     }
 
     /// Every value that makes no sense, keys relative to this table.
@@ -76,6 +81,10 @@ impl SmoothingConfig {
         if !(self.alpha > 0.0 && self.alpha < 1.0) {
             let message = format!("`alpha` must lie strictly between 0 and 1: {}", self.alpha);
             problems.push(ConfigError::new("alpha", message));
+        } else if let Some(sequential) = self.sequential {
+            if self.sigma > 0.0 && self.sigma.is_finite() {
+                problems.extend(sequential.problems(self));
+            }
         } else if self.n < smallest_certifying_n(self.alpha) {
             let least = smallest_certifying_n(self.alpha);
             let message = format!(
@@ -104,9 +113,14 @@ impl SmoothingConfig {
         0..self.n0
     }
 
-    /// The draws that estimate its probability: none of them selected it.
+    /// The draws that estimate its probability, `n` at most: none of them selected it.
     pub fn estimation_draws(&self) -> Range<u64> {
         self.n0..self.n0 + self.n
+    }
+
+    /// Bound, schedule and stopping rule, when sequential.
+    pub fn procedure(&self) -> Option<Procedure> {
+        self.sequential.map(|settings| Procedure::new(settings, self.n, self.alpha, self.sigma))
     }
 }
 
@@ -129,10 +143,23 @@ pub struct Certificate {
     pub draws_selection: Range<u64>,
     /// The estimation draws, from and up to.
     pub draws_estimation: Range<u64>,
+    /// What a sequential certificate rests on.
+    pub evidence: Option<Evidence>,
+}
+
+/// Where a sequential certificate stopped, and the look that its bound rests on.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Evidence {
+    /// Why no further draw was made.
+    pub stop: Stop,
+    /// Draws of the selected class among the first `n` estimation draws.
+    pub count: u64,
+    /// Draws up to the look that proves most.
+    pub n: u64,
 }
 
 impl Certificate {
-    /// The certificate that these counts give: a pure function, which resuming and auditing use too.
+    /// The certificate that these counts of a fixed number of draws give.
     ///
     /// # Errors
     /// Counts that do not add up to the configured draws, or differ in length.
@@ -160,6 +187,7 @@ impl Certificate {
             counts: estimation,
             draws_selection: config.selection_draws(),
             draws_estimation: config.estimation_draws(),
+            evidence: None,
         })
     }
 }
@@ -195,9 +223,128 @@ impl Prediction {
     }
 }
 
+/// One item under the noise of any draw.
+struct NoisyItem<'a> {
+    classifier: &'a dyn BaseClassifier,
+    clean: Vec<f32>,
+    /// Channels, height, width.
+    dims: (usize, usize, usize),
+    device: Device,
+    sigma: f32,
+    seed: u64,
+    key: u64,
+}
+
+impl<'a> NoisyItem<'a> {
+    fn new(
+        classifier: &'a dyn BaseClassifier,
+        pixels: &Tensor,
+        sigma: f64,
+        seed: u64,
+        key: u64,
+    ) -> Result<Self> {
+        let (dims, device) = (pixels.dims3()?, pixels.device().clone());
+        if !(sigma > 0.0 && sigma.is_finite()) {
+            return Err(Error::usage(format!("sigma must be a positive finite number: {sigma}")));
+        }
+        let clean = pixels.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+        if clean.iter().any(|value| !value.is_finite()) {
+            return Err(Error::NonFinite("the pixels to be smoothed are not all finite".into()));
+        }
+        Ok(Self { classifier, clean, dims, device, sigma: sigma as f32, seed, key })
+    }
+
+    /// The class of each draw, from one call of the classifier.
+    fn classes(&self, draws: Range<u64>) -> Result<Vec<usize>> {
+        let size = (draws.end - draws.start) as usize;
+        let (channels, height, width) = self.dims;
+        let noisy = noisy_batch(&self.clean, self.sigma, self.seed, self.key, draws.start, size);
+        let batch = Tensor::from_vec(noisy, (size, channels, height, width), &self.device)?;
+        let classes = self.classifier.classify(&batch, draws)?;
+        let num_classes = self.classifier.num_classes();
+        if classes.len() != size || classes.iter().any(|&class| class >= num_classes) {
+            return Err(Error::Other(anyhow::anyhow!(
+                "the classifier gave {classes:?} for {size} images and {num_classes} classes"
+            )));
+        }
+        Ok(classes)
+    }
+}
+
+/// Is given the classes of each batch as soon as they are there; an error ends the certificate.
+pub type Keep<'a> = dyn FnMut(&[u8]) -> Result<()> + 'a;
+
+/// The classes of an item's draws in order, from draw 0 on. What is known already is not computed again, so that a
+/// certificate that was cut off goes on where it stopped.
+pub struct Draws<'a> {
+    item: NoisyItem<'a>,
+    batch_size: u64,
+    /// None is computed from here on.
+    end: u64,
+    known: Vec<u8>,
+    keep: &'a mut Keep<'a>,
+}
+
+impl std::fmt::Debug for Draws<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Draws")
+            .field("known", &self.known.len())
+            .field("end", &self.end)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<'a> Draws<'a> {
+    /// The draws of one item, of which the first are `known`.
+    ///
+    /// # Shapes
+    /// - `pixels`: `[3, height, width]`, values in [0, 1]
+    ///
+    /// # Errors
+    /// A configuration that cannot answer, pixels that are not finite, or a known class that does not exist.
+    pub fn new(
+        classifier: &'a dyn BaseClassifier,
+        pixels: &Tensor,
+        item_key: u64,
+        config: &SmoothingConfig,
+        known: Vec<u8>,
+        keep: &'a mut Keep<'a>,
+    ) -> Result<Self> {
+        config.check()?;
+        let num_classes = classifier.num_classes();
+        if num_classes > usize::from(u8::MAX) || known.iter().any(|&class| usize::from(class) >= num_classes)
+        {
+            return Err(Error::data(format!("draws of other classes than these {num_classes}")));
+        }
+        let item = NoisyItem::new(classifier, pixels, config.sigma, config.seed, item_key)?;
+        let (batch_size, end) = (config.batch_size as u64, config.estimation_draws().end);
+        Ok(Self { item, batch_size, end, known, keep })
+    }
+
+    /// The classes of a range of draws. Batches are filled beyond its end: what they cost is the same.
+    fn classes(&mut self, draws: Range<u64>) -> Result<&[u8]> {
+        while (self.known.len() as u64) < draws.end {
+            let first = self.known.len() as u64;
+            let classes = self.item.classes(first..(first + self.batch_size).min(self.end))?;
+            let classes: Vec<u8> = classes.into_iter().map(|class| class as u8).collect();
+            self.known.extend_from_slice(&classes);
+            (self.keep)(&classes)?;
+        }
+        Ok(&self.known[draws.start as usize..draws.end as usize])
+    }
+
+    fn counts(&mut self, draws: Range<u64>) -> Result<Vec<u64>> {
+        let mut counts = vec![0; self.item.classifier.num_classes()];
+        for &class in self.classes(draws)? {
+            counts[usize::from(class)] += 1;
+        }
+        Ok(counts)
+    }
+}
+
 /// Counts the classes that `classifier` gives to `pixels` under the noise of `draws`.
 ///
-/// Counts of disjoint ranges add up to the counts of their union, so a recipe can checkpoint inside one item.
+/// Counts of disjoint ranges add up to the counts of their union.
 ///
 /// # Shapes
 /// - `pixels`: `[3, height, width]`, values in [0, 1]
@@ -214,80 +361,54 @@ pub fn count_draws(
     draws: Range<u64>,
     batch_size: usize,
 ) -> Result<Vec<u64>> {
-    let (channels, height, width) = pixels.dims3()?;
-    if !(sigma > 0.0 && sigma.is_finite()) || batch_size == 0 {
-        return Err(Error::usage(format!("sigma {sigma} and batch size {batch_size} must be positive")));
+    if batch_size == 0 {
+        return Err(Error::usage("the batch size must be at least 1"));
     }
-    let clean = pixels.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
-    if clean.iter().any(|value| !value.is_finite()) {
-        return Err(Error::NonFinite("the pixels to be smoothed are not all finite".into()));
-    }
-    let num_classes = classifier.num_classes();
-    let mut counts = vec![0u64; num_classes];
-    let mut next = draws.start;
-    while next < draws.end {
-        let size = (draws.end - next).min(batch_size as u64) as usize;
-        let noisy = noisy_batch(&clean, sigma as f32, seed, item_key, next, size);
-        let batch = Tensor::from_vec(noisy, (size, channels, height, width), pixels.device())?;
-        let classes = classifier.classify(&batch)?;
-        if classes.len() != size || classes.iter().any(|&class| class >= num_classes) {
-            return Err(Error::Other(anyhow::anyhow!(
-                "the classifier gave {classes:?} for {size} images and {num_classes} classes"
-            )));
-        }
-        for class in classes {
+    let item = NoisyItem::new(classifier, pixels, sigma, seed, item_key)?;
+    let mut counts = vec![0u64; classifier.num_classes()];
+    for first in draws.clone().step_by(batch_size) {
+        for class in item.classes(first..(first + batch_size as u64).min(draws.end))? {
             counts[class] += 1;
         }
-        next += size as u64;
     }
     Ok(counts)
 }
 
-/// CERTIFY: selects a class with `n0` draws, bounds its probability with `n` fresh ones, certifies or abstains.
-///
-/// # Shapes
-/// - `pixels`: `[3, height, width]`, values in [0, 1]
+/// CERTIFY: selects a class with `n0` draws, bounds its probability with fresh ones, `n` or as many as the sequential
+/// rule takes, certifies or abstains.
 ///
 /// # Errors
-/// A configuration that cannot answer, or those of [`count_draws`].
+/// Those of the classifier, and of whoever keeps the draws.
 ///
 /// # References
 /// Cohen et al. 2019, section 3.2.2.
-pub fn certify(
-    classifier: &dyn BaseClassifier,
-    pixels: &Tensor,
-    item_key: u64,
-    config: &SmoothingConfig,
-) -> Result<Certificate> {
-    config.check()?;
-    let SmoothingConfig { sigma, seed, batch_size, .. } = *config;
-    let count = |draws| count_draws(classifier, pixels, sigma, seed, item_key, draws, batch_size);
-    let selection = count(config.selection_draws())?;
-    let estimation = count(config.estimation_draws())?;
-    Certificate::from_counts(config, selection, estimation)
-}
-
-/// PREDICT: the class that leads among `n` draws, or an abstention when the lead may be chance.
-///
-/// Uses draws `0..n`. With confidence `1 - alpha` the answer is the smoothed classifier's.
-///
-/// # Shapes
-/// - `pixels`: `[3, height, width]`, values in [0, 1]
-///
-/// # Errors
-/// Those of [`count_draws`], or `alpha` outside (0, 1).
-///
-/// # References
-/// Cohen et al. 2019, section 3.2.1.
-pub fn predict(
-    classifier: &dyn BaseClassifier,
-    pixels: &Tensor,
-    item_key: u64,
-    config: &SmoothingConfig,
-) -> Result<Prediction> {
-    let SmoothingConfig { sigma, seed, batch_size, n, alpha, .. } = *config;
-    let counts = count_draws(classifier, pixels, sigma, seed, item_key, 0..n, batch_size)?;
-    Prediction::from_counts(counts, alpha)
+pub fn certify(draws: &mut Draws<'_>, config: &SmoothingConfig) -> Result<Certificate> {
+    let selection = draws.counts(config.selection_draws())?;
+    let all = config.estimation_draws();
+    let Some(procedure) = config.procedure() else {
+        return Certificate::from_counts(config, selection, draws.counts(all)?);
+    };
+    let selected = first_maximum(&selection);
+    let (mut seen, mut count) = (all.start, 0);
+    let (n, bound, stop) = procedure.run(|n| {
+        let fresh = draws.classes(seen..all.start + n)?;
+        count += fresh.iter().filter(|class| usize::from(**class) == selected).count() as u64;
+        seen = all.start + n;
+        Ok(count)
+    })?;
+    let row = procedure.radius(&bound, stop, config.sigma);
+    let draws_estimation = all.start..all.start + n;
+    Ok(Certificate {
+        prediction: (!row.abstain).then_some(selected),
+        radius: row.radius,
+        p_lower: row.p_lower,
+        selected,
+        counts_selection: selection,
+        counts: draws.counts(draws_estimation.clone())?,
+        draws_selection: config.selection_draws(),
+        draws_estimation,
+        evidence: Some(Evidence { stop, count: bound.count, n: bound.n }),
+    })
 }
 
 /// The clean pixels `size` times, each with the noise of its own draw.
@@ -317,8 +438,8 @@ fn first_maximum(counts: &[u64]) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::certify::{Rule, Sequential};
     use crate::stats::{Probability, normal};
-    use candle_core::Device;
     use std::cell::RefCell;
 
     /// Class 0 where the mean of all pixels is above a threshold. Under noise the mean is normal, so the smoothed
@@ -338,7 +459,7 @@ mod tests {
         fn num_classes(&self) -> usize {
             3
         }
-        fn classify(&self, noisy: &Tensor) -> Result<Vec<usize>> {
+        fn classify(&self, noisy: &Tensor, _: Range<u64>) -> Result<Vec<usize>> {
             self.batches.borrow_mut().push(noisy.dims()[0]);
             let rows = noisy.flatten_from(1)?.to_vec2::<f32>()?;
             Ok(rows
@@ -350,6 +471,17 @@ mod tests {
 
     fn gray(value: f32, side: usize) -> Tensor {
         Tensor::full(value, (3, side, side), &Device::Cpu).unwrap()
+    }
+
+    fn certified(
+        classifier: &dyn BaseClassifier,
+        pixels: &Tensor,
+        key: u64,
+        config: &SmoothingConfig,
+    ) -> Certificate {
+        let mut keep = |_: &[u8]| Ok(());
+        certify(&mut Draws::new(classifier, pixels, key, config, Vec::new(), &mut keep).unwrap(), config)
+            .unwrap()
     }
 
     fn config(sigma: f64, n0: u64, n: u64, alpha: f64) -> SmoothingConfig {
@@ -397,7 +529,7 @@ mod tests {
     #[test]
     fn selection_and_estimation_draws_are_disjoint_and_recorded() {
         let (classifier, pixels, config) = (HalfSpace::new(0.5), gray(0.52, 2), config(0.25, 40, 200, 0.01));
-        let certificate = certify(&classifier, &pixels, 9, &config).unwrap();
+        let certificate = certified(&classifier, &pixels, 9, &config);
         assert_eq!(
             (certificate.draws_selection.clone(), certificate.draws_estimation.clone()),
             (0..40, 40..240)
@@ -417,7 +549,7 @@ mod tests {
         let config = config(0.25, 10, 100, 0.05);
         let above = (0..600u64)
             .filter(|&item| {
-                let certificate = certify(&classifier, &pixels, item, &config).unwrap();
+                let certificate = certified(&classifier, &pixels, item, &config);
                 certificate.selected != 0 || certificate.radius > distance + 1e-6
             })
             .count();
@@ -425,6 +557,131 @@ mod tests {
         let truth = normal::distribution(distance / 0.25).value;
         let counts = count_draws(&classifier, &pixels, 0.25, 0, 1, 0..20_000, 500).unwrap();
         assert!((counts[0] as f64 / 2e4 - truth).abs() < 5.0 * (truth * (1.0 - truth) / 2e4).sqrt());
+    }
+
+    fn sequential(rule: Rule, target_radius: Option<f64>, config: &SmoothingConfig) -> SmoothingConfig {
+        let sequential = Some(Sequential { rule, target_radius, min_gain: 0.05 });
+        SmoothingConfig { sequential, ..config.clone() }
+    }
+
+    #[test]
+    fn a_sequential_certificate_does_not_depend_on_batches_and_goes_on_from_any_draw() {
+        let (classifier, pixels) = (HalfSpace::new(0.5), gray(0.55, 2));
+        for (rule, target) in [(Rule::Kt, None), (Rule::Kt, Some(0.1)), (Rule::ClopperPearson, Some(0.1))] {
+            let config = sequential(rule, target, &config(0.25, 20, 3000, 0.01));
+            let whole = certified(&classifier, &pixels, 9, &config);
+            let n = whole.draws_estimation.end - whole.draws_estimation.start;
+            assert!(whole.prediction.is_some() && n < 3000, "{whole:?}");
+            assert_eq!(whole.counts.iter().sum::<u64>(), n);
+            for batch_size in [1, 7, 500, 5000] {
+                let config = SmoothingConfig { batch_size, ..config.clone() };
+                let mut kept = Vec::new();
+                let mut keep = |classes: &[u8]| {
+                    kept.extend_from_slice(classes);
+                    Ok(())
+                };
+                let mut draws = Draws::new(&classifier, &pixels, 9, &config, Vec::new(), &mut keep).unwrap();
+                assert_eq!(certify(&mut draws, &config).unwrap(), whole);
+                for cut in [1, 19, 20, 21, 50] {
+                    classifier.batches.borrow_mut().clear();
+                    let mut again = 0;
+                    let mut keep = |classes: &[u8]| {
+                        again += classes.len();
+                        Ok(())
+                    };
+                    let known = kept[..cut].to_vec();
+                    let mut draws = Draws::new(&classifier, &pixels, 9, &config, known, &mut keep).unwrap();
+                    assert_eq!(certify(&mut draws, &config).unwrap(), whole, "cut at {cut}");
+                    assert_eq!(again, classifier.batches.borrow().iter().sum::<usize>());
+                    assert!(cut + again < 20 + n as usize + batch_size, "no known draw is made again");
+                }
+            }
+        }
+        let mut keep = |_: &[u8]| Ok(());
+        let config = config(0.25, 20, 100, 0.01);
+        assert!(Draws::new(&classifier, &pixels, 9, &config, vec![3], &mut keep).is_err());
+    }
+
+    #[test]
+    fn an_error_while_keeping_draws_ends_the_certificate() {
+        let (classifier, pixels, config) = (HalfSpace::new(0.5), gray(0.55, 2), config(0.25, 20, 100, 0.01));
+        let mut keep = |_: &[u8]| Err(Error::Stopped);
+        let mut draws = Draws::new(&classifier, &pixels, 9, &config, Vec::new(), &mut keep).unwrap();
+        assert!(matches!(certify(&mut draws, &config), Err(Error::Stopped)));
+    }
+
+    #[test]
+    fn a_stopper_who_waits_for_luck_is_wrong_as_rarely_as_alpha() {
+        // Distance 0.2 at sigma 0.25, and a target just beyond it: whoever stops at the first look that proves it has
+        // waited for luck. With alpha 0.05 and 400 items 20 expected; more than 40 has a chance below 1e-4.
+        let (classifier, distance) = (HalfSpace::new(0.5), 0.2);
+        let pixels = gray(0.5 + (distance / 12f64.sqrt()) as f32, 2);
+        for rule in [Rule::Kt, Rule::ClopperPearson] {
+            let target = Some(distance + 1e-5);
+            let config = sequential(rule, target, &config(0.25, 10, 400, 0.05));
+            let config = SmoothingConfig { batch_size: 200, ..config };
+            let mut wrong = 0;
+            for item in 0..400 {
+                let certificate = certified(&classifier, &pixels, item, &config);
+                let is_beyond = certificate.radius > distance + 5e-6;
+                assert_eq!(is_beyond, certificate.evidence.unwrap().stop == Stop::Certified);
+                wrong += usize::from(is_beyond);
+            }
+            assert!((1..=40).contains(&wrong), "{rule:?}: {wrong} of 400 beyond the true distance");
+        }
+    }
+
+    #[test]
+    fn no_shift_within_the_radius_changes_the_prediction() {
+        // The worst shift there is: straight towards the plane. A changed prediction would take a certificate beyond the
+        // true distance: 20 items at alpha 0.001 expect 0.02.
+        let (classifier, sigma) = (HalfSpace::new(0.5), 0.25);
+        let base = config(sigma, 20, 1000, 0.001);
+        for config in [base.clone(), sequential(Rule::Kt, None, &base)] {
+            let mut answered = 0;
+            for item in 0..20u64 {
+                let mean = 0.52 + 0.01 * item as f32;
+                let certificate = certified(&classifier, &gray(mean, 2), item, &config);
+                let Some(class) = certificate.prediction else { continue };
+                let shift = (0.999 * certificate.radius / 12f64.sqrt()) as f32;
+                let moved = gray(mean - shift, 2);
+                let counts = count_draws(&classifier, &moved, sigma, 77, item, 0..2000, 500).unwrap();
+                let found = Prediction::from_counts(counts, 0.001).unwrap();
+                assert!(
+                    found.prediction.is_none_or(|other| other == class),
+                    "item {item}: class {class} certified to {}, but {found:?} within it",
+                    certificate.radius
+                );
+                answered += 1;
+            }
+            assert!(answered > 10);
+        }
+    }
+
+    #[test]
+    fn noise_is_independent_across_pixels_draws_and_items() {
+        let draws = 4000u64;
+        let of = |key| -> Vec<f64> {
+            noisy_batch(&[0.0; 4], 1.0, 5, key, 0, draws as usize).into_iter().map(f64::from).collect()
+        };
+        let (noise, other) = (of(1), of(2));
+        let n = noise.len() as f64;
+        let correlation = |pairs: &mut dyn Iterator<Item = (f64, f64)>| -> f64 {
+            let (sum, count) = pairs.fold((0.0, 0.0), |(sum, count), (a, b)| (sum + a * b, count + 1.0));
+            sum / f64::sqrt(count)
+        };
+        // Each is standard normal when independent; 4.5 deviations.
+        let pixels = correlation(&mut noise.chunks(4).map(|draw| (draw[0], draw[1])));
+        let neighbours = correlation(&mut noise.iter().zip(&noise[4..]).map(|(a, b)| (*a, *b)));
+        let items = correlation(&mut noise.iter().zip(&other).map(|(a, b)| (*a, *b)));
+        for (what, score) in [("pixels", pixels), ("draws", neighbours), ("items", items)] {
+            assert!(score.abs() < 4.5, "{what}: {score}");
+        }
+        let moment = |power: i32| noise.iter().map(|value| value.powi(power)).sum::<f64>() / n;
+        for (power, wanted, variance) in [(1, 0.0, 1.0), (2, 1.0, 2.0), (3, 0.0, 15.0), (4, 3.0, 96.0f64)] {
+            assert!((moment(power) - wanted).abs() < 4.5 * (variance / n).sqrt(), "moment {power}");
+        }
+        assert!(noise.iter().any(|value| value.abs() > 3.5), "tails are not cut");
     }
 
     #[test]

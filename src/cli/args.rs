@@ -64,7 +64,8 @@ pub(crate) enum CliCommand {
     Attack(AttackArgs),
     /// Certified accuracy by randomised smoothing.
     #[command(
-        after_help = "Example:\n  safemed certify --sigma 0.25 --model DIR --omnimedvqa OmniMedVQA --limit 100"
+        after_help = "Examples:\n  safemed certify --sigma 0.25 --model DIR --omnimedvqa OmniMedVQA --limit 100\n  \
+        safemed certify --sigma 0.25 --mode sequential --target-radius 0.25 --n 100000 --model DIR --omnimedvqa OmniMedVQA"
     )]
     Certify(CertifyArgs),
     /// One answer to one question; with --sigma it is smoothed and may abstain.
@@ -336,6 +337,13 @@ pub(crate) struct CertifyArgs {
         help_heading = "Smoothing"
     )]
     target_radius: Option<String>,
+    /// Sequential: kt or clopper_pearson, the bound that holds at every look [default: kt].
+    #[arg(long, value_name = "RULE", env = "SAFEMED_RULE", hide_env = true, help_heading = "Smoothing")]
+    rule: Option<String>,
+    /// Sequential without a target: stop when twice the draws would raise the radius by less than this share
+    /// [default: 0.05].
+    #[arg(long, value_name = "G", env = "SAFEMED_MIN_GAIN", hide_env = true, help_heading = "Smoothing")]
+    min_gain: Option<String>,
     #[command(flatten)]
     pub(crate) run: RunArgs,
 }
@@ -349,7 +357,7 @@ struct SmoothingFlags {
     /// Draws that select the class [default: 100].
     #[arg(long, value_name = "N", env = "SAFEMED_N0", hide_env = true)]
     n0: Option<String>,
-    /// Draws that estimate its probability [default: 1000].
+    /// Draws that estimate its probability, at most so many when sequential [default: 1000].
     #[arg(long, value_name = "N", env = "SAFEMED_N", hide_env = true)]
     n: Option<String>,
     /// Probability that a certificate is wrong [default: 0.001].

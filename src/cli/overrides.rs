@@ -59,7 +59,7 @@ const ATTACK: [&str; 15] = [
 ];
 
 /// Flags of `[certify]`.
-const CERTIFY: [&str; 6] = ["sigma", "n0", "n", "alpha", "mode", "target_radius"];
+const CERTIFY: [&str; 8] = ["sigma", "n0", "n", "alpha", "mode", "target_radius", "rule", "min_gain"];
 
 /// The overrides of one command line: `--set` first, then environment and flags, which win over it.
 pub(super) fn overrides(command: Command, matches: &ArgMatches) -> Result<Vec<Override>> {

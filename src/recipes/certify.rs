@@ -1,29 +1,34 @@
 //! Certified accuracy by randomised smoothing, each certificate with its evidence.
 //!
 //! Noise is added to the pixels at the model's resolution, in [0, 1], before normalisation; it is not clipped. The
-//! certified function is the model's greedy generation read by the parser of clean evaluation (an answer that cannot
-//! be read is a class of its own), or the letter of highest likelihood when `scoring = likelihood`.
+//! certified function is the model's generation read by the parser of clean evaluation (an answer that cannot be read is
+//! a class of its own), or the letter of highest likelihood when `scoring = likelihood`. Generation is greedy, or drawn:
+//! then the certificate is about the noise and the tokens drawn, and every record says so.
+
+mod draws;
 
 use super::answers::with_items;
-use super::config::{CertifyMode, Command, RunConfig, Scoring};
+use super::config::{CertifyMode, Command, RuleName, RunConfig, Scoring};
 use super::inputs;
 use super::items::{self, Images};
 use super::job::{Job, Outcome};
 use super::progress::Progress;
-use super::records::{self, CertifyRecord};
+use super::records::{self, CertifyRecord, counts_by_letter};
 use super::report::{self, ReportOptions};
 use super::run::Run;
-use crate::certify::{self, BaseClassifier, Certificate, Curve, SmoothingConfig};
+use crate::certify::smooth::{Evidence, Keep};
+use crate::certify::{self, Certificate, Curve, Draws, Procedure, Rule, Sequential, SmoothingConfig, Stop};
 use crate::data::prompt::PromptTemplate;
 use crate::data::{Dataset, Sample};
 use crate::error::{Error, Result};
 use crate::eval::accuracy;
 use crate::model::assistant::Assistant;
+use crate::model::sampling::SamplingConfig;
 use crate::reward::answer::parse_answer;
 use crate::rng;
 use crate::roles::classifier::{QuestionClassifier, Reading};
+use draws::KeptDraws;
 use serde_json::{Map, Value, json};
-use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::Path;
 
@@ -41,6 +46,8 @@ pub struct Setting {
     pub scoring: Scoring,
     /// Longest completion.
     pub max_new_tokens: usize,
+    /// How its tokens are chosen.
+    pub sampling: SamplingConfig,
     /// Hash of the weights, for the records.
     pub model_sha256: String,
 }
@@ -53,7 +60,6 @@ pub fn certify(job: &Job<'_>) -> Result<Outcome> {
     let config = &job.config;
     smoothing_of(config)?;
     inputs::check_job(job)?;
-    inputs::require_greedy(&job.config, "a certificate is about a fixed function")?;
     let (dataset, _) = inputs::open_questions(config)?;
     items::require_some(&dataset, "certify")?;
     let model = inputs::open_model(job)?;
@@ -69,6 +75,16 @@ pub fn certify(job: &Job<'_>) -> Result<Outcome> {
         let _ = writeln!(text, "{:6.3}  {:.4}", number(0), number(1));
     }
     let _ = writeln!(text, "abstained {:.4}", summary["abstention_rate"].as_f64().unwrap_or(f64::NAN));
+    let count = |key: &str| summary[key].as_u64().unwrap_or_default();
+    let _ = write!(text, "draws {}", count("draws"));
+    if let Some(stopped) = summary["stopped"].as_object() {
+        let share = count("fixed_draws") as f64 / count("draws").max(1) as f64;
+        let _ = write!(text, "; at a fixed n {} ({share:.1} times as many)\nstopped:", count("fixed_draws"));
+        for (why, items) in stopped {
+            let _ = write!(text, " {why} {items}");
+        }
+    }
+    text.push('\n');
     Ok(Outcome::new(summary, text))
 }
 
@@ -76,17 +92,24 @@ pub fn certify(job: &Job<'_>) -> Result<Outcome> {
 ///
 /// # Errors
 /// A usage error when the settings can never certify anything.
-fn smoothing_of(config: &RunConfig) -> Result<SmoothingConfig> {
-    if config.certify.mode == CertifyMode::Sequential {
-        return Err(Error::usage("sequential certificates are not there yet\n   = help: use `--mode cohen`"));
-    }
+pub(super) fn smoothing_of(config: &RunConfig) -> Result<SmoothingConfig> {
+    let certify = &config.certify;
+    let sequential = (certify.mode == CertifyMode::Sequential).then_some(Sequential {
+        rule: match certify.rule {
+            RuleName::Kt => Rule::Kt,
+            RuleName::ClopperPearson => Rule::ClopperPearson,
+        },
+        target_radius: certify.target_radius,
+        min_gain: certify.min_gain,
+    });
     let smoothing = SmoothingConfig {
-        n0: config.certify.n0 as u64,
-        n: config.certify.n as u64,
-        alpha: config.certify.alpha,
+        sigma: config.sigma()?,
+        n0: certify.n0 as u64,
+        n: certify.n as u64,
+        alpha: certify.alpha,
         batch_size: config.batch_size,
         seed: config.seed,
-        ..SmoothingConfig::new(config.sigma()?)
+        sequential,
     };
     smoothing.check()?;
     Ok(smoothing)
@@ -106,6 +129,7 @@ fn setting_with(config: &RunConfig, model_sha256: String) -> Result<Setting> {
         template: config.prompt.parse()?,
         scoring: config.scoring,
         max_new_tokens: config.max_new_tokens,
+        sampling: config.generation.sampling(),
         model_sha256,
     })
 }
@@ -124,6 +148,8 @@ pub fn smoothed(
     inputs::note_questions(run, dataset, None, setting.template)?;
     let images = Images::new(dataset);
     let samples = inputs::in_item_order(&dataset.samples);
+    let mut kept = KeptDraws::recover(run)?;
+    let stop = run.stop().clone();
     progress.start(samples.len(), "certify");
     let (mut done, mut certified) = (0, 0);
     for record in run.records()? {
@@ -135,13 +161,23 @@ pub fn smoothed(
             continue;
         }
         run.check_stop()?;
-        let record =
-            certify_one(assistant, &images, sample, setting).map_err(|error| with_items(error, &[sample]))?;
+        let num_options = sample.options.len();
+        let known = kept.of_item(&sample.id, num_options)?;
+        let mut from = known.len();
+        let mut keep = |classes: &[u8]| {
+            kept.append(&sample.id, from, classes, num_options)?;
+            from += classes.len();
+            stop.check()
+        };
+        let record = certify_one(assistant, &images, sample, setting, known, &mut keep)
+            .map_err(|error| with_items(error, &[sample]))?;
         done += 1;
         certified += usize::from(record.correct);
         run.record(&record)?;
+        kept.clear()?;
         progress.tick(done, &[("certified", certified as f64 / done as f64)]);
     }
+    kept.clear()?;
     progress.finish();
     let order: Vec<String> = samples.iter().map(|sample| sample.id.clone()).collect();
     let records = run.finish_records(&order)?;
@@ -155,14 +191,20 @@ fn certify_one(
     images: &Images,
     sample: &Sample,
     setting: &Setting,
+    known: Vec<u8>,
+    keep: &mut Keep<'_>,
 ) -> Result<CertifyRecord> {
     let original = images.original(&sample.image)?;
     let processed = assistant.process(&original)?;
     let prompt = items::prompt_of(assistant, setting.template, sample, &processed)?;
+    let key = rng::key_of(&sample.id);
     let reading = match setting.scoring {
-        Scoring::Generate => {
-            Reading::Generation { max_new_tokens: setting.max_new_tokens, parse: &parse_answer }
-        }
+        Scoring::Generate => Reading::Generation {
+            max_new_tokens: setting.max_new_tokens,
+            sampling: setting.sampling,
+            seed: [setting.smoothing.seed, key],
+            parse: &parse_answer,
+        },
         Scoring::Likelihood => {
             Reading::Likelihood { completions: letters_of(assistant, sample, setting.template)? }
         }
@@ -170,8 +212,9 @@ fn certify_one(
     let classifier =
         QuestionClassifier { assistant, prompt: &prompt, num_options: sample.options.len(), reading };
     let pixels = processed.resized.to_tensor(assistant.vlm.device())?;
-    let certificate = certify::certify(&classifier, &pixels, rng::key_of(&sample.id), &setting.smoothing)?;
-    let mut record = record_of(sample, &certificate, &classifier, setting, original.sha256());
+    let mut draws = Draws::new(&classifier, &pixels, key, &setting.smoothing, known, keep)?;
+    let certificate = certify::certify(&mut draws, &setting.smoothing)?;
+    let mut record = record_of(sample, &certificate, setting, original.sha256());
     record.more.insert("image_reading".to_owned(), json!(images.reading(&sample.image)));
     Ok(record)
 }
@@ -189,18 +232,24 @@ fn letters_of(assistant: &Assistant, sample: &Sample, template: PromptTemplate) 
 fn record_of(
     sample: &Sample,
     certificate: &Certificate,
-    classifier: &dyn BaseClassifier,
     setting: &Setting,
     image_sha256: String,
 ) -> CertifyRecord {
-    let options = classifier.num_classes() - 1;
-    let by_letter = |counts: &[u64]| -> BTreeMap<String, u64> {
-        let name = |class: usize| records::letter((class < options).then_some(class));
-        counts.iter().enumerate().map(|(class, count)| (name(class), *count)).collect()
-    };
+    let options = sample.options.len();
     let prediction = certificate.prediction.map(|class| records::letter((class < options).then_some(class)));
     let draws = |range: &std::ops::Range<u64>| [range.start, range.end];
     let smoothing = &setting.smoothing;
+    let mode = if smoothing.sequential.is_some() { CertifyMode::Sequential } else { CertifyMode::Cohen };
+    let mut more = Map::from_iter([
+        ("modality".to_owned(), json!(sample.modality)),
+        ("question_type".to_owned(), json!(sample.question_type)),
+        ("decoding".to_owned(), decoding_of(setting)),
+    ]);
+    if let (Some(settings), Some(procedure), Some(evidence)) =
+        (smoothing.sequential, smoothing.procedure(), certificate.evidence)
+    {
+        more.extend(evidence_of(settings, &procedure, evidence));
+    }
     CertifyRecord {
         id: sample.id.clone(),
         answer: sample.answer_letter().to_string(),
@@ -210,24 +259,52 @@ fn record_of(
         radius: certificate.radius,
         p_lower: certificate.p_lower,
         sigma: smoothing.sigma,
-        mode: CertifyMode::Cohen.word().to_owned(),
-        target_radius: None,
+        mode: mode.word().to_owned(),
+        target_radius: smoothing.sequential.and_then(|settings| settings.target_radius),
         n0: smoothing.n0,
-        n: smoothing.n,
+        n: certificate.draws_estimation.end - certificate.draws_estimation.start,
         n_max: smoothing.n,
         alpha: smoothing.alpha,
         seed: smoothing.seed,
-        counts_selection: by_letter(&certificate.counts_selection),
-        counts: by_letter(&certificate.counts),
+        counts_selection: counts_by_letter(&certificate.counts_selection),
+        counts: counts_by_letter(&certificate.counts),
         draws_selection: draws(&certificate.draws_selection),
         draws_estimation: draws(&certificate.draws_estimation),
         image_sha256,
         model_sha256: setting.model_sha256.clone(),
-        more: Map::from_iter([
-            ("modality".to_owned(), json!(sample.modality)),
-            ("question_type".to_owned(), json!(sample.question_type)),
-        ]),
+        more,
     }
+}
+
+/// The function that is certified, as far as choosing tokens goes.
+fn decoding_of(setting: &Setting) -> Value {
+    let SamplingConfig { temperature, top_k, top_p, min_p, repetition_penalty } = setting.sampling;
+    if setting.scoring == Scoring::Likelihood {
+        return json!(Scoring::Likelihood.word());
+    }
+    if setting.sampling == SamplingConfig::default() {
+        return json!("greedy");
+    }
+    json!({
+        "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+    })
+}
+
+/// Rule, schedule, reason to stop, and the count that the bound rests on.
+fn evidence_of(settings: Sequential, procedure: &Procedure, evidence: Evidence) -> Map<String, Value> {
+    let Sequential { rule, target_radius, min_gain } = settings;
+    let Evidence { stop, count, n } = evidence;
+    let mut fields =
+        Map::from_iter([("rule".to_owned(), json!(rule)), ("schedule".to_owned(), procedure.schedule())]);
+    let goal = match (target_radius, procedure.target()) {
+        (Some(_), Some(target)) => ("p_target", target.value),
+        _ => ("min_gain", min_gain),
+    };
+    fields.insert(goal.0.to_owned(), json!(goal.1));
+    fields.insert("stopped".to_owned(), json!(stop));
+    fields.insert("bound".to_owned(), json!({"count": count, "n": n}));
+    fields
 }
 
 /// `summary.json` from the records alone.
@@ -258,9 +335,12 @@ pub fn summarize(records: &[Value], seconds: f64) -> Result<Value> {
             .collect(),
     );
     let first = &records[0];
-    let radii: Vec<f64> = RADII.iter().map(|multiple| multiple * first.sigma).collect();
+    let mut radii: Vec<f64> = RADII.iter().map(|multiple| multiple * first.sigma).collect();
+    radii.extend(first.target_radius);
+    radii.sort_by(f64::total_cmp);
+    radii.dedup();
     let draws: u64 = records.iter().map(|record| record.n0 + record.n).sum();
-    Ok(json!({
+    let mut summary = json!({
         "command": Command::Certify.word(),
         "n": records.len(),
         "seconds": seconds,
@@ -280,7 +360,28 @@ pub fn summarize(records: &[Value], seconds: f64) -> Result<Value> {
         "abstention_rate": curve.abstention_rate(),
         "draws": draws,
         "note": "an L2 certificate says nothing about an L-inf budget: the L-inf ball reaches epsilon * sqrt(values)",
-    }))
+    });
+    if first.mode == CertifyMode::Sequential.word() {
+        summary["target_radius"] = json!(first.target_radius);
+        summary["rule"] = json!(first.more.get("rule"));
+        summary["fixed_draws"] = json!(records.iter().map(|record| record.n0 + record.n_max).sum::<u64>());
+        summary["stopped"] = stops(&records);
+    }
+    Ok(summary)
+}
+
+/// Items by their reason to stop: with a target, those certified, given up, and undecided at the cap.
+fn stops(records: &[CertifyRecord]) -> Value {
+    let reasons = match records[0].target_radius {
+        Some(_) => [Stop::Certified, Stop::Futile, Stop::Cap],
+        None => [Stop::Gain, Stop::Futile, Stop::Cap],
+    };
+    let count = |stop: Stop| {
+        let stop = json!(stop);
+        records.iter().filter(|record| record.more.get("stopped") == Some(&stop)).count()
+    };
+    let name = |stop: Stop| json!(stop).as_str().unwrap_or_default().to_owned();
+    reasons.into_iter().map(|stop| (name(stop), json!(count(stop)))).collect::<Map<_, _>>().into()
 }
 
 fn read_record(value: &Value) -> Result<CertifyRecord> {

@@ -1,11 +1,12 @@
 //! `safemed predict`: one answer to one question; with `sigma` smoothed, and then it may abstain.
 
 use super::answers::Asking;
-use super::config::{RunConfig, Scoring};
+use super::certify::smoothing_of;
+use super::config::{CertifyMode, RunConfig, Scoring};
 use super::inputs;
 use super::job::{Job, Outcome};
 use super::records::{counts_by_letter, letter};
-use crate::certify::{self, SmoothingConfig};
+use crate::certify::{self, Draws, Prediction, SmoothingConfig};
 use crate::data::Sample;
 use crate::data::sample::UNKNOWN;
 use crate::error::{Error, Result};
@@ -27,10 +28,7 @@ pub fn predict(job: &Job<'_>, image: &Path, question: &str, options: &[String]) 
     let config = &job.config;
     let sample = sample(image, question, options)?;
     inputs::check_settings(config)?;
-    if config.certify.sigma.is_some() {
-        inputs::require_greedy(config, "a smoothed prediction is about a fixed function")?;
-    }
-    let smoothing = config.certify.sigma.map(|sigma| smoothing(config, sigma)).transpose()?;
+    let smoothing = config.certify.sigma.map(|_| smoothing(config)).transpose()?;
     let Decoded { image: picture, reading } = decode::read_file(image, config.data.gray())?;
     let assistant = inputs::open_model(job)?.assistant;
     let asking = Asking::of(config)?;
@@ -97,21 +95,18 @@ fn plain(assistant: &Assistant, asking: &Asking, sample: &Sample, picture: &RgbI
     Ok(Outcome::new(summary, text))
 }
 
-fn smoothing(config: &RunConfig, sigma: f64) -> Result<SmoothingConfig> {
-    let certify = &config.certify;
-    let smoothing = SmoothingConfig {
-        sigma,
-        n0: certify.n0 as u64,
-        n: certify.n as u64,
-        alpha: certify.alpha,
-        batch_size: config.batch_size,
-        seed: config.seed,
-    };
-    smoothing.check()?;
-    Ok(smoothing)
+fn smoothing(config: &RunConfig) -> Result<SmoothingConfig> {
+    if config.certify.mode == CertifyMode::Sequential {
+        return Err(Error::usage(
+            "the test of a smoothed prediction is for a fixed `n`\n   = help: leave mode `sequential` to `safemed certify`",
+        ));
+    }
+    smoothing_of(config)
 }
 
-/// The smoothed classifier's answer (PREDICT of Cohen et al. 2019): noise on the pixels that the network takes.
+/// The smoothed classifier's answer (PREDICT of Cohen et al. 2019) with its radius (CERTIFY, on the same draws): noise on
+/// the pixels that the network takes. Each of the two claims fails with probability `alpha` at most. The radius is 0 when
+/// the answer abstains, or is not the class that the selection draws chose.
 fn smoothed(
     assistant: &Assistant,
     asking: &Asking,
@@ -121,10 +116,14 @@ fn smoothed(
 ) -> Result<Outcome> {
     let image = assistant.process(picture)?;
     let prompt = assistant.prompt(&asking.template.user_text(sample), Some(image.grid))?;
+    let key = rng::key_of(&picture.sha256());
     let reading = match asking.scoring {
-        Scoring::Generate => {
-            Reading::Generation { max_new_tokens: asking.max_new_tokens, parse: &parse_answer }
-        }
+        Scoring::Generate => Reading::Generation {
+            max_new_tokens: asking.max_new_tokens,
+            sampling: asking.sampling,
+            seed: [smoothing.seed, key],
+            parse: &parse_answer,
+        },
         Scoring::Likelihood => Reading::Likelihood {
             completions: asking
                 .option_completions(sample)
@@ -136,8 +135,12 @@ fn smoothed(
     let num_options = sample.options.len();
     let classifier = QuestionClassifier { assistant, prompt: &prompt, num_options, reading };
     let pixels = image.resized.to_tensor(assistant.vlm.device())?;
-    let key = rng::key_of(&picture.sha256());
-    let found = certify::predict(&classifier, &pixels, key, smoothing)?;
+    let mut keep = |_: &[u8]| Ok(());
+    let mut draws = Draws::new(&classifier, &pixels, key, smoothing, Vec::new(), &mut keep)?;
+    let certificate = certify::certify(&mut draws, smoothing)?;
+    let is_certified = |class: &usize| certificate.prediction == Some(*class);
+    let found = Prediction::from_counts(certificate.counts.clone(), smoothing.alpha)?;
+    let radius = found.prediction.filter(is_certified).map_or(0.0, |_| certificate.radius);
     // The last class is that of answers that cannot be read.
     let option = found.prediction.filter(|class| *class < num_options);
     let mut summary = summary(sample, option);
@@ -146,10 +149,15 @@ fn smoothed(
     }
     let counts = counts_by_letter(&found.counts);
     summary["abstained"] = json!(found.prediction.is_none());
+    summary["radius"] = json!(radius);
+    summary["p_value"] = json!(found.p_value);
+    summary["p_lower"] = json!(certificate.p_lower);
     summary["sigma"] = json!(smoothing.sigma);
+    summary["n0"] = json!(smoothing.n0);
     summary["n"] = json!(smoothing.n);
     summary["alpha"] = json!(smoothing.alpha);
-    summary["p_value"] = json!(found.p_value);
+    summary["seed"] = json!(smoothing.seed);
+    summary["counts_selection"] = json!(counts_by_letter(&certificate.counts_selection));
     summary["counts"] = json!(counts);
     let mut text = match (found.prediction, option) {
         (_, Some(option)) => format!("{}) {}\n", letter(Some(option)), sample.options[option]),
@@ -159,7 +167,8 @@ fn smoothed(
     let votes: Vec<String> = counts.iter().map(|(letter, count)| format!("{letter} {count}")).collect();
     let _ = writeln!(
         text,
-        "\nsmoothed with sigma {}, {} draws, alpha {}: {}",
+        "\nradius {radius:.4} (L2, pixels in [0, 1]), p-value {:.3e}\nsmoothed with sigma {}, {} draws, alpha {}: {}",
+        found.p_value,
         smoothing.sigma,
         smoothing.n,
         smoothing.alpha,

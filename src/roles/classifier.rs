@@ -1,14 +1,19 @@
-//! The model as base classifier: pixels to an option, a fixed function.
+//! The model as base classifier: pixels, and the index of the draw, to an option.
 //!
-//! The class is what the model's own greedy generation says, read by the same parser as everywhere else; "no answer"
-//! is the last class. Or, faster and named as such, the option letter of highest likelihood.
+//! The class is what the model's own generation says, read by the same parser as everywhere else; "no answer" is the
+//! last class. Or, faster and named as such, the option letter of highest likelihood. Where tokens are drawn, their seed
+//! follows from (seed, item, draw) alone: the answers to two draws are independent, and the same in any batch.
 
 use super::policy::{self, Scoring};
 use crate::certify::BaseClassifier;
 use crate::error::Result;
 use crate::model::assistant::Assistant;
 use crate::model::generate::Prompt;
+use crate::model::sampling::SamplingConfig;
+use crate::rng;
 use candle_core::Tensor;
+use rand::RngCore;
+use std::ops::Range;
 
 /// How the class of an image is read off the model.
 pub enum Reading<'a> {
@@ -16,6 +21,10 @@ pub enum Reading<'a> {
     Generation {
         /// Longest completion.
         max_new_tokens: usize,
+        /// How its tokens are chosen.
+        sampling: SamplingConfig,
+        /// Names the random numbers, with the index of the draw: the run's seed and the item's key.
+        seed: [u64; 2],
         /// The answer parser.
         parse: &'a (dyn Fn(&str, usize) -> Option<usize> + Sync),
     },
@@ -54,13 +63,16 @@ impl BaseClassifier for QuestionClassifier<'_> {
         self.num_options + 1
     }
 
-    fn classify(&self, noisy: &Tensor) -> Result<Vec<usize>> {
+    fn classify(&self, noisy: &Tensor, draws: Range<u64>) -> Result<Vec<usize>> {
         let count = noisy.dim(0)?;
         let prompts = vec![self.prompt.clone(); count];
         let images = [noisy.clone()];
         match &self.reading {
-            Reading::Generation { max_new_tokens, parse } => {
-                let completions = policy::greedy_answers(self.assistant, &prompts, &images, *max_new_tokens)?;
+            Reading::Generation { max_new_tokens, sampling, seed: [seed, item], parse } => {
+                let decoding = self.assistant.decoding(*max_new_tokens, *sampling);
+                let seed_of = |draw| rng::stream(*seed, "smoothed answer", &[*item, draw]).next_u64();
+                let seeds: Vec<u64> = draws.map(seed_of).collect();
+                let completions = policy::answers(self.assistant, &prompts, &images, &decoding, &seeds)?;
                 completions
                     .iter()
                     .map(|completion| {

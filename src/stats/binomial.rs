@@ -162,7 +162,7 @@ fn solve_tail(count: u64, n: u64, tail: f64) -> Probability {
 }
 
 /// The probability with the given log-odds.
-fn from_log_odds(log_odds: f64) -> Probability {
+pub(super) fn from_log_odds(log_odds: f64) -> Probability {
     Probability { value: 1.0 / (1.0 + (-log_odds).exp()), complement: 1.0 / (1.0 + log_odds.exp()) }
 }
 
@@ -175,7 +175,7 @@ fn log_tail(count: u64, n: u64, p: Probability) -> (f64, f64) {
 }
 
 /// The denominator `d` in `I_x(a, b) = x^a y^b / (B(a, b) d)`, by DiDonato and Morris' fraction (modified Lentz).
-fn beta_fraction(a: f64, b: f64, p: Probability) -> f64 {
+pub(super) fn beta_fraction(a: f64, b: f64, p: Probability) -> f64 {
     let (x, y) = (p.value, p.complement);
     let lambda = a * y - b * x;
     let partial_denominator = |m: f64| {
@@ -204,7 +204,7 @@ fn beta_fraction(a: f64, b: f64, p: Probability) -> f64 {
 }
 
 /// `ln n! - ln(sqrt(2 π n) (n/e)^n)`: what Stirling's formula leaves out.
-fn stirling_error(n: u64) -> f64 {
+pub(super) fn stirling_error(n: u64) -> f64 {
     // Below 16 the series is too short: step up with the difference of neighbours.
     let mut correction = 0.0;
     let mut at = n.max(1) as f64;
@@ -219,8 +219,11 @@ fn stirling_error(n: u64) -> f64 {
     correction + series / at
 }
 
-/// `x ln(x / mean) + mean - x` without cancellation (Loader's deviance term), for positive arguments.
-fn deviance(x: f64, mean: f64) -> f64 {
+/// `x ln(x / mean) + mean - x` without cancellation (Loader's deviance term), for `x >= 0` and a positive mean.
+pub(super) fn deviance(x: f64, mean: f64) -> f64 {
+    if x == 0.0 {
+        return mean;
+    }
     let difference = x - mean;
     if difference.abs() >= 0.1 * (x + mean) {
         return x * (x / mean).ln() + mean - x;

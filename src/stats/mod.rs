@@ -1,4 +1,5 @@
-//! Statistics with error bounds that hold: exact binomial confidence bounds and the normal distribution.
+//! Statistics with error bounds that hold: exact binomial confidence bounds, bounds that hold at every number of trials,
+//! and the normal distribution.
 //!
 //! Plain numbers in, plain numbers out: no tensors, no domain words. Everything is `f64`, and a probability near one
 //! travels with its complement ([`Probability`]), because `1 - p` cannot give back what rounding took.
@@ -7,6 +8,7 @@ pub mod binomial;
 pub mod interval;
 pub mod normal;
 pub mod prior;
+pub mod sequential;
 
 /// A probability and its complement, each to full relative precision.
 #[derive(Debug, Clone, Copy, PartialEq)]

@@ -1,9 +1,11 @@
 //! Audit of our own records: every field that follows from the counts is computed again.
 
 use super::{AuditReport, MAX_PROBLEMS, Pair};
-use crate::certify::radius::radius;
+use crate::certify::radius::{RadiusRow, radius};
+use crate::certify::sequential::{Bound, Procedure, Sequential};
 use crate::error::{Error, Result};
-use serde_json::{Map, Value};
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value, json};
 use std::path::Path;
 
 /// Relative difference between a recorded number and ours that another machine's logarithm may explain.
@@ -58,9 +60,6 @@ pub(super) fn audit(text: &str, path: &Path) -> Result<AuditReport> {
 
 /// Checks one record; says what does not hold.
 fn recompute(record: &Map<String, Value>) -> std::result::Result<Pair, String> {
-    if let Some(mode) = record.get("mode").and_then(Value::as_str).filter(|&mode| mode != "cohen") {
-        return Err(format!("mode `{mode}` cannot be recomputed by this version"));
-    }
     let (n0, n) = (whole(record, "n0")?, whole(record, "n")?);
     let (alpha, sigma) = (number(record, "alpha")?, number(record, "sigma")?);
     let (selection, counts) = (class_counts(record, "counts_selection")?, class_counts(record, "counts")?);
@@ -78,15 +77,77 @@ fn recompute(record: &Map<String, Value>) -> std::result::Result<Pair, String> {
         .map(|(class, _)| class.clone())
         .ok_or("`counts_selection` is empty")?;
     let count = counts.iter().find(|(class, _)| *class == selected).map_or(0, |&(_, count)| count);
-    let row = radius(count, n, alpha, sigma).map_err(|error| error.to_string())?;
+    let n_max = record.get("n_max").map_or(Ok(n), |_| whole(record, "n_max"))?;
+    let row = match record.get("mode").and_then(Value::as_str).unwrap_or("cohen") {
+        "cohen" if n_max == n => radius(count, n, alpha, sigma).map_err(|error| error.to_string())?,
+        "cohen" => return Err(format!("`n_max` is {n_max}, but a fixed n of {n} draws was used")),
+        "sequential" => stopped(record, [count, n, n_max], alpha, sigma)?,
+        mode => return Err(format!("mode `{mode}` cannot be recomputed by this version")),
+    };
     for (key, expected) in [("p_lower", row.p_lower), ("radius", row.radius)] {
-        let recorded = number(record, key)?;
-        if (recorded - expected).abs() > TOLERANCE * expected.abs() {
-            return Err(format!("`{key}` is {recorded}, but {count} of {n} draws give {expected}"));
-        }
+        check_number(record, key, expected, &format!("{count} of {n} draws"))?;
     }
     check_answer(record, (!row.abstain).then_some(selected.as_str()))?;
-    Ok(Pair { n, alpha })
+    Ok(Pair { n: n_max, alpha })
+}
+
+/// What the look proves that a sequential record rests on, and whether its schedule and its rule end it where it ended.
+fn stopped(
+    record: &Map<String, Value>,
+    [count, n, n_max]: [u64; 3],
+    alpha: f64,
+    sigma: f64,
+) -> std::result::Result<RadiusRow, String> {
+    let target_radius = record.get("target_radius").filter(|radius| !radius.is_null());
+    let target_radius = target_radius.map(|_| number(record, "target_radius")).transpose()?;
+    let min_gain = if target_radius.is_some() { 0.0 } else { number(record, "min_gain")? };
+    let settings = Sequential { rule: word(record, "rule")?, target_radius, min_gain };
+    let procedure = Procedure::new(settings, n_max, alpha, sigma);
+    if record.get("schedule") != Some(&procedure.schedule()) {
+        return Err(format!("`schedule` should be {}", procedure.schedule()));
+    }
+    if let Some(target) = procedure.target() {
+        check_number(record, "p_target", target.value, "`target_radius`")?;
+    }
+    let Some(Value::Object(bound)) = record.get("bound") else {
+        return Err("`bound` should hold `count` and `n`".to_owned());
+    };
+    let look = [whole(bound, "count")?, whole(bound, "n")?];
+    if !procedure.is_look(n) || !procedure.is_look(look[1]) {
+        return Err(format!("the schedule has no look after {n} draws, or none after {}", look[1]));
+    }
+    // The look is on the way to the end: neither the class nor the others lose draws.
+    let is_before = look[0] <= look[1] && look[0] <= count && look[1] <= n;
+    if !is_before || look[1] - look[0] > n - count || (look[1] == n && look[0] != count) {
+        return Err(format!("`bound` of {} in {} draws cannot end at {count} of {n}", look[0], look[1]));
+    }
+    let failed = |error: Error| error.to_string();
+    let p_lower = procedure.lower_bound(look[0], look[1]).map_err(failed)?;
+    let bound = Bound { count: look[0], n: look[1], p_lower };
+    if look[1] < n && procedure.proves(count, n, p_lower) {
+        return Err(format!("the last look, {count} of {n} draws, proves more than `bound`"));
+    }
+    let stop = word(record, "stopped")?;
+    let expected = procedure.stop(count, n, &bound).map_err(failed)?;
+    if expected != Some(stop) {
+        let expected = expected.map_or_else(|| "to go on".to_owned(), |stop| json!(stop).to_string());
+        return Err(format!("`stopped` is {}, but the rule says {expected}", json!(stop)));
+    }
+    Ok(procedure.radius(&bound, stop, sigma))
+}
+
+/// Checks a number that follows from `cause`.
+fn check_number(
+    record: &Map<String, Value>,
+    key: &str,
+    expected: f64,
+    cause: &str,
+) -> std::result::Result<(), String> {
+    let recorded = number(record, key)?;
+    if (recorded - expected).abs() > TOLERANCE * expected.abs() {
+        return Err(format!("`{key}` is {recorded}, but {cause} give {expected}"));
+    }
+    Ok(())
 }
 
 /// Checks `abstained`, `prediction` and `correct` against the class that the counts certify.
@@ -152,6 +213,12 @@ fn number(record: &Map<String, Value>, key: &str) -> std::result::Result<f64, St
     record.get(key).and_then(Value::as_f64).ok_or_else(|| format!("`{key}` is missing or no number"))
 }
 
+/// A field that is one of a few words.
+fn word<T: DeserializeOwned>(record: &Map<String, Value>, key: &str) -> std::result::Result<T, String> {
+    let value = record.get(key).cloned().unwrap_or_default();
+    serde_json::from_value(value).map_err(|error| format!("`{key}` is none of its words: {error}"))
+}
+
 fn whole(record: &Map<String, Value>, key: &str) -> std::result::Result<u64, String> {
     record.get(key).and_then(Value::as_u64).ok_or_else(|| format!("`{key}` is missing or no whole number"))
 }
@@ -159,8 +226,7 @@ fn whole(record: &Map<String, Value>, key: &str) -> std::result::Result<u64, Str
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::certify::{Certificate, SmoothingConfig};
-    use serde_json::json;
+    use crate::certify::{Certificate, Rule, SmoothingConfig};
 
     fn record(selection: [u64; 3], estimation: [u64; 3]) -> Value {
         let config = SmoothingConfig { n0: 10, n: 100, ..SmoothingConfig::new(0.25) };
@@ -173,6 +239,65 @@ mod tests {
             "correct": c.prediction == Some(1), "radius": c.radius, "p_lower": c.p_lower, "sigma": 0.25, "mode": "cohen",
             "n0": 10, "n": 100, "alpha": 0.001, "counts_selection": map(&c.counts_selection), "counts": map(&c.counts),
             "draws_selection": [0, 10], "draws_estimation": [10, 110]})
+    }
+
+    /// A record of a class that wins all but every fiftieth draw.
+    fn sequential(rule: Rule, target_radius: Option<f64>) -> Value {
+        let settings = Sequential { rule, target_radius, min_gain: 0.05 };
+        let procedure = Procedure::new(settings, 5000, 0.001, 0.25);
+        let (n, bound, stop) = procedure.run(|n| Ok(n - n / 50)).unwrap();
+        let row = procedure.radius(&bound, stop, 0.25);
+        json!({"id": "x", "answer": "B", "prediction": "B", "abstained": false, "correct": true, "radius": row.radius,
+            "p_lower": row.p_lower, "sigma": 0.25, "mode": "sequential", "target_radius": target_radius, "n0": 10, "n": n,
+            "n_max": 5000, "alpha": 0.001, "counts_selection": {"A": 0, "B": 10, "none": 0},
+            "counts": {"A": n / 50, "B": n - n / 50, "none": 0}, "draws_selection": [0, 10],
+            "draws_estimation": [10, 10 + n], "rule": rule, "schedule": procedure.schedule(), "min_gain": 0.05,
+            "p_target": procedure.target().map(|p| p.value), "stopped": stop, "bound": {"count": bound.count, "n": bound.n}})
+    }
+
+    #[test]
+    fn sequential_records_recompute_and_every_tampered_field_is_found() {
+        for rule in [Rule::Kt, Rule::ClopperPearson] {
+            for target_radius in [None, Some(0.25), Some(0.7)] {
+                let good = sequential(rule, target_radius);
+                let report = audited(std::slice::from_ref(&good));
+                assert!(report.pass, "{rule:?} {target_radius:?}: {:?}", report.problems);
+                assert_eq!(report.consistent, [Pair { n: 5000, alpha: 0.001 }]);
+                let other = if rule == Rule::Kt { "clopper_pearson" } else { "kt" };
+                let radius = good["radius"].as_f64().unwrap();
+                let [count, n] = ["count", "n"].map(|key| good["bound"][key].as_u64().unwrap());
+                for (key, value) in [
+                    ("radius", json!(radius * (1.0 + 1e-10))),
+                    ("p_lower", json!(0.99)),
+                    ("rule", json!(other)),
+                    ("rule", json!("wald")),
+                    ("schedule", json!([n])),
+                    ("stopped", json!("cap")),
+                    ("stopped", json!("futile")),
+                    ("bound", json!({"count": count + 1, "n": n})),
+                    ("bound", json!({"count": count, "n": n - 1})),
+                    ("bound", json!({"count": count})),
+                    ("n_max", json!(good["n"].as_u64().unwrap() - 1)),
+                    ("alpha", json!(0.01)),
+                    ("alpha", json!(0.9)),
+                    ("sigma", json!(0.3)),
+                    ("prediction", json!(null)),
+                    ("mode", json!("cohen")),
+                ] {
+                    // At the cap that reason is the true one; the others are wrong wherever they stand.
+                    if good[key] == value {
+                        continue;
+                    }
+                    let mut bad = good.clone();
+                    bad[key] = value.clone();
+                    let report = audited(&[bad]);
+                    assert!(!report.pass, "{rule:?} {target_radius:?}: {key} = {value} passes");
+                }
+            }
+        }
+        let mut bad = sequential(Rule::Kt, Some(0.25));
+        bad["target_radius"] = json!(0.3);
+        assert!(!audited(&[bad]).pass);
     }
 
     fn audited(records: &[Value]) -> AuditReport {

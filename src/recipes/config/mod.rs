@@ -145,6 +145,16 @@ words! {
 }
 
 words! {
+    /// The bound of a sequential certificate, which holds at every look at the draws together.
+    pub enum RuleName = Kt {
+        /// Krichevsky-Trofimov e-value, cut off at the bound, at every look; a Clopper-Pearson bound beside it at the cap.
+        Kt = "kt",
+        /// Clopper-Pearson bounds that share `alpha` over stages, each twice the one before.
+        ClopperPearson = "clopper_pearson",
+    }
+}
+
+words! {
     /// The training recipe.
     pub enum RecipeName = Sft {
         /// Supervised fine-tuning.
@@ -261,10 +271,10 @@ section! {
 }
 
 section! {
-    /// `[generation]`: how the tokens of an answer are chosen by `eval`, `attack` and `predict`.
+    /// `[generation]`: how the tokens of an answer are chosen by `eval`, `certify` and `predict`.
     pub struct GenerationConfig {
         /// 0 is greedy, which the numbers of this project are stated for; otherwise tokens are drawn at this temperature, with a
-        /// seed that depends on the run's and on the item alone.
+        /// seed that depends on the run's, the item and (under noise) the draw alone.
         temperature: f64 = 0.0 => Range::at_least(0.0),
         /// Keep the so many most likely tokens.
         top_k: Option<usize> = None => Range::at_least(1.0),
@@ -360,6 +370,11 @@ section! {
         mode: CertifyMode = CertifyMode::Cohen,
         /// Sequential: decide this L2 radius only; absent: the anytime radius.
         target_radius: Option<f64> = None => Range::above(0.0),
+        /// Sequential: the bound, `kt` or `clopper_pearson`.
+        rule: RuleName = RuleName::Kt,
+        /// Sequential, without `target_radius`: stop when twice the draws would, at the present share of the class, raise the
+        /// radius by less than this share of it; 0 goes on as long as anything is gained.
+        min_gain: f64 = 0.05 => Range::at_least(0.0),
     }
 }
 
@@ -746,9 +761,9 @@ impl RunConfig {
     pub fn sections(&self, command: Command) -> Vec<&'static str> {
         match command {
             Command::Demo | Command::Predict => vec!["attack", "certify"],
-            Command::Eval => vec!["data"],
+            Command::Eval => vec!["data", "generation"],
             Command::Attack => vec!["data", "attack"],
-            Command::Certify => vec!["data", "certify"],
+            Command::Certify => vec!["data", "certify", "generation"],
             Command::Train => {
                 let recipe = self.train.recipe;
                 let mut sections = vec!["data", "train", "train.parts"];

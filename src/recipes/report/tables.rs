@@ -316,7 +316,7 @@ fn certify_table(runs: &[&RunDir]) -> Option<Table> {
             let mut row = vec![
                 Cell::Text(run.name.clone()),
                 text("sigma"),
-                text("n"),
+                Cell::Number(draws_of(&records)),
                 text("alpha"),
                 count(records.len()),
             ];
@@ -339,6 +339,16 @@ fn certify_table(runs: &[&RunDir]) -> Option<Table> {
         head,
         rows,
     })
+}
+
+/// Estimation draws of an item; of sequential certificates their mean, and the cap.
+fn draws_of(records: &[&Value]) -> String {
+    let first = records[0];
+    if first["mode"] != "sequential" {
+        return first["n"].to_string();
+    }
+    let used: u64 = records.iter().filter_map(|record| record["n"].as_u64()).sum();
+    format!("{:.0} of {}", used as f64 / records.len() as f64, first["n_max"])
 }
 
 /// The rows of a demo's summary.
