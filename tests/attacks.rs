@@ -9,7 +9,7 @@ use safemed::data::sample::Sample;
 use safemed::model::assistant::Assistant;
 use safemed::nn::recompute::Memory;
 use safemed::recipes::aims::{Asked, aim};
-use safemed::recipes::config::Command::Attack;
+use safemed::recipes::config::Command::{Attack, Certify};
 use safemed::recipes::config::ObjectiveName;
 use safemed::rng;
 use safemed::roles::target::Target;
@@ -230,4 +230,44 @@ fn many_draws_of_no_noise_are_the_model_itself_and_passes_change_nothing() {
     assert_eq!(whole.0, one.0);
     assert!(whole.1.iter().zip(&one.1).all(|(a, b)| (a - b).abs() < 1e-5 * largest));
     assert_ne!(whole.0, plain);
+}
+
+#[test]
+fn certified_items_are_attacked_inside_their_radius() {
+    let dir = tempfile::tempdir().unwrap();
+    let of = |name: &str, batch: &str, threads| {
+        let more = [
+            ("data.limit", "6"),
+            ("data.split", "splits/test.json"),
+            ("scoring", "likelihood"),
+            ("certify.sigma", "0.02"),
+            ("certify.n0", "10"),
+            ("certify.n", "60"),
+            ("certify.cross_check", "true"),
+            ("batch_size", batch),
+        ];
+        let out = dir.path().join(name);
+        let outcome = run_as(Certify, &settings(&material().loud, &out, &more), threads).unwrap();
+        (lines(&out, "records.jsonl"), outcome)
+    };
+    let (records, outcome) = of("one", "1", 1);
+    of("two", "7", 2);
+    check_same(&dir.path().join("one"), &dir.path().join("two"));
+    let mut checked = 0;
+    for record in &records {
+        let radius = record["radius"].as_f64().unwrap();
+        let stands = record["prediction"].is_string() && radius > 0.0;
+        assert_eq!(record["cross_check"].is_object(), stands, "{record}");
+        if stands {
+            checked += 1;
+            let check = &record["cross_check"];
+            assert!(check["l2"].as_f64().unwrap() <= radius, "{record}");
+            assert!(check["losses"][1].as_f64() >= check["losses"][0].as_f64(), "{record}");
+        }
+        // The tiny model takes phantoms as they are: nothing to be stretched.
+        assert_eq!(record["radius_original"], record["radius"]);
+    }
+    assert!(checked > 0, "nothing was certified");
+    assert_eq!(outcome.summary["cross_check"]["n"], checked);
+    assert!(outcome.text.contains(&format!("of {checked} certified items broken")), "{}", outcome.text);
 }

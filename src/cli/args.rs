@@ -344,6 +344,12 @@ pub(crate) struct CertifyArgs {
     /// [default: 0.05].
     #[arg(long, value_name = "G", env = "SAFEMED_MIN_GAIN", hide_env = true, help_heading = "Smoothing")]
     min_gain: Option<String>,
+    /// Attack each certified item inside its radius and ask again: true or false.
+    #[arg(
+        long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true",
+        env = "SAFEMED_CROSS_CHECK", hide_env = true, help_heading = "Smoothing"
+    )]
+    cross_check: Option<String>,
     #[command(flatten)]
     pub(crate) run: RunArgs,
 }

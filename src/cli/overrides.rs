@@ -59,7 +59,8 @@ const ATTACK: [&str; 15] = [
 ];
 
 /// Flags of `[certify]`.
-const CERTIFY: [&str; 8] = ["sigma", "n0", "n", "alpha", "mode", "target_radius", "rule", "min_gain"];
+const CERTIFY: [&str; 9] =
+    ["sigma", "n0", "n", "alpha", "mode", "target_radius", "rule", "min_gain", "cross_check"];
 
 /// The overrides of one command line: `--set` first, then environment and flags, which win over it.
 pub(super) fn overrides(command: Command, matches: &ArgMatches) -> Result<Vec<Override>> {

@@ -9,6 +9,7 @@ mod draws;
 
 use super::answers::with_items;
 use super::config::{CertifyMode, Command, RuleName, RunConfig, Scoring};
+use super::crosscheck::{Certified, CrossCheck, original_radius};
 use super::inputs;
 use super::items::{self, Images};
 use super::job::{Job, Outcome};
@@ -48,6 +49,8 @@ pub struct Setting {
     pub max_new_tokens: usize,
     /// How its tokens are chosen.
     pub sampling: SamplingConfig,
+    /// Whether each certified item is attacked inside its radius.
+    pub cross_check: bool,
     /// Hash of the weights, for the records.
     pub model_sha256: String,
 }
@@ -85,6 +88,14 @@ pub fn certify(job: &Job<'_>) -> Result<Outcome> {
         }
     }
     text.push('\n');
+    if let Some(checked) = summary["cross_check"].as_object() {
+        let _ = writeln!(
+            text,
+            "attacked inside their radius: {} of {} certified items broken (the base model alone is right on {} of them)",
+            checked["broken"], checked["n"], checked["base_model_right_when_attacked"]
+        );
+    }
+    let _ = writeln!(text, "{}", summary["note"].as_str().unwrap_or_default());
     Ok(Outcome::new(summary, text))
 }
 
@@ -130,6 +141,7 @@ fn setting_with(config: &RunConfig, model_sha256: String) -> Result<Setting> {
         scoring: config.scoring,
         max_new_tokens: config.max_new_tokens,
         sampling: config.generation.sampling(),
+        cross_check: config.certify.cross_check,
         model_sha256,
     })
 }
@@ -215,6 +227,23 @@ fn certify_one(
     let mut draws = Draws::new(&classifier, &pixels, key, &setting.smoothing, known, keep)?;
     let certificate = certify::certify(&mut draws, &setting.smoothing)?;
     let mut record = record_of(sample, &certificate, setting, original.sha256());
+    let [from, to] = [&original, &processed.resized].map(|image| [image.height, image.width]);
+    record.more.insert("values".to_owned(), json!(processed.resized.data.len()));
+    record.more.insert("radius_original".to_owned(), json!(original_radius(certificate.radius, from, to)?));
+    if setting.cross_check {
+        let certified = Certified {
+            assistant,
+            sample,
+            template: setting.template,
+            prompt: &prompt,
+            pixels: &pixels,
+            key,
+            classifier: &classifier,
+            smoothing: &setting.smoothing,
+            certificate: &certificate,
+        };
+        record.more.insert("cross_check".to_owned(), json!(certified.check()?));
+    }
     record.more.insert("image_reading".to_owned(), json!(images.reading(&sample.image)));
     Ok(record)
 }
@@ -359,7 +388,8 @@ pub fn summarize(records: &[Value], seconds: f64) -> Result<Value> {
         "average_certified_radius": curve.average_certified_radius(),
         "abstention_rate": curve.abstention_rate(),
         "draws": draws,
-        "note": "an L2 certificate says nothing about an L-inf budget: the L-inf ball reaches epsilon * sqrt(values)",
+        "cross_check": cross_check_of(&records),
+        "note": conversion(&records),
     });
     if first.mode == CertifyMode::Sequential.word() {
         summary["target_radius"] = json!(first.target_radius);
@@ -382,6 +412,39 @@ fn stops(records: &[CertifyRecord]) -> Value {
     };
     let name = |stop: Stop| json!(stop).as_str().unwrap_or_default().to_owned();
     reasons.into_iter().map(|stop| (name(stop), json!(count(stop)))).collect::<Map<_, _>>().into()
+}
+
+/// How many certified items an attack inside their radius broke, beside what the failure probability allows.
+fn cross_check_of(records: &[CertifyRecord]) -> Value {
+    let checked: Vec<CrossCheck> = records
+        .iter()
+        .filter_map(|record| serde_json::from_value(record.more.get("cross_check")?.clone()).ok())
+        .collect();
+    if checked.is_empty() {
+        return Value::Null;
+    }
+    let count = |is: fn(&CrossCheck) -> bool| checked.iter().filter(|item| is(item)).count();
+    let mean =
+        |which: usize| checked.iter().map(|item| item.losses[which]).sum::<f64>() / checked.len() as f64;
+    json!({
+        "n": checked.len(),
+        "broken": count(|item| item.broken),
+        "broken_expected_at_most": records[0].alpha * checked.len() as f64,
+        "base_model_right_when_clean": count(|item| item.clean_correct),
+        "base_model_right_when_attacked": count(|item| item.attacked_correct),
+        "mean_loss": [mean(0), mean(1)],
+    })
+}
+
+/// What these radii say about an L-inf budget.
+fn conversion(records: &[CertifyRecord]) -> String {
+    let values = records[0].more.get("values").and_then(Value::as_f64).unwrap_or(f64::NAN);
+    let largest = records.iter().map(|record| record.radius).fold(0.0, f64::max);
+    format!(
+        "an L2 certificate says nothing about an L-inf budget: with {values} values an L-inf ball of 8/255 reaches {:.2} in L2, and the largest radius here, {largest:.3}, holds an L-inf ball of {:.3}/255; radius_original is for the resize without rounding to eight bits",
+        8.0 / 255.0 * values.sqrt(),
+        255.0 * largest / values.sqrt()
+    )
 }
 
 fn read_record(value: &Value) -> Result<CertifyRecord> {

@@ -11,6 +11,7 @@ pub mod audit;
 mod board;
 pub mod certify;
 pub mod config;
+pub mod crosscheck;
 pub mod data;
 pub mod demo;
 pub mod doctor;

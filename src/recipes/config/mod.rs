@@ -375,6 +375,8 @@ section! {
         /// Sequential, without `target_radius`: stop when twice the draws would, at the present share of the class, raise the
         /// radius by less than this share of it; 0 goes on as long as anything is gained.
         min_gain: f64 = 0.05 => Range::at_least(0.0),
+        /// Whether each certified item is attacked inside its radius, through the smoothed model, and asked again.
+        cross_check: bool = false,
     }
 }
 

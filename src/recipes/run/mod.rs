@@ -18,7 +18,7 @@ use serde_json::{Map, Value, json};
 use std::collections::{HashMap, HashSet};
 use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tensorboard::EventFile;
 
 const LOCK: &str = ".lock";
@@ -455,7 +455,16 @@ fn lock(dir: &Path) -> Result<File> {
     let path = dir.join(LOCK);
     let file =
         File::create(&path).map_err(|error| Error::io("cannot lock the run directory", &path, error))?;
-    match file.try_lock() {
+    let mut locked = file.try_lock();
+    // A child that this process is just starting holds the lock of a run that has ended until it is another program.
+    for _ in 0..20 {
+        if !matches!(locked, Err(TryLockError::WouldBlock)) {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+        locked = file.try_lock();
+    }
+    match locked {
         Ok(()) => Ok(file),
         Err(TryLockError::WouldBlock) => Err(usage_at(
             "another process is writing to this run directory",
