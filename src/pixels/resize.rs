@@ -381,7 +381,9 @@ mod tests {
             let mut stretch = 0.0;
             for _ in 0..300 {
                 let scale = length(&image) as f32;
-                image.iter_mut().for_each(|v| *v /= scale);
+                for value in &mut image {
+                    *value /= scale;
+                }
                 let resized = operator.apply(&image).unwrap();
                 stretch = length(&resized);
                 assert!(stretch <= norm * (1.0 + 1e-6), "{input:?} {output:?}: {stretch} {norm}");

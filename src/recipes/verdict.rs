@@ -122,7 +122,7 @@ pub fn examine(
     let brought = run(&AttackConfig { num_steps: 0, ..base.clone() }, Some(&blank))?;
     let unbounded = run(&at(widest), Some(&blank))?;
     Ok(Probe {
-        gradient_error: gradient_error(objective, clean, key, config)?,
+        gradient_error: gradient_error(objective, &twice.pixels, key, config)?,
         loss_clean: f64::from(found.loss_clean[0]),
         loss_noise: f64::from(noise.loss[0]),
         loss_fgsm: f64::from(fgsm.loss[0]),
@@ -140,15 +140,16 @@ pub fn examine(
     })
 }
 
-/// Compares the gradient at a random point of a small ball with central differences. A direction moves a random half of the
+/// Compares the gradient with central differences near `image`, which is an attacked one: at a clean image a sure model's
+/// loss is too flat for differences. A direction moves a random half of the
 /// pixels along the gradient's signs, so that differences are far above rounding and every pixel counts in some of them.
 fn gradient_error(
     objective: &dyn Objective,
-    clean: &Tensor,
+    image: &Tensor,
     key: u64,
     config: &AttackConfig,
 ) -> Result<Option<f64>> {
-    let original: Vec<f32> = clean.flatten_all()?.to_vec1()?;
+    let original: Vec<f32> = image.flatten_all()?.to_vec1()?;
     let mut point = original.clone();
     let ball = Ball { norm: Norm::Linf, epsilon: 1.0 / 255.0 };
     ball.random_start(&original, &mut point, &mut rng::stream(config.seed, "verdict", &[key]));
@@ -156,7 +157,7 @@ fn gradient_error(
     for value in &mut point {
         *value = value.clamp(HALF_STEP, 1.0 - HALF_STEP);
     }
-    let tensor = |pixels: Vec<f32>| Tensor::from_vec(pixels, clean.shape(), clean.device());
+    let tensor = |pixels: Vec<f32>| Tensor::from_vec(pixels, image.shape(), image.device());
     let (_, gradient) = objective.loss_and_gradient(&tensor(point.clone())?, &[0])?;
     let gradient: Vec<f32> = gradient.flatten_all()?.to_vec1()?;
     let (mut wrong, mut total) = (0.0, 0.0);
@@ -295,7 +296,6 @@ fn of_probes(probes: &[Probe]) -> Vec<Check> {
     let flat = n - errors.len();
     let worst = errors.iter().copied().fold(0.0, f64::max);
     let status = match worst {
-        _ if 2 * flat > n => Status::Fail,
         worst if worst > 0.2 => Status::Fail,
         worst if worst > 0.05 || flat > 0 => Status::Warn,
         _ => Status::Pass,

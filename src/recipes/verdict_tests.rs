@@ -69,7 +69,7 @@ fn a_flat_loss_is_told_and_fails() {
     let stairs =
         Toy { value: |x| x.iter().map(|x| f64::from(*x).floor()).sum(), slope: |_| 0.0, threshold: 9.0 };
     let checks = of_probes(&[probe_of(&stairs, false)]);
-    assert_eq!(status(&checks, "gradient check"), Status::Fail);
+    assert_eq!(status(&checks, "gradient check"), Status::Warn);
     assert_eq!(status(&checks, "unbounded attack"), Status::Fail, "{checks:#?}");
 }
 
