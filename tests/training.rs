@@ -312,6 +312,24 @@ fn passes_of_few_questions_add_up_to_the_whole_batch() {
 }
 
 #[test]
+fn noise_in_training_is_fresh_at_each_step_and_the_same_on_any_number_of_threads() {
+    let dir = tempfile::tempdir().unwrap();
+    for recipe in ["sft", "at_sft", "at_grpo"] {
+        let losses = |name: &str, sigma: &str, threads| -> Vec<f64> {
+            let out = dir.path().join(format!("{recipe}-{name}"));
+            let own = [("train.recipe", recipe), ("train.noise_sigma", sigma), ("train.num_steps", "3")];
+            let more = [&SHORT[..], &own].concat();
+            run_as(Train, &settings(&material().loud, &out, &more), threads).unwrap();
+            lines(&out, "metrics.jsonl").iter().map(|line| line["grad_norm"].as_f64().unwrap()).collect()
+        };
+        let (noisy, again, still) =
+            (losses("noisy", "0.1", 1), losses("again", "0.1", 2), losses("still", "0", 1));
+        assert_eq!(noisy, again, "{recipe}");
+        assert!(noisy.iter().zip(&still).any(|(a, b)| a != b), "{recipe}: {noisy:?} {still:?}");
+    }
+}
+
+#[test]
 fn numbers_that_are_not_finite_end_training_with_step_and_questions() {
     let dir = tempfile::tempdir().unwrap();
     for recipe in ["sft", "at_grpo"] {

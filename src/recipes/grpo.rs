@@ -60,7 +60,8 @@ pub fn step(
     let clean = items::stack(&fit.frozen, &questions.images)?;
     let attacked =
         if is_adversarial { Some(attack_batch(lesson, &fit.frozen, &questions, fit.step)?) } else { None };
-    let pixels = attacked.as_ref().map_or(&clean, |attacked| &attacked.pixels);
+    let pixels =
+        &lesson.with_noise(attacked.as_ref().map_or(&clean, |attacked| &attacked.pixels), fit.step)?;
     report.phases.push(("attack", started.elapsed().as_secs_f64()));
 
     let started = Instant::now();

@@ -3,7 +3,7 @@
 use super::aims::{self, Asked};
 use super::config::{AdversaryConfig, NormName, ObjectiveName, TargetName, TrainConfig};
 use super::items::{self, Images};
-use crate::attack::{self, Fraction, Norm, PgdOutput, Problem, pgd};
+use crate::attack::{self, Fraction, NoiseBank, Norm, PgdOutput, Problem, pgd};
 use crate::data::Sample;
 use crate::data::prompt::PromptTemplate;
 use crate::error::{Error, Result};
@@ -126,6 +126,29 @@ impl Lesson<'_> {
         let ramp = (ramp_fraction * self.config.num_steps as f64).max(1.0);
         let share = ((step + 1) as f64 / ramp).min(1.0);
         epsilon * (epsilon_start_fraction + (1.0 - epsilon_start_fraction) * share)
+    }
+
+    /// The images of step `step` with `noise_sigma` added, each place with noise of its own.
+    ///
+    /// # Errors
+    /// When the device has no room.
+    pub fn with_noise(&self, pixels: &[Tensor], step: u64) -> Result<Vec<Tensor>> {
+        let sigma = self.config.noise_sigma;
+        if sigma <= 0.0 {
+            return Ok(pixels.to_vec());
+        }
+        let bank =
+            NoiseBank { purpose: "train_noise", sigma, draws: self.config.batch_size, seed: self.seed };
+        let mut place = 0;
+        pixels
+            .iter()
+            .map(|tensor| {
+                let (count, channels, height, width) = tensor.dims4()?;
+                let noise = bank.draws(step, place, count, channels * height * width);
+                place += count;
+                Ok((tensor + Tensor::from_vec(noise, tensor.shape(), tensor.device())?)?)
+            })
+            .collect()
     }
 
     /// How many of a step's questions are attacked: the first so many, the rest stay clean.

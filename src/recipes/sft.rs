@@ -38,6 +38,7 @@ pub fn step(lesson: &Lesson<'_>, fit: &mut Fit, is_adversarial: bool, memory: Me
     } else {
         (items::stack(&fit.frozen, &questions.images)?, None)
     };
+    let pixels = lesson.with_noise(&pixels, fit.step)?;
     report.phases.push(("attack", started.elapsed().as_secs_f64()));
 
     let started = Instant::now();

@@ -417,6 +417,9 @@ section! {
         /// Whether the first words say what is seen and no image is shown: teaches a model from scratch to read
         /// options before it learns to see. A question without a reasoning is told its modality and right option.
         captions: bool = false,
+        /// Standard deviation of Gaussian noise added to every training image at the model's resolution, fresh at each step
+        /// and not clipped: what makes smoothing with the same `sigma` certify more (Cohen et al. 2019); 0: none.
+        noise_sigma: f64 = 0.0 => Range::at_least(0.0),
         /// Steps between checkpoints; 0: only at the end.
         save_every: usize = 100,
         /// Checkpoints kept, the newest; 0: all.
