@@ -158,6 +158,11 @@ impl Asking {
         Ok(scoring.spans.iter().zip(texts).map(answer).collect())
     }
 
+    /// Whether what is scored carries a reasoning: likelihoods are those of answers alone.
+    pub fn reasons(&self) -> bool {
+        self.scoring == Scoring::Generate && self.template.asks_for_reasoning()
+    }
+
     /// The completion that would answer with each option.
     pub fn option_completions(&self, sample: &Sample) -> Vec<String> {
         let with = |answer| self.template.target(&Sample { answer, ..sample.clone() }, false);

@@ -103,7 +103,7 @@ impl<'a> Setting<'a> {
                 .collect();
         }
         let mut stages = vec![stage(Method::Apgd, ObjectiveName::Completion)];
-        if self.template().asks_for_reasoning() {
+        if self.asking.reasons() {
             // A letter behind a finished reasoning shows no gradient of its own: what leads to it is attacked too.
             stages.extend([ObjectiveName::Finding, ObjectiveName::Answer].map(|o| stage(Method::Apgd, o)));
         }
@@ -421,7 +421,7 @@ impl Attacker<'_> {
             .map(|item| {
                 let asked = Asked {
                     template,
-                    is_cot: template.asks_for_reasoning(),
+                    is_cot: self.setting.asking.reasons(),
                     objective: stage.objective,
                     target: stage.target,
                     own: item.own.tokens.as_ref(),

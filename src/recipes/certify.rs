@@ -235,6 +235,7 @@ fn certify_one(
             assistant,
             sample,
             template: setting.template,
+            reasons: setting.scoring == Scoring::Generate && setting.template.asks_for_reasoning(),
             prompt: &prompt,
             pixels: &pixels,
             key,

@@ -49,6 +49,8 @@ pub(super) struct Certified<'a> {
     pub(super) assistant: &'a Assistant,
     pub(super) sample: &'a Sample,
     pub(super) template: PromptTemplate,
+    /// Whether what is certified carries a reasoning.
+    pub(super) reasons: bool,
     pub(super) prompt: &'a Prompt,
     /// `[3, height, width]` in [0, 1], at the model's resolution.
     pub(super) pixels: &'a Tensor,
@@ -104,7 +106,7 @@ impl Certified<'_> {
         let certified = Sample { answer: class, ..self.sample.clone() };
         let asked = Asked {
             template: self.template,
-            is_cot: self.template.asks_for_reasoning(),
+            is_cot: self.reasons,
             objective: ObjectiveName::CrossEntropy,
             target: 1,
             own: None,

@@ -121,8 +121,9 @@ pub fn examine(
     let blank = (clean.zeros_like()? + 0.5)?;
     let brought = run(&AttackConfig { num_steps: 0, ..base.clone() }, Some(&blank))?;
     let unbounded = run(&at(widest), Some(&blank))?;
+    let steepest = if unbounded.loss[0] > twice.loss[0] { &unbounded } else { &twice };
     Ok(Probe {
-        gradient_error: gradient_error(objective, &twice.pixels, key, config)?,
+        gradient_error: gradient_error(objective, &steepest.pixels, key, config)?,
         loss_clean: f64::from(found.loss_clean[0]),
         loss_noise: f64::from(noise.loss[0]),
         loss_fgsm: f64::from(fgsm.loss[0]),
