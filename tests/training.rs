@@ -516,7 +516,7 @@ fn check_attacks(dir: &Path, records: &[Value], summary: &Value) {
 }
 
 /// Copies a directory of files and folders.
-fn copy(from: &Path, to: &Path) {
+pub(crate) fn copy(from: &Path, to: &Path) {
     fs::create_dir_all(to).unwrap();
     for entry in fs::read_dir(from).unwrap() {
         let path = entry.unwrap().path();
@@ -537,6 +537,7 @@ fn what_cannot_be_done_is_refused_before_anything_is_written() {
         (Attack, &[("attack.epsilon", "3")][..], "out of range"),
         (Attack, &[("attack.epsilon", "-1")], "out of range"),
         (Attack, &[("attack.num_steps", "0")], "at least 1"),
+        (Attack, &[("attack.step_size", "0")], "goes nowhere"),
         (Attack, &[("attack.method", "auto"), ("attack.objective", "margin")], "no effect"),
         (Attack, &[("attack.smoothing_sigma", "0.1")], "cross_entropy"),
         (Certify, &[("certify.sigma", "0.25"), ("certify.n", "9")], "at least 10 draws"),

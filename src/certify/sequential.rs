@@ -28,6 +28,52 @@ const FIRST_STAGE: u64 = 100;
 /// Without a target an item is hopeless when no class has a majority.
 const HALF: Probability = Probability { value: 0.5, complement: 0.5 };
 
+/// Which draws went to the selected class, one bit each, in hexadecimal: the first draw is the highest bit of the first
+/// digit. With them a certificate can be made again look by look.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Wins(Vec<bool>);
+
+impl Wins {
+    /// Of draws in order.
+    pub fn new(wins: impl Iterator<Item = bool>) -> Self {
+        Self(wins.collect())
+    }
+
+    /// Wins among the first `n` draws, at place `n`.
+    pub fn counts(&self) -> Vec<u64> {
+        let mut count = 0;
+        let after = self.0.iter().map(|win| {
+            count += u64::from(*win);
+            count
+        });
+        std::iter::once(0).chain(after).collect()
+    }
+}
+
+impl From<Wins> for String {
+    fn from(wins: Wins) -> Self {
+        let digit = |four: &[bool]| {
+            let value = four.iter().enumerate().fold(0, |sum, (i, win)| sum | u32::from(*win) << (3 - i));
+            char::from_digit(value, 16).unwrap_or('0')
+        };
+        wins.0.chunks(4).map(digit).collect()
+    }
+}
+
+impl TryFrom<String> for Wins {
+    type Error = String;
+
+    fn try_from(text: String) -> std::result::Result<Self, String> {
+        let mut wins = Vec::with_capacity(4 * text.len());
+        for digit in text.chars() {
+            let value = digit.to_digit(16).ok_or_else(|| format!("`{digit}` is no hexadecimal digit"))?;
+            wins.extend((0..4).map(|i| value >> (3 - i) & 1 == 1));
+        }
+        Ok(Self(wins))
+    }
+}
+
 /// Which bound holds at all looks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

@@ -7,7 +7,7 @@
 
 use super::BaseClassifier;
 use super::radius::{radius, smallest_certifying_n};
-use super::sequential::{Procedure, Sequential, Stop};
+use super::sequential::{Procedure, Sequential, Stop, Wins};
 use crate::error::{ConfigError, Error, Result};
 use crate::rng;
 use crate::stats::binomial;
@@ -148,7 +148,7 @@ pub struct Certificate {
 }
 
 /// Where a sequential certificate stopped, and the look that its bound rests on.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Evidence {
     /// Why no further draw was made.
     pub stop: Stop,
@@ -156,6 +156,8 @@ pub struct Evidence {
     pub count: u64,
     /// Draws up to the look that proves most.
     pub n: u64,
+    /// Which estimation draws went to the selected class.
+    pub wins: Wins,
 }
 
 impl Certificate {
@@ -398,6 +400,8 @@ pub fn certify(draws: &mut Draws<'_>, config: &SmoothingConfig) -> Result<Certif
     })?;
     let row = procedure.radius(&bound, stop, config.sigma);
     let draws_estimation = all.start..all.start + n;
+    let classes = draws.classes(draws_estimation.clone())?;
+    let wins = Wins::new(classes.iter().map(|class| usize::from(*class) == selected));
     Ok(Certificate {
         prediction: (!row.abstain).then_some(selected),
         radius: row.radius,
@@ -407,7 +411,7 @@ pub fn certify(draws: &mut Draws<'_>, config: &SmoothingConfig) -> Result<Certif
         counts: draws.counts(draws_estimation.clone())?,
         draws_selection: config.selection_draws(),
         draws_estimation,
-        evidence: Some(Evidence { stop, count: bound.count, n: bound.n }),
+        evidence: Some(Evidence { stop, count: bound.count, n: bound.n, wins }),
     })
 }
 

@@ -35,13 +35,15 @@ impl CustomOp1 for Resize {
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let (batch, channels, ..) = layout.shape().dims4()?;
         let [height, width] = self.0.output_size();
-        let planes = self.0.apply(slice(storage, layout)?).map_err(candle_core::Error::wrap)?;
+        let planes = self.0.apply_clipped(slice(storage, layout)?).map_err(candle_core::Error::wrap)?;
         Ok((CpuStorage::F32(planes), Shape::from((batch, channels, height, width))))
     }
 
     fn bwd(&self, pixels: &Tensor, _resized: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        let planes =
-            with_slice(grad, |grad| self.0.transpose_apply(grad))?.map_err(candle_core::Error::wrap)?;
+        let planes = with_slice(grad, |grad| {
+            with_slice(pixels, |pixels| self.0.clipped_gradient(pixels, grad))?
+                .map_err(candle_core::Error::wrap)
+        })??;
         Ok(Some(Tensor::from_vec(planes, pixels.shape(), pixels.device())?))
     }
 }

@@ -246,6 +246,40 @@ impl ResizeOperator {
         Ok(across_rows(&narrow, [self.input[0], self.output[1]], &self.rows))
     }
 
+    /// As [`Self::apply`] for values in [0, 1], clipped to that range after each of the two passes, as eight-bit resizing does.
+    /// Clipping brings nothing further apart, so that [`Self::norm`] bounds this map too.
+    ///
+    /// # Errors
+    /// As [`Self::apply`].
+    pub fn apply_clipped(&self, planes: &[f32]) -> Result<Vec<f32>> {
+        let mut wide = self.first_pass(planes)?;
+        clip(&mut wide);
+        let mut out = across_rows(&wide, [self.input[0], self.output[1]], &self.rows);
+        clip(&mut out);
+        Ok(out)
+    }
+
+    /// Gradients of [`Self::apply_clipped`] by its argument `planes`, given those by its result: the transpose, with nothing
+    /// for values that were clipped.
+    ///
+    /// # Errors
+    /// As [`Self::apply`].
+    pub fn clipped_gradient(&self, planes: &[f32], gradient: &[f32]) -> Result<Vec<f32>> {
+        check_planes(gradient, self.output)?;
+        let first = self.first_pass(planes)?;
+        let mut clipped = first.clone();
+        clip(&mut clipped);
+        let second = across_rows(&clipped, [self.input[0], self.output[1]], &self.rows);
+        let tall = across_rows(&kept(gradient, &second), self.output, &self.rows_back);
+        Ok(along_rows(&kept(&tall, &first), self.output[1], &self.columns_back))
+    }
+
+    /// The first pass.
+    fn first_pass(&self, planes: &[f32]) -> Result<Vec<f32>> {
+        check_planes(planes, self.input)?;
+        Ok(along_rows(planes, self.input[1], &self.columns))
+    }
+
     /// The transpose of [`Self::apply`]: takes gradients of its result to gradients of its argument.
     ///
     /// # Errors
@@ -255,6 +289,18 @@ impl ResizeOperator {
         let tall = across_rows(planes, self.output, &self.rows_back);
         Ok(along_rows(&tall, self.output[1], &self.columns_back))
     }
+}
+
+fn clip(values: &mut [f32]) {
+    for value in values {
+        *value = value.clamp(0.0, 1.0);
+    }
+}
+
+/// `gradient` where `values` are in [0, 1], else zero.
+fn kept(gradient: &[f32], values: &[f32]) -> Vec<f32> {
+    let keep = |(&g, v): (&f32, &f32)| if (0.0..=1.0).contains(v) { g } else { 0.0 };
+    gradient.iter().zip(values).map(keep).collect()
 }
 
 fn check_sides(input: [usize; 2], output: [usize; 2]) -> Result<()> {
@@ -363,6 +409,68 @@ mod tests {
         ([1, 1], [3, 4]),
         ([9, 30], [1, 1]),
     ];
+
+    /// Hard edges and noise of full contrast: everything overshoots.
+    fn harsh(height: usize, width: usize) -> RgbImage8 {
+        let level = |i: usize| match (i / 3 % width / 5 + i / 3 / width / 4) % 3 {
+            0 => 0,
+            1 => 255,
+            _ => (i * 7919 % 256) as u8,
+        };
+        RgbImage8::new(width, height, (0..3 * height * width).map(level).collect()).unwrap()
+    }
+
+    fn planes(image: &RgbImage8) -> Vec<f32> {
+        let plane = |c: usize| image.data.iter().skip(c).step_by(3).map(|u| f32::from(*u) / 255.0);
+        (0..3).flat_map(plane).collect()
+    }
+
+    #[test]
+    fn the_clipped_map_is_eight_bit_resizing_but_for_its_roundings() {
+        for (from, to) in
+            [([64, 48], [28, 28]), ([20, 33], [56, 84]), ([90, 90], [64, 64]), ([24, 24], [64, 64])]
+        {
+            let image = harsh(from[0], from[1]);
+            let operator = ResizeOperator::new(from, to).unwrap();
+            let wanted = planes(&resize_u8(&image, to[0], to[1]).unwrap());
+            let largest = |found: &[f32]| {
+                found.iter().zip(&wanted).map(|(a, b)| 255.0 * (a - b).abs()).fold(0.0, f32::max)
+            };
+            let clipped = largest(&operator.apply_clipped(&planes(&image)).unwrap());
+            assert!(clipped <= 1.75, "{from:?} to {to:?}: {clipped} levels");
+            // Without clipping the two differ by more than any rounding.
+            assert!(largest(&operator.apply(&planes(&image)).unwrap()) > 5.0);
+        }
+    }
+
+    #[test]
+    fn the_clipped_gradient_equals_differences() {
+        let image = harsh(13, 17);
+        let operator = ResizeOperator::new([13, 17], [9, 24]).unwrap();
+        // Inside the range, so that a small step changes no clipping but that of the overshoot.
+        let point: Vec<f32> = planes(&image).iter().map(|v| 0.01 + 0.98 * v).collect();
+        let weights: Vec<f32> = (0..3 * 9 * 24).map(|i| ((i * 31 + 7) % 13) as f32 - 6.0).collect();
+        let value = |planes: &[f32]| -> f64 {
+            let out = operator.apply_clipped(planes).unwrap();
+            out.iter().zip(&weights).map(|(x, w)| f64::from(*x) * f64::from(*w)).sum()
+        };
+        let gradient = operator.clipped_gradient(&point, &weights).unwrap();
+        let linear = operator.transpose_apply(&weights).unwrap();
+        assert!(gradient.iter().zip(&linear).any(|(a, b)| (a - b).abs() > 0.1), "nothing was clipped");
+        let (mut wrong, mut total) = (0.0, 0.0);
+        for direction in 0..20usize {
+            let step = |i: usize| if (i * 37 + direction * 101) % 7 < 3 { 1.0f32 } else { -1.0 };
+            let moved = |by: f32| {
+                value(&point.iter().enumerate().map(|(i, p)| p + by * step(i)).collect::<Vec<f32>>())
+            };
+            let difference = (moved(1e-4) - moved(-1e-4)) / 2e-4;
+            let slope: f64 = gradient.iter().enumerate().map(|(i, g)| f64::from(g * step(i))).sum();
+            wrong += (difference - slope).abs();
+            total += slope.abs();
+        }
+        // A few values stand within a step of the clip.
+        assert!(wrong < 2e-2 * total, "{wrong} of {total}");
+    }
 
     #[test]
     fn the_norm_bounds_every_stretch_and_is_nearly_reached() {

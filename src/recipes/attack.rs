@@ -240,7 +240,8 @@ struct Item<'a> {
     steps: usize,
     rounding: Rounding,
     has_zero_gradient: bool,
-    min_epsilon: Option<f64>,
+    /// The smallest budget found to break it, and the image that does.
+    smallest: Option<(f64, RgbImage8)>,
     probe: Option<Probe>,
 }
 
@@ -290,7 +291,7 @@ fn attack_batch(
             steps: 0,
             rounding: Rounding::Harmless,
             has_zero_gradient: false,
-            min_epsilon: None,
+            smallest: None,
             probe: None,
         });
     }
@@ -304,8 +305,11 @@ fn attack_batch(
         attacker.attack_survivors(&mut batch, &alive, stage, is_warm)?;
     }
     for item in &mut batch {
-        if setting.attack.min_epsilon && item.was_right() && !item.is_right() {
-            item.min_epsilon = attacker.smallest_epsilon(item)?;
+        if setting.attack.min_epsilon && item.was_right() {
+            attacker.try_smaller(item)?;
+            if !item.is_right() {
+                item.smallest = attacker.smallest_epsilon(item)?;
+            }
         }
         if item.was_right() && examined.contains(&item.sample.id) {
             item.probe = Some(attacker.examine(item)?);
@@ -487,10 +491,34 @@ impl Attacker<'_> {
         }
     }
 
-    /// The smallest budget found to break an item, by bisection: each smaller budget starts from the image that broke it
-    /// under the larger one.
-    fn smallest_epsilon(&self, item: &mut Item<'_>) -> Result<Option<f64>> {
-        let (Some(stage), Some(image)) = (item.stage, &item.adversarial) else { return Ok(None) };
+    /// Tries halves of the budget on an item that the whole one left right: what breaks it there lies in the whole ball too,
+    /// and long steps may have leapt over it.
+    fn try_smaller(&self, item: &mut Item<'_>) -> Result<()> {
+        let least = match norm_of(self.setting.attack.norm) {
+            Norm::Linf => 1.0 / 255.0,
+            Norm::L2 => self.setting.attack.epsilon / 8.0,
+        };
+        let mut epsilon = self.setting.attack.epsilon / 2.0;
+        while let Some(stage) = item.stage.filter(|_| item.is_right() && epsilon >= least * (1.0 - 1e-9)) {
+            let (found, mut images) = self.search(&[&*item], stage, epsilon, false)?;
+            let answer = self.ask(&[item.sample], &[&images[0]])?.remove(0);
+            item.steps += found.steps_used[0];
+            if answer.prediction != Some(item.sample.answer) {
+                item.answer = answer;
+                item.adversarial = images.pop();
+                item.best = rows_of(&found.pixels)?.pop();
+                item.loss_adversarial = Some(f64::from(found.loss[0]));
+            }
+            epsilon /= 2.0;
+        }
+        Ok(())
+    }
+
+    /// The smallest budget found to break an item, with the image that does, by bisection: each smaller budget starts from
+    /// the image that broke it under the larger one.
+    fn smallest_epsilon(&self, item: &mut Item<'_>) -> Result<Option<(f64, RgbImage8)>> {
+        let (Some(stage), Some(image)) = (item.stage, item.adversarial.clone()) else { return Ok(None) };
+        let mut smallest = image.clone();
         let norm = norm_of(self.setting.attack.norm);
         let kept = item.best.clone();
         // What the file measures may be less than the budget.
@@ -510,18 +538,21 @@ impl Attacker<'_> {
                 Norm::L2 => 0.5 * (broken + robust),
             };
             left = left.saturating_sub(1);
-            let (found, images) = self.search(&[&*item], stage, middle, true)?;
+            let (found, mut images) = self.search(&[&*item], stage, middle, true)?;
             let answer = self.ask(&[item.sample], &[&images[0]])?.remove(0);
             if answer.prediction == Some(item.sample.answer) {
                 robust = middle;
             } else {
-                broken =
-                    lattice::Distances::between(&images[0].data, &item.clean.data).in_norm(norm).max(robust);
+                broken = lattice::Distances::between(&images[0].data, &item.clean.data).in_norm(norm);
                 item.best = rows_of(&found.pixels)?.pop();
+                smallest = images.swap_remove(0);
+                if broken <= robust {
+                    break;
+                }
             }
         }
         item.best = kept;
-        Ok(Some(broken))
+        Ok(Some((broken, smallest)))
     }
 
     /// Examines the attack on one item.
@@ -577,7 +608,13 @@ impl Attacker<'_> {
             more.insert("rounding".into(), json!(rounding));
         }
         if attack.min_epsilon {
-            more.insert("min_epsilon".into(), json!(item.min_epsilon.filter(|_| !robust_correct)));
+            let smallest = item.smallest.as_ref().filter(|_| !robust_correct);
+            more.insert("min_epsilon".into(), json!(smallest.map(|(epsilon, _)| epsilon)));
+            if let Some((_, image)) = smallest {
+                let relative = format!("adversarial/{}.smallest.png", file_name(&sample.id));
+                run.write(&relative, &decode::encode_png(image)?)?;
+                more.insert("min_epsilon_image".into(), json!(relative));
+            }
         }
         if let Some(sigma) = attack.smoothing_sigma {
             more.insert("smoothing_sigma".into(), json!(sigma));

@@ -276,7 +276,7 @@ fn record_of(
         ("decoding".to_owned(), decoding_of(setting)),
     ]);
     if let (Some(settings), Some(procedure), Some(evidence)) =
-        (smoothing.sequential, smoothing.procedure(), certificate.evidence)
+        (smoothing.sequential, smoothing.procedure(), certificate.evidence.clone())
     {
         more.extend(evidence_of(settings, &procedure, evidence));
     }
@@ -324,7 +324,7 @@ fn decoding_of(setting: &Setting) -> Value {
 /// Rule, schedule, reason to stop, and the count that the bound rests on.
 fn evidence_of(settings: Sequential, procedure: &Procedure, evidence: Evidence) -> Map<String, Value> {
     let Sequential { rule, target_radius, min_gain } = settings;
-    let Evidence { stop, count, n } = evidence;
+    let Evidence { stop, count, n, wins } = evidence;
     let mut fields =
         Map::from_iter([("rule".to_owned(), json!(rule)), ("schedule".to_owned(), procedure.schedule())]);
     let goal = match (target_radius, procedure.target()) {
@@ -333,6 +333,7 @@ fn evidence_of(settings: Sequential, procedure: &Procedure, evidence: Evidence) 
     };
     fields.insert(goal.0.to_owned(), json!(goal.1));
     fields.insert("stopped".to_owned(), json!(stop));
+    fields.insert("wins".to_owned(), json!(wins));
     fields.insert("bound".to_owned(), json!({"count": count, "n": n}));
     fields
 }

@@ -58,7 +58,7 @@ pub struct Broken {
     pub square: bool,
     /// The blank image, brought into the ball.
     pub blank: bool,
-    /// PGD without a budget, from the blank image.
+    /// PGD without a budget, from the blank image and from where twice the budget led.
     pub unbounded: bool,
 }
 
@@ -121,6 +121,11 @@ pub fn examine(
     let blank = (clean.zeros_like()? + 0.5)?;
     let brought = run(&AttackConfig { num_steps: 0, ..base.clone() }, Some(&blank))?;
     let unbounded = run(&at(widest), Some(&blank))?;
+    // What breaks an item within a budget breaks it without one; else a second try, from where twice the budget led.
+    let is_within = [&noise, &fgsm, &half, &found, &twice, &square, &brought, &unbounded];
+    let is_broken = own
+        || is_within.iter().any(|found| found.broken[0])
+        || run(&at(widest), Some(&twice.pixels))?.broken[0];
     let steepest = if unbounded.loss[0] > twice.loss[0] { &unbounded } else { &twice };
     Ok(Probe {
         gradient_error: gradient_error(objective, &steepest.pixels, key, config)?,
@@ -136,7 +141,7 @@ pub fn examine(
             pgd: found.broken[0],
             square: square.broken[0],
             blank: brought.broken[0],
-            unbounded: unbounded.broken[0],
+            unbounded: is_broken,
         },
     })
 }
@@ -243,9 +248,18 @@ pub fn checks(records: &[AttackRecord]) -> Vec<Check> {
     if first.epsilon == 0.0 {
         add("budget", Status::Warn, "the budget is 0: nothing was tried".to_owned());
     }
+    // An attack that eight bits cannot hold tried nothing, whatever its losses before rounding were.
+    let untouched = attacked.iter().filter(|record| record.linf == 0.0).count();
+    let status = match untouched {
+        0 => Status::Pass,
+        untouched if 10 * untouched > attacked.len() => Status::Fail,
+        _ => Status::Warn,
+    };
+    add("files are changed", status, format!("{} whose file equals the original", of_attacked(untouched)));
     let difference =
         attacked.iter().filter_map(|r| r.more.get("processor_difference")?.as_f64()).fold(0.0, f64::max);
-    let status = if difference <= 1.0 / 255.0 + 1e-6 { Status::Pass } else { Status::Fail };
+    // The processor rounds to eight bits after each of its two passes: half a level, spread by the second, and half again.
+    let status = if difference <= 1.75 / 255.0 { Status::Pass } else { Status::Fail };
     let evidence = format!(
         "the attacked function and the model's own processor differ by at most {:.2} levels of 255 on the files",
         255.0 * difference
@@ -295,14 +309,18 @@ fn of_probes(probes: &[Probe]) -> Vec<Check> {
 
     let errors: Vec<f64> = probes.iter().filter_map(|probe| probe.gradient_error).collect();
     let flat = n - errors.len();
-    let worst = errors.iter().copied().fold(0.0, f64::max);
+    let mut sorted = errors.clone();
+    sorted.sort_by(f64::total_cmp);
+    let middle = sorted.get(sorted.len() / 2).copied().unwrap_or(0.0);
+    let worst = sorted.last().copied().unwrap_or(0.0);
     let status = match worst {
-        worst if worst > 0.2 => Status::Fail,
-        worst if worst > 0.05 || flat > 0 => Status::Warn,
+        _ if middle > 0.2 => Status::Fail,
+        // One item may stand at a kink of its loss.
+        worst if worst > 0.05 || 2 * flat > n => Status::Warn,
         _ => Status::Pass,
     };
     let evidence = format!(
-        "off by {worst:.1e} at most from differences along {DIRECTIONS} directions of {n} items; loss flat in {flat}"
+        "off by {middle:.1e} in the middle, {worst:.1e} at most, from differences along {DIRECTIONS} directions of {n} items; loss flat in {flat}"
     );
     add("gradient check", status, evidence);
 

@@ -114,6 +114,7 @@ fn records_tell_of_budgets_gradients_and_processors() {
     assert_eq!(with("loss rises", json!({"loss_adversarial": 1.0})), Status::Warn);
     assert_eq!(with("strength", json!({"method": "noise"})), Status::Warn);
     assert_eq!(with("budget", json!({"epsilon": 0.0, "linf": 0.0})), Status::Warn);
+    assert_eq!(with("files are changed", json!({"linf": 0.0})), Status::Fail);
     let none = checks(&[record(&json!({"adversarial_image": null, "clean_correct": false}))]);
     assert_eq!(worst(&none), Status::Fail);
     let examined = json!({"probe": probe_of(&Toy::sound(), false)});

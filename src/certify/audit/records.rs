@@ -2,10 +2,11 @@
 
 use super::{AuditReport, MAX_PROBLEMS, Pair};
 use crate::certify::radius::{RadiusRow, radius};
-use crate::certify::sequential::{Bound, Procedure, Sequential};
+use crate::certify::sequential::{Procedure, Sequential, Stop, Wins};
 use crate::error::{Error, Result};
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
+use std::collections::HashSet;
 use std::path::Path;
 
 /// Relative difference between a recorded number and ours that another machine's logarithm may explain.
@@ -19,6 +20,7 @@ pub(super) fn audit(text: &str, path: &Path) -> Result<AuditReport> {
     let (mut problems, mut notes) = (Vec::new(), Vec::new());
     let mut pairs: Vec<Pair> = Vec::new();
     let num_lines = text.lines().count();
+    let mut ids: HashSet<String> = HashSet::new();
     for (index, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
         let value = match serde_json::from_str::<Value>(line) {
             Err(_) if index + 1 == num_lines && !text.ends_with('\n') => {
@@ -29,7 +31,10 @@ pub(super) fn audit(text: &str, path: &Path) -> Result<AuditReport> {
         };
         rows += 1;
         let verdict = match value {
-            Ok(Value::Object(record)) => recompute(&record),
+            Ok(Value::Object(record)) => match record.get("id").and_then(Value::as_str) {
+                Some(id) if !ids.insert(id.to_owned()) => Err(format!("the id `{id}` stands here again")),
+                _ => recompute(&record),
+            },
             Ok(_) => Err("is not a JSON object".to_owned()),
             Err(error) => Err(format!("is not JSON: {error}")),
         };
@@ -113,25 +118,24 @@ fn stopped(
         return Err("`bound` should hold `count` and `n`".to_owned());
     };
     let look = [whole(bound, "count")?, whole(bound, "n")?];
-    if !procedure.is_look(n) || !procedure.is_look(look[1]) {
-        return Err(format!("the schedule has no look after {n} draws, or none after {}", look[1]));
+    let wins = word::<Wins>(record, "wins")?.counts();
+    let among = |n: u64| usize::try_from(n).ok().and_then(|n| wins.get(n)).copied();
+    if among(n) != Some(count) {
+        return Err(format!("`wins` does not hold {count} wins in {n} draws"));
     }
-    // The look is on the way to the end: neither the class nor the others lose draws.
-    let is_before = look[0] <= look[1] && look[0] <= count && look[1] <= n;
-    if !is_before || look[1] - look[0] > n - count || (look[1] == n && look[0] != count) {
-        return Err(format!("`bound` of {} in {} draws cannot end at {count} of {n}", look[0], look[1]));
+    // Look by look as it was made: nothing of what it says is taken on trust.
+    let missing = || Error::data(format!("the rule does not stop within {n} draws"));
+    let (end, bound, stop) = procedure
+        .run(|at| among(at).filter(|_| at <= n).ok_or_else(missing))
+        .map_err(|error| error.to_string())?;
+    if end != n {
+        return Err(format!("the rule stops after {end} draws, not after {n}"));
     }
-    let failed = |error: Error| error.to_string();
-    let p_lower = procedure.lower_bound(look[0], look[1]).map_err(failed)?;
-    let bound = Bound { count: look[0], n: look[1], p_lower };
-    if look[1] < n && procedure.proves(count, n, p_lower) {
-        return Err(format!("the last look, {count} of {n} draws, proves more than `bound`"));
+    if look != [bound.count, bound.n] {
+        return Err(format!("`bound` should be {} in {} draws", bound.count, bound.n));
     }
-    let stop = word(record, "stopped")?;
-    let expected = procedure.stop(count, n, &bound).map_err(failed)?;
-    if expected != Some(stop) {
-        let expected = expected.map_or_else(|| "to go on".to_owned(), |stop| json!(stop).to_string());
-        return Err(format!("`stopped` is {}, but the rule says {expected}", json!(stop)));
+    if word::<Stop>(record, "stopped")? != stop {
+        return Err(format!("`stopped` should be {}", json!(stop)));
     }
     Ok(procedure.radius(&bound, stop, sigma))
 }
@@ -247,12 +251,14 @@ mod tests {
         let procedure = Procedure::new(settings, 5000, 0.001, 0.25);
         let (n, bound, stop) = procedure.run(|n| Ok(n - n / 50)).unwrap();
         let row = procedure.radius(&bound, stop, 0.25);
+        let wins = Wins::new((1..=n).map(|draw| draw - draw / 50 > draw - 1 - (draw - 1) / 50));
         json!({"id": "x", "answer": "B", "prediction": "B", "abstained": false, "correct": true, "radius": row.radius,
             "p_lower": row.p_lower, "sigma": 0.25, "mode": "sequential", "target_radius": target_radius, "n0": 10, "n": n,
             "n_max": 5000, "alpha": 0.001, "counts_selection": {"A": 0, "B": 10, "none": 0},
             "counts": {"A": n / 50, "B": n - n / 50, "none": 0}, "draws_selection": [0, 10],
             "draws_estimation": [10, 10 + n], "rule": rule, "schedule": procedure.schedule(), "min_gain": 0.05,
-            "p_target": procedure.target().map(|p| p.value), "stopped": stop, "bound": {"count": bound.count, "n": bound.n}})
+            "p_target": procedure.target().map(|p| p.value), "stopped": stop, "bound": {"count": bound.count, "n": bound.n},
+            "wins": wins})
     }
 
     #[test]
@@ -277,6 +283,10 @@ mod tests {
                     ("bound", json!({"count": count + 1, "n": n})),
                     ("bound", json!({"count": count, "n": n - 1})),
                     ("bound", json!({"count": count})),
+                    ("bound", json!({"count": 9, "n": 9})),
+                    ("wins", json!("ff")),
+                    ("wins", json!("xyz")),
+                    ("wins", json!(null)),
                     ("n_max", json!(good["n"].as_u64().unwrap() - 1)),
                     ("alpha", json!(0.01)),
                     ("alpha", json!(0.9)),
@@ -313,9 +323,21 @@ mod tests {
             record([0, 0, 10], [0, 0, 100]),
             record([9, 1, 0], [100, 0, 0]),
         ];
+        let named = |(i, mut record): (usize, Value)| {
+            record["id"] = json!(format!("q{i}"));
+            record
+        };
+        let records: Vec<Value> = records.into_iter().enumerate().map(named).collect();
         let report = audited(&records);
         assert_eq!((report.rows, report.exact, report.pass, report.problems.len()), (4, 4, true, 0));
         assert_eq!(report.consistent, [Pair { n: 100, alpha: 0.001 }]);
+    }
+
+    #[test]
+    fn an_id_that_stands_twice_is_found() {
+        let twice = record([0, 10, 0], [1, 98, 1]);
+        let report = audited(&[twice.clone(), twice]);
+        assert!(!report.pass && report.problems[0].contains("again"), "{:?}", report.problems);
     }
 
     #[test]

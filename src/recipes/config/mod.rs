@@ -718,6 +718,10 @@ impl RunConfig {
             let message = format!("`momentum` has no effect with method `{}`", attack.method.word());
             no_effect("momentum", message, "it belongs to `pgd`");
         }
+        if attack.step_size == Some(0.0) && attack.epsilon > 0.0 {
+            let message = "`step_size` 0 goes nowhere".to_owned();
+            no_effect("step_size", message, "leave it out for the default");
+        }
         if attack.min_epsilon && !attack.early_stop {
             let message = "`min_epsilon` needs `early_stop`: whether an item breaks must be asked".to_owned();
             no_effect("min_epsilon", message, "leave `early_stop` at its default");

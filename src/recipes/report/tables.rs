@@ -3,7 +3,7 @@
 use super::source::RunDir;
 use crate::eval::accuracy::{Accuracy, from_counts};
 use crate::eval::report::{Cell, Table, percent};
-use crate::recipes::config::ObjectiveName;
+use crate::recipes::config::{Method, ObjectiveName};
 use crate::recipes::records::{AttackRecord, NONE};
 use crate::recipes::verdict::{self, Check};
 use crate::stats::binomial;
@@ -145,10 +145,10 @@ fn control_notes(run: &RunDir) -> Vec<String> {
         .collect()
 }
 
-/// `8/255` where it is one, else four digits.
-pub(super) fn budget(epsilon: f64) -> String {
+/// `8/255` where an L-inf budget is one, else four digits.
+pub(super) fn budget(epsilon: f64, norm: &str) -> String {
     let levels = epsilon * 255.0;
-    if (levels - levels.round()).abs() < 1e-6 {
+    if norm == "linf" && (levels - levels.round()).abs() < 1e-6 {
         format!("{}/255", levels.round())
     } else {
         format!("{epsilon:.4}")
@@ -169,14 +169,18 @@ fn attack_table(runs: &[&RunDir]) -> Option<Table> {
                 Cell::Text(run.name.clone()),
                 word("method"),
                 word("norm"),
-                first["epsilon"].as_f64().map_or(Cell::Missing, |epsilon| Cell::Number(budget(epsilon))),
+                first["epsilon"].as_f64().map_or(Cell::Missing, |epsilon| {
+                    Cell::Number(budget(epsilon, first["norm"].as_str().unwrap_or("linf")))
+                }),
                 number("num_steps"),
                 number("num_restarts"),
-                match run.config.attack.objective {
+                match (run.config.attack.method, run.config.attack.objective) {
                     // Records name the one that an item was left with.
-                    ObjectiveName::All => Cell::Text("worst of all".to_owned()),
+                    (Method::Auto, _) => Cell::Text("all stages".to_owned()),
+                    (_, ObjectiveName::All) => Cell::Text("worst of all".to_owned()),
                     _ => word("objective"),
                 },
+                Cell::Text(asked_how(first)),
                 count(records.len()),
                 share(accuracy(&records, |record| record["clean_correct"] == true)),
                 share(accuracy(&records, |record| record["robust_correct"] == true)),
@@ -198,6 +202,7 @@ fn attack_table(runs: &[&RunDir]) -> Option<Table> {
             "steps",
             "starts",
             "objective",
+            "answers by",
             "n",
             "clean",
             "attacked",
@@ -206,6 +211,15 @@ fn attack_table(runs: &[&RunDir]) -> Option<Table> {
         ]),
         rows,
     })
+}
+
+/// How answers were obtained, and of which model.
+fn asked_how(record: &Value) -> String {
+    let scoring = record["scoring"].as_str().unwrap_or("generate");
+    match record["smoothing_sigma"].as_f64() {
+        Some(sigma) => format!("{scoring}, smoothed {sigma}, {} votes", record["eot_samples"]),
+        None => scoring.to_owned(),
+    }
 }
 
 fn checks_of(run: &RunDir) -> Vec<Check> {
@@ -243,6 +257,10 @@ fn pairs_table(runs: &[&RunDir]) -> Option<Table> {
     let mut rows = Vec::new();
     for (i, first) in runs.iter().enumerate() {
         for second in &runs[i + 1..] {
+            let same = |key: &str| first.records[0][key] == second.records[0][key];
+            if !["norm", "epsilon", "space", "scoring", "smoothing_sigma"].into_iter().all(same) {
+                continue;
+            }
             let (a, b) = (robust(first), robust(second));
             let both: Vec<(bool, bool)> = a.iter().filter_map(|(id, a)| Some((*a, *b.get(id)?))).collect();
             let only = |wanted| both.iter().filter(|pair| **pair == wanted).count() as u64;
@@ -291,7 +309,12 @@ fn budget_notes(runs: &[&RunDir]) -> Vec<String> {
 pub(super) fn radii(runs: &[&RunDir]) -> Vec<f64> {
     let largest = runs.iter().flat_map(|run| &run.records).filter_map(|record| record["radius"].as_f64());
     let count = (largest.fold(0.0, f64::max) / 0.25).floor() as usize + 1;
-    (0..=count.clamp(1, 8)).map(|quarters| quarters as f64 * 0.25).collect()
+    let mut radii: Vec<f64> = (0..=count.clamp(1, 8)).map(|quarters| quarters as f64 * 0.25).collect();
+    // What a run was asked to decide.
+    radii.extend(runs.iter().filter_map(|run| run.records[0]["target_radius"].as_f64()));
+    radii.sort_by(f64::total_cmp);
+    radii.dedup();
+    radii
 }
 
 /// Right, not abstained, and certified to at least `radius`.
@@ -377,8 +400,8 @@ fn demo_table(run: &RunDir) -> Option<Table> {
         })
         .collect();
     let epsilon = run.summary.as_ref()?["epsilon"].as_f64();
-    let attacked =
-        epsilon.map_or_else(|| "attacked".to_owned(), |epsilon| format!("attacked, {}", budget(epsilon)));
+    let attacked = epsilon
+        .map_or_else(|| "attacked".to_owned(), |epsilon| format!("attacked, {}", budget(epsilon, "linf")));
     Some(Table {
         title: "Models".to_owned(),
         caption: "Per cent right with Wilson's 95 % interval.".to_owned(),

@@ -75,8 +75,8 @@ fn attacked_and_certified_items_are_shares_of_all_items() {
     let data = report_data(&runs, &ReportOptions { images: false, ..options(dir.path()) }, &Silent).unwrap();
     let attack = &data.tables[0].rows[0];
     assert_eq!(attack[3], Cell::Number("8/255".into()));
-    assert!(matches!((&attack[8], &attack[9]), (Cell::Share(0.8, _), Cell::Share(0.3, _))), "{attack:?}");
-    assert_eq!(attack[10], Cell::Number("7".into()));
+    assert!(matches!((&attack[9], &attack[10]), (Cell::Share(0.8, _), Cell::Share(0.3, _))), "{attack:?}");
+    assert_eq!(attack[11], Cell::Number("7".into()));
     let certified = &data.tables[1];
     let at = |radius: &str| certified.head.iter().position(|name| name == radius).unwrap();
     let share = |radius: &str| certified.rows[0][at(radius)].clone();
