@@ -486,7 +486,8 @@ impl Attacker<'_> {
             random_start: attack.random_start,
             early_stop: attack.early_stop,
             check_every: CHECK_EVERY,
-            output: PgdOutput::Best,
+            // Noise is judged as it was drawn; every other attack keeps its best.
+            output: if method == Method::Noise { PgdOutput::Last } else { PgdOutput::Best },
             seed: self.setting.seed,
         }
     }
