@@ -6,6 +6,7 @@
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, StandardNormal};
+use rayon::prelude::*;
 
 /// The generator behind every stream: counter-based, the same on every platform.
 pub type Stream = ChaCha8Rng;
@@ -35,6 +36,16 @@ pub fn fill_standard_normal(stream: &mut Stream, out: &mut [f32]) {
     for value in out {
         *value = StandardNormal.sample(stream);
     }
+}
+
+/// The standard normal draws `from..from + count` of the item named `key`, each of `len` values, one after another:
+/// the same values in any batch, order and number of threads.
+pub fn normal_draws(seed: u64, purpose: &str, key: u64, from: u64, count: usize, len: usize) -> Vec<f32> {
+    let mut draws = vec![0f32; count * len];
+    draws.par_chunks_mut(len.max(1)).enumerate().for_each(|(i, out)| {
+        fill_standard_normal(&mut stream(seed, purpose, &[key, from + i as u64]), out);
+    });
+    draws
 }
 
 #[cfg(test)]

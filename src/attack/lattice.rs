@@ -7,7 +7,7 @@
 use super::ball::Norm;
 
 /// Distances between two eight-bit images, in units of the pixel range [0, 1].
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Distances {
     /// Largest change of a channel value.
     pub linf: f64,

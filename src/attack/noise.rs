@@ -19,14 +19,8 @@ pub struct NoiseBank {
 impl NoiseBank {
     /// The draws `from..from + count` of the item named `key`, each of `len` values, one after another.
     pub fn draws(&self, key: u64, from: usize, count: usize, len: usize) -> Vec<f32> {
-        let mut noise = vec![0f32; count * len];
-        noise.par_chunks_mut(len.max(1)).enumerate().for_each(|(i, out)| {
-            let mut stream = rng::stream(self.seed, self.purpose, &[key, (from + i) as u64]);
-            rng::fill_standard_normal(&mut stream, out);
-            for value in out {
-                *value *= self.sigma as f32;
-            }
-        });
+        let mut noise = rng::normal_draws(self.seed, self.purpose, key, from as u64, count, len);
+        noise.par_iter_mut().for_each(|value| *value *= self.sigma as f32);
         noise
     }
 }

@@ -417,10 +417,8 @@ pub fn certify(draws: &mut Draws<'_>, config: &SmoothingConfig) -> Result<Certif
 
 /// The clean pixels `size` times, each with the noise of its own draw.
 fn noisy_batch(clean: &[f32], sigma: f32, seed: u64, item_key: u64, first: u64, size: usize) -> Vec<f32> {
-    let mut noisy = vec![0f32; clean.len() * size];
-    noisy.par_chunks_mut(clean.len().max(1)).enumerate().for_each(|(row, values)| {
-        let mut stream = rng::stream(seed, "smoothing", &[item_key, first + row as u64]);
-        rng::fill_standard_normal(&mut stream, values);
+    let mut noisy = rng::normal_draws(seed, "smoothing", item_key, first, size, clean.len());
+    noisy.par_chunks_mut(clean.len().max(1)).for_each(|values| {
         for (value, &pixel) in values.iter_mut().zip(clean) {
             *value = pixel + sigma * *value;
         }

@@ -13,7 +13,7 @@ use crate::model::processor::ProcessedImage;
 use crate::model::sampling::SamplingConfig;
 use crate::reward::answer::parse_answer;
 use crate::rng;
-use crate::roles::classifier::most_likely;
+use crate::roles::classifier::{Reading, most_likely};
 use crate::roles::policy;
 use candle_core::Tensor;
 use rand::RngCore;
@@ -134,9 +134,9 @@ impl Asking {
         pixels: &[Tensor],
     ) -> Result<Vec<Answer>> {
         let texts: Vec<Vec<String>> = samples.iter().map(|sample| self.option_completions(sample)).collect();
-        let completions = texts
+        let completions = samples
             .iter()
-            .map(|texts| texts.iter().map(|text| assistant.target(text)).collect())
+            .map(|sample| self.option_targets(assistant, sample))
             .collect::<Result<Vec<Vec<Vec<u32>>>>>()?;
         let scoring = policy::Scoring::new(assistant, prompts, &completions)?;
         let features = policy::encode(assistant, pixels)?;
@@ -158,6 +158,24 @@ impl Asking {
         Ok(scoring.spans.iter().zip(texts).map(answer).collect())
     }
 
+    /// How the class of a noisy image is read: as answers are, with drawn tokens named by `seed`, `key` and the draw.
+    ///
+    /// # Errors
+    /// When the tokenizer lacks the token that ends a turn.
+    pub fn reading(&self, assistant: &Assistant, sample: &Sample, key: u64) -> Result<Reading<'static>> {
+        Ok(match self.scoring {
+            Scoring::Generate => Reading::Generation {
+                max_new_tokens: self.max_new_tokens,
+                sampling: self.sampling,
+                seed: [self.seed, key],
+                parse: &parse_answer,
+            },
+            Scoring::Likelihood => {
+                Reading::Likelihood { completions: self.option_targets(assistant, sample)? }
+            }
+        })
+    }
+
     /// Whether what is scored carries a reasoning: likelihoods are those of answers alone.
     pub fn reasons(&self) -> bool {
         self.scoring == Scoring::Generate && self.template.asks_for_reasoning()
@@ -167,6 +185,11 @@ impl Asking {
     pub fn option_completions(&self, sample: &Sample) -> Vec<String> {
         let with = |answer| self.template.target(&Sample { answer, ..sample.clone() }, false);
         (0..sample.options.len()).map(with).collect()
+    }
+
+    /// The same in tokens.
+    fn option_targets(&self, assistant: &Assistant, sample: &Sample) -> Result<Vec<Vec<u32>>> {
+        self.option_completions(sample).iter().map(|text| assistant.target(text)).collect()
     }
 }
 

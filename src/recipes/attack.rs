@@ -6,13 +6,14 @@
 
 use super::aims::{self, Asked};
 use super::answers::{Answer, Asker, Asking, with_items};
+use super::blind::{self, Blind};
 use super::config::{AttackConfig, Command, Method, ObjectiveName, RunConfig, Space};
 use super::inputs;
 use super::items::{self, Images};
 use super::job::{Job, Outcome};
 use super::lesson::{norm_of, objectives_of};
 use super::progress::Progress;
-use super::records::{self, AttackRecord};
+use super::records::{self, AttackRecord, Controls};
 use super::report::{self, ReportOptions};
 use super::run::Run;
 use super::verdict::{self, Probe};
@@ -27,13 +28,14 @@ use crate::model::resize::resize;
 use crate::nn::recompute::Memory;
 use crate::pixels::{RgbImage8, decode};
 use crate::rng;
-use crate::roles::target::Target;
+use crate::roles::target::{Answers, Target};
 use crate::stats::interval;
 use candle_core::Tensor;
 use serde_json::{Map, Value, json};
 use std::collections::HashSet;
 use std::fmt::Write as _;
 use std::sync::Arc;
+use std::time::Instant;
 
 /// Steps between two looks at whether an item is broken already.
 pub(super) const CHECK_EVERY: usize = 10;
@@ -53,8 +55,12 @@ pub struct Setting<'a> {
     pub batch_size: usize,
     /// Seed of random starts.
     pub seed: u64,
-    /// The bank that gradients see and the one that votes, where the smoothed model is attacked.
-    noise: Option<[NoiseBank; 2]>,
+    /// Where the smoothed model is attacked: the noise that gradients see.
+    noise: Option<NoiseBank>,
+    /// The noise under which the search asks whether an item is broken.
+    judge: Option<NoiseBank>,
+    /// The noise of the answers that are reported: an attack that was chosen by its votes is counted by others.
+    score: Option<NoiseBank>,
 }
 
 impl<'a> Setting<'a> {
@@ -64,21 +70,24 @@ impl<'a> Setting<'a> {
     /// When the prompt has an unknown name.
     pub fn of(config: &'a RunConfig) -> Result<Self> {
         let attack = &config.attack;
-        let bank =
-            |sigma, purpose| NoiseBank { purpose, sigma, draws: attack.eot_samples, seed: config.seed };
+        let bank = |purpose| {
+            let sigma = attack.smoothing_sigma?;
+            Some(NoiseBank { purpose, sigma, draws: attack.eot_samples, seed: config.seed })
+        };
         Ok(Self {
             attack,
             asking: Asking::of(config)?,
             batch_size: config.batch_size,
             seed: config.seed,
-            noise: attack
-                .smoothing_sigma
-                .map(|sigma| ["attack_noise", "attack_vote"].map(|p| bank(sigma, p))),
+            noise: bank("attack_noise"),
+            judge: bank("attack_judge"),
+            score: bank("attack_score"),
         })
     }
 
+    /// Who gives the answers that are reported.
     fn asker<'b>(&'b self, assistant: &'b Assistant) -> Asker<'b> {
-        let votes = self.noise.as_ref().map(|[_, votes]| votes);
+        let votes = self.score.as_ref();
         Asker { assistant, asking: self.asking, votes, batch_size: self.batch_size }
     }
 
@@ -143,12 +152,12 @@ pub fn attack(job: &Job<'_>) -> Result<Outcome> {
     inputs::check_job(job)?;
     inputs::require_greedy(&job.config, "attacked answers are those of a fixed function")?;
     let setting = Setting::of(config)?;
-    let (dataset, _) = inputs::open_questions(config)?;
+    let (dataset, train) = inputs::open_questions(config)?;
     items::require_some(&dataset, "attack")?;
     let model = inputs::open_model(job)?;
     let mut run = job.open_run()?;
     inputs::note_model(&mut run, &model)?;
-    let summary = under_attack(&model.assistant, &dataset, &setting, &mut run, job.progress)?;
+    let summary = under_attack(&model.assistant, &dataset, train.as_ref(), &setting, &mut run, job.progress)?;
     let options = ReportOptions { images: config.images, ..ReportOptions::default() };
     report::report(&[run.dir().to_path_buf()], &options, job.progress)?;
     Ok(Outcome::new(summary.clone(), render(&summary)))
@@ -180,11 +189,14 @@ fn render(summary: &Value) -> String {
 pub fn under_attack(
     assistant: &Assistant,
     dataset: &Dataset,
+    train: Option<&Dataset>,
     setting: &Setting<'_>,
     run: &mut Run,
     progress: &dyn Progress,
 ) -> Result<Value> {
-    inputs::note_questions(run, dataset, None, setting.template())?;
+    inputs::note_questions(run, dataset, train, setting.template())?;
+    let blind = Blind::new(dataset, train, setting.seed);
+    blind.note(run, progress)?;
     let examined = verdict::chosen(
         dataset.population().iter().map(|sample| sample.id.as_str()),
         setting.attack.verdict_items,
@@ -202,13 +214,15 @@ pub fn under_attack(
     }
     for batch in todo.chunks(setting.batch_size) {
         run.check_stop()?;
-        let records = attack_batch(assistant, &images, batch, setting, &examined, run);
+        let started = Instant::now();
+        let records = attack_batch(assistant, &images, batch, setting, &blind, &examined, run);
         for record in records.map_err(|error| with_items(error, batch))? {
             done += 1;
             clean += usize::from(record.clean_correct);
             robust += usize::from(record.robust_correct);
             run.record(&record)?;
         }
+        run.timing("attack", started.elapsed().as_secs_f64(), &[("items", batch.len() as f64)])?;
         let share = |count: usize| count as f64 / done.max(1) as f64;
         progress.tick(done, &[("clean", share(clean)), ("robust", share(robust))]);
     }
@@ -229,6 +243,7 @@ struct Item<'a> {
     reading: String,
     processed: Arc<ProcessedImage>,
     own: Answer,
+    controls: Controls,
     /// The attack's best pixels before rounding, planar.
     best: Option<Vec<f32>>,
     adversarial: Option<RgbImage8>,
@@ -260,6 +275,7 @@ fn attack_batch(
     images: &Images,
     samples: &[&Sample],
     setting: &Setting<'_>,
+    blind: &Blind<'_>,
     examined: &HashSet<String>,
     run: &Run,
 ) -> Result<Vec<AttackRecord>> {
@@ -270,9 +286,13 @@ fn attack_batch(
         originals.push((original, processed));
     }
     let processed: Vec<Arc<ProcessedImage>> = originals.iter().map(|(_, image)| image.clone()).collect();
-    let answers = setting.asker(assistant).about_images(samples, &processed)?;
+    let asker = setting.asker(assistant);
+    let answers = asker.about_images(samples, &processed)?;
+    let controls = blind.controls(&asker, images, samples, &processed)?;
     let mut batch = Vec::with_capacity(samples.len());
-    for ((&sample, (original, processed)), own) in samples.iter().zip(originals).zip(answers) {
+    for (((&sample, (original, processed)), own), controls) in
+        samples.iter().zip(originals).zip(answers).zip(controls)
+    {
         batch.push(Item {
             sample,
             clean: match setting.attack.space {
@@ -283,6 +303,7 @@ fn attack_batch(
             processed,
             answer: own.clone(),
             own,
+            controls,
             best: None,
             adversarial: None,
             stage: None,
@@ -315,7 +336,15 @@ fn attack_batch(
             item.probe = Some(attacker.examine(item)?);
         }
     }
-    batch.iter().map(|item| attacker.finish(item, run)).collect()
+    attacker.finish(&batch, run)
+}
+
+/// An attacked image as its file holds it.
+struct Seen {
+    path: String,
+    image: RgbImage8,
+    processed: Arc<ProcessedImage>,
+    answer: Answer,
 }
 
 /// The model under attack.
@@ -325,8 +354,9 @@ struct Attacker<'a> {
 }
 
 impl Attacker<'_> {
-    fn asker(&self) -> Asker<'_> {
-        self.setting.asker(self.assistant)
+    /// Who judges while the attack searches.
+    fn judge(&self) -> Asker<'_> {
+        Asker { votes: self.setting.judge.as_ref(), ..self.setting.asker(self.assistant) }
     }
 
     /// What the model answers about these images, as files.
@@ -335,7 +365,13 @@ impl Attacker<'_> {
             .iter()
             .map(|image| Ok(Arc::new(self.assistant.process(image)?)))
             .collect::<Result<Vec<_>>>()?;
-        self.asker().about_images(samples, &processed)
+        self.judge().about_images(samples, &processed)
+    }
+
+    /// What it answers about pixels at its own resolution.
+    fn predictions(&self, samples: &[&Sample], pixels: &Tensor) -> Result<Vec<Option<usize>>> {
+        let answers = self.judge().about_pixels(samples, std::slice::from_ref(pixels))?;
+        Ok(answers.into_iter().map(|answer| answer.prediction).collect())
     }
 
     /// Attacks items that still answer rightly; together where their images have one size.
@@ -386,8 +422,7 @@ impl Attacker<'_> {
         let samples: Vec<&Sample> = items.iter().map(|item| item.sample).collect();
         let answers = |pixels: &Tensor, places: &[usize]| {
             let samples: Vec<&Sample> = places.iter().map(|&place| samples[place]).collect();
-            let answers = self.asker().about_pixels(&samples, std::slice::from_ref(pixels))?;
-            Ok(answers.into_iter().map(|answer| answer.prediction).collect())
+            self.predictions(&samples, pixels)
         };
         let target = self.target(items, stage, &answers)?;
         let clean = self.clean(items)?;
@@ -413,12 +448,7 @@ impl Attacker<'_> {
         Ok((found, images))
     }
 
-    fn target<'b>(
-        &'b self,
-        items: &[&Item<'_>],
-        stage: Stage,
-        answers: crate::roles::target::Answers<'b>,
-    ) -> Result<Target<'b>> {
+    fn target<'b>(&'b self, items: &[&Item<'_>], stage: Stage, answers: Answers<'b>) -> Result<Target<'b>> {
         let template = self.setting.template();
         let aims = items
             .iter()
@@ -439,7 +469,7 @@ impl Attacker<'_> {
             assistant: self.assistant,
             aims,
             answers,
-            noise: self.setting.noise.as_ref().map(|[bank, _]| bank.clone()),
+            noise: self.setting.noise.clone(),
             draws_at_once: DRAWS_AT_ONCE,
             memory: Memory::Keep,
         })
@@ -559,35 +589,62 @@ impl Attacker<'_> {
     /// Examines the attack on one item.
     fn examine(&self, item: &Item<'_>) -> Result<Probe> {
         let stage = self.setting.stages(item.sample.options.len())[0];
-        let answers = |pixels: &Tensor, places: &[usize]| {
-            let samples = vec![item.sample; places.len()];
-            let answers = self.asker().about_pixels(&samples, std::slice::from_ref(pixels))?;
-            Ok(answers.into_iter().map(|answer| answer.prediction).collect())
-        };
+        let answers =
+            |pixels: &Tensor, places: &[usize]| self.predictions(&vec![item.sample; places.len()], pixels);
         let target = self.target(&[item], stage, &answers)?;
         let config = self.config(Method::Pgd, self.setting.attack.epsilon);
         let key = rng::key_of(&format!("verdict/{}", item.sample.id));
         verdict::examine(&target, &self.clean(&[item])?, key, &config, !item.is_right())
     }
 
-    /// Writes the attacked image, reads it back and records what the model says to the file.
-    fn finish(&self, item: &Item<'_>, run: &Run) -> Result<AttackRecord> {
+    /// Writes the attacked images, reads them back and records what the model says to the files.
+    fn finish(&self, batch: &[Item<'_>], run: &Run) -> Result<Vec<AttackRecord>> {
+        let attacked: Vec<&Item<'_>> = batch.iter().filter(|item| item.adversarial.is_some()).collect();
+        let mut files = Vec::with_capacity(attacked.len());
+        for item in &attacked {
+            let relative = format!("adversarial/{}.png", file_name(&item.sample.id));
+            if let Some(adversarial) = &item.adversarial {
+                run.write(&relative, &decode::encode_png(adversarial)?)?;
+            }
+            let image = decode::decode_file(&run.path(&relative))?;
+            let processed = Arc::new(self.assistant.process(&image)?);
+            files.push((relative, image, processed));
+        }
+        let samples: Vec<&Sample> = attacked.iter().map(|item| item.sample).collect();
+        let processed: Vec<Arc<ProcessedImage>> = files.iter().map(|(.., image)| image.clone()).collect();
+        let answers = if samples.is_empty() {
+            Vec::new()
+        } else {
+            self.setting.asker(self.assistant).about_images(&samples, &processed)?
+        };
+        let mut seen = files.into_iter().zip(answers);
+        batch
+            .iter()
+            .map(|item| {
+                let seen = item.adversarial.as_ref().and_then(|_| seen.next());
+                let seen =
+                    seen.map(|((path, image, processed), answer)| Seen { path, image, processed, answer });
+                self.record(item, seen, run)
+            })
+            .collect()
+    }
+
+    fn record(&self, item: &Item<'_>, seen: Option<Seen>, run: &Run) -> Result<AttackRecord> {
         let attack = self.setting.attack;
         let sample = item.sample;
-        let mut answer = item.answer.clone();
-        let (mut linf, mut l2, mut path) = (0.0, 0.0, None);
         let mut more = Map::new();
-        if let Some(adversarial) = &item.adversarial {
-            let relative = format!("adversarial/{}.png", file_name(&sample.id));
-            run.write(&relative, &decode::encode_png(adversarial)?)?;
-            let seen = decode::decode_file(&run.path(&relative))?;
-            let processed = Arc::new(self.assistant.process(&seen)?);
-            more.insert("processor_difference".into(), json!(self.processor_difference(&seen, &processed)?));
-            answer = self.asker().about_images(&[sample], &[processed])?.remove(0);
-            let distances = lattice::Distances::between(&seen.data, &item.clean.data);
-            (linf, l2) = (distances.linf, distances.l2);
-            path = Some(relative);
+        if let Some(seen) = &seen {
+            let difference = self.processor_difference(&seen.image, &seen.processed)?;
+            more.insert("processor_difference".into(), json!(difference));
         }
+        let distances = seen
+            .as_ref()
+            .map(|seen| lattice::Distances::between(&seen.image.data, &item.clean.data))
+            .unwrap_or_default();
+        let (path, answer) = match seen {
+            Some(seen) => (Some(seen.path), seen.answer),
+            None => (None, item.own.clone()),
+        };
         let robust_correct = item.was_right() && answer.prediction == Some(sample.answer);
         more.insert("question".into(), json!(sample.question));
         more.insert("options".into(), json!(sample.options));
@@ -597,6 +654,7 @@ impl Attacker<'_> {
         more.insert("clean_completion".into(), json!(item.own.completion));
         more.insert("adversarial_completion".into(), json!(answer.completion));
         more.insert("image_reading".into(), json!(item.reading));
+        more.insert("controls".into(), json!(item.controls));
         if let Some(stage) = item.stage {
             more.insert("stage".into(), json!(stage.name()));
             more.insert("steps_spent".into(), json!(item.steps));
@@ -641,8 +699,8 @@ impl Attacker<'_> {
             robust_correct,
             loss_clean: item.loss_clean,
             loss_adversarial: item.loss_adversarial,
-            linf,
-            l2,
+            linf: distances.linf,
+            l2: distances.l2,
             image: sample.image.display().to_string(),
             adversarial_image: path,
             more,
@@ -714,6 +772,7 @@ pub fn summarize(records: &[Value], seconds: f64) -> Result<Value> {
         "robust_accuracy": report.all.accuracy,
         "unparsable": report.all.unparsable as f64 / report.all.n as f64,
         "attacked": clean,
+        "controls": blind::summary(&controls_of(&records)),
         "by_modality": accuracy::shares(&report.by_modality),
         "by_question_type": accuracy::shares(&report.by_question_type),
         "modality_details": report.by_modality,
@@ -730,6 +789,20 @@ fn read_record(value: &Value) -> Result<AttackRecord> {
     serde_json::from_value(value.clone()).map_err(|error| {
         Error::data(format!("record `{}` is none of `attack`: {error}", value["id"].as_str().unwrap_or("?")))
     })
+}
+
+/// Right letter, controls and number of options of each item.
+fn controls_of(records: &[AttackRecord]) -> Vec<(&str, Controls, usize)> {
+    let of = |record: &'_ AttackRecord| {
+        let controls = serde_json::from_value(record.more.get("controls")?.clone()).ok()?;
+        Some((controls, record.more.get("options")?.as_array()?.len()))
+    };
+    records
+        .iter()
+        .filter_map(|record| {
+            of(record).map(|(controls, options)| (record.answer.as_str(), controls, options))
+        })
+        .collect()
 }
 
 /// How often rounding to eight bits mattered.

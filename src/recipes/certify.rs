@@ -7,31 +7,32 @@
 
 mod draws;
 
-use super::answers::with_items;
+use super::answers::{Asker, Asking, with_items};
+use super::blind::{self, Blind};
 use super::config::{CertifyMode, Command, RuleName, RunConfig, Scoring};
 use super::crosscheck::{Certified, CrossCheck, original_radius};
 use super::inputs;
 use super::items::{self, Images};
 use super::job::{Job, Outcome};
 use super::progress::Progress;
-use super::records::{self, CertifyRecord, counts_by_letter};
+use super::records::{self, CertifyRecord, Controls, counts_by_letter};
 use super::report::{self, ReportOptions};
 use super::run::Run;
 use crate::certify::smooth::{Evidence, Keep};
 use crate::certify::{self, Certificate, Curve, Draws, Procedure, Rule, Sequential, SmoothingConfig, Stop};
-use crate::data::prompt::PromptTemplate;
 use crate::data::{Dataset, Sample};
 use crate::error::{Error, Result};
 use crate::eval::accuracy;
 use crate::model::assistant::Assistant;
 use crate::model::sampling::SamplingConfig;
-use crate::reward::answer::parse_answer;
 use crate::rng;
-use crate::roles::classifier::{QuestionClassifier, Reading};
+use crate::roles::classifier::QuestionClassifier;
 use draws::KeptDraws;
 use serde_json::{Map, Value, json};
 use std::fmt::Write as _;
 use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
 
 /// Radii at which certified accuracy is reported, in multiples of `sigma`.
 const RADII: [f64; 9] = [0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5];
@@ -41,14 +42,8 @@ const RADII: [f64; 9] = [0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5];
 pub struct Setting {
     /// Noise and draws.
     pub smoothing: SmoothingConfig,
-    /// How questions are asked.
-    pub template: PromptTemplate,
-    /// How the class is read.
-    pub scoring: Scoring,
-    /// Longest completion.
-    pub max_new_tokens: usize,
-    /// How its tokens are chosen.
-    pub sampling: SamplingConfig,
+    /// How the certified function is asked and read.
+    pub asking: Asking,
     /// Whether each certified item is attacked inside its radius.
     pub cross_check: bool,
     /// Hash of the weights, for the records.
@@ -63,13 +58,13 @@ pub fn certify(job: &Job<'_>) -> Result<Outcome> {
     let config = &job.config;
     smoothing_of(config)?;
     inputs::check_job(job)?;
-    let (dataset, _) = inputs::open_questions(config)?;
+    let (dataset, train) = inputs::open_questions(config)?;
     items::require_some(&dataset, "certify")?;
     let model = inputs::open_model(job)?;
     let setting = setting_with(config, model.sha256.clone())?;
     let mut run = job.open_run()?;
     inputs::note_model(&mut run, &model)?;
-    let summary = smoothed(&model.assistant, &dataset, &setting, &mut run, job.progress)?;
+    let summary = smoothed(&model.assistant, &dataset, train.as_ref(), &setting, &mut run, job.progress)?;
     let options = ReportOptions { images: config.images, ..ReportOptions::default() };
     report::report(&[run.dir().to_path_buf()], &options, job.progress)?;
     let mut text = String::from("radius  certified accuracy\n");
@@ -137,10 +132,7 @@ pub fn setting_of(config: &RunConfig, model: &Path) -> Result<Setting> {
 fn setting_with(config: &RunConfig, model_sha256: String) -> Result<Setting> {
     Ok(Setting {
         smoothing: smoothing_of(config)?,
-        template: config.prompt.parse()?,
-        scoring: config.scoring,
-        max_new_tokens: config.max_new_tokens,
-        sampling: config.generation.sampling(),
+        asking: Asking::of(config)?,
         cross_check: config.certify.cross_check,
         model_sha256,
     })
@@ -153,11 +145,14 @@ fn setting_with(config: &RunConfig, model_sha256: String) -> Result<Setting> {
 pub fn smoothed(
     assistant: &Assistant,
     dataset: &Dataset,
+    train: Option<&Dataset>,
     setting: &Setting,
     run: &mut Run,
     progress: &dyn Progress,
 ) -> Result<Value> {
-    inputs::note_questions(run, dataset, None, setting.template)?;
+    inputs::note_questions(run, dataset, train, setting.asking.template)?;
+    let blind = Blind::new(dataset, train, setting.asking.seed);
+    blind.note(run, progress)?;
     let images = Images::new(dataset);
     let samples = inputs::in_item_order(&dataset.samples);
     let mut kept = KeptDraws::recover(run)?;
@@ -181,12 +176,14 @@ pub fn smoothed(
             from += classes.len();
             stop.check()
         };
-        let record = certify_one(assistant, &images, sample, setting, known, &mut keep)
+        let started = Instant::now();
+        let record = certify_one(assistant, &images, sample, setting, &blind, known, &mut keep)
             .map_err(|error| with_items(error, &[sample]))?;
         done += 1;
         certified += usize::from(record.correct);
         run.record(&record)?;
         kept.clear()?;
+        run.timing("certify", started.elapsed().as_secs_f64(), &[("draws", (record.n0 + record.n) as f64)])?;
         progress.tick(done, &[("certified", certified as f64 / done as f64)]);
     }
     kept.clear()?;
@@ -203,24 +200,15 @@ fn certify_one(
     images: &Images,
     sample: &Sample,
     setting: &Setting,
+    blind: &Blind<'_>,
     known: Vec<u8>,
     keep: &mut Keep<'_>,
 ) -> Result<CertifyRecord> {
     let original = images.original(&sample.image)?;
-    let processed = assistant.process(&original)?;
-    let prompt = items::prompt_of(assistant, setting.template, sample, &processed)?;
+    let processed = Arc::new(assistant.process(&original)?);
+    let prompt = items::prompt_of(assistant, setting.asking.template, sample, &processed)?;
     let key = rng::key_of(&sample.id);
-    let reading = match setting.scoring {
-        Scoring::Generate => Reading::Generation {
-            max_new_tokens: setting.max_new_tokens,
-            sampling: setting.sampling,
-            seed: [setting.smoothing.seed, key],
-            parse: &parse_answer,
-        },
-        Scoring::Likelihood => {
-            Reading::Likelihood { completions: letters_of(assistant, sample, setting.template)? }
-        }
-    };
+    let reading = setting.asking.reading(assistant, sample, key)?;
     let classifier =
         QuestionClassifier { assistant, prompt: &prompt, num_options: sample.options.len(), reading };
     let pixels = processed.resized.to_tensor(assistant.vlm.device())?;
@@ -228,14 +216,17 @@ fn certify_one(
     let certificate = certify::certify(&mut draws, &setting.smoothing)?;
     let mut record = record_of(sample, &certificate, setting, original.sha256());
     let [from, to] = [&original, &processed.resized].map(|image| [image.height, image.width]);
+    let asker =
+        Asker { assistant, asking: setting.asking, votes: None, batch_size: setting.smoothing.batch_size };
+    let controls = blind.controls(&asker, images, &[sample], std::slice::from_ref(&processed))?;
+    record.more.insert("controls".to_owned(), json!(controls[0]));
     record.more.insert("values".to_owned(), json!(processed.resized.data.len()));
     record.more.insert("radius_original".to_owned(), json!(original_radius(certificate.radius, from, to)?));
     if setting.cross_check {
         let certified = Certified {
             assistant,
             sample,
-            template: setting.template,
-            reasons: setting.scoring == Scoring::Generate && setting.template.asks_for_reasoning(),
+            asking: setting.asking,
             prompt: &prompt,
             pixels: &pixels,
             key,
@@ -247,16 +238,6 @@ fn certify_one(
     }
     record.more.insert("image_reading".to_owned(), json!(images.reading(&sample.image)));
     Ok(record)
-}
-
-/// Each option's shortest right completion.
-fn letters_of(assistant: &Assistant, sample: &Sample, template: PromptTemplate) -> Result<Vec<Vec<u32>>> {
-    (0..sample.options.len())
-        .map(|option| {
-            let sample = Sample { answer: option, ..sample.clone() };
-            assistant.target(&template.target(&sample, false))
-        })
-        .collect()
 }
 
 fn record_of(
@@ -308,11 +289,11 @@ fn record_of(
 
 /// The function that is certified, as far as choosing tokens goes.
 fn decoding_of(setting: &Setting) -> Value {
-    let SamplingConfig { temperature, top_k, top_p, min_p, repetition_penalty } = setting.sampling;
-    if setting.scoring == Scoring::Likelihood {
+    let SamplingConfig { temperature, top_k, top_p, min_p, repetition_penalty } = setting.asking.sampling;
+    if setting.asking.scoring == Scoring::Likelihood {
         return json!(Scoring::Likelihood.word());
     }
-    if setting.sampling == SamplingConfig::default() {
+    if setting.asking.sampling == SamplingConfig::default() {
         return json!("greedy");
     }
     json!({
@@ -382,6 +363,7 @@ pub fn summarize(records: &[Value], seconds: f64) -> Result<Value> {
         "alpha": first.alpha,
         "accuracy": report.all.accuracy,
         "accuracy_interval": report.all.accuracy_interval,
+        "controls": blind::summary(&controls_of(&records)),
         "by_modality": accuracy::shares(&report.by_modality),
         "by_question_type": accuracy::shares(&report.by_question_type),
         "modality_details": report.by_modality,
@@ -414,6 +396,19 @@ fn stops(records: &[CertifyRecord]) -> Value {
     };
     let name = |stop: Stop| json!(stop).as_str().unwrap_or_default().to_owned();
     reasons.into_iter().map(|stop| (name(stop), json!(count(stop)))).collect::<Map<_, _>>().into()
+}
+
+/// Right letter, the base model's controls and number of options of each item.
+fn controls_of(records: &[CertifyRecord]) -> Vec<(&str, Controls, usize)> {
+    let of = |record: &'_ CertifyRecord| -> Option<Controls> {
+        serde_json::from_value(record.more.get("controls")?.clone()).ok()
+    };
+    // Votes are counted for every option, and for "none".
+    let options = |record: &CertifyRecord| record.counts.len() - 1;
+    records
+        .iter()
+        .filter_map(|record| of(record).map(|controls| (record.answer.as_str(), controls, options(record))))
+        .collect()
 }
 
 /// How many certified items an attack inside their radius broke, beside what the failure probability allows.

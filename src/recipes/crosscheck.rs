@@ -4,11 +4,11 @@
 //! more often than the certificates' own failure probability allows, has found a mistake in the certificates.
 
 use super::aims::{Asked, aim};
+use super::answers::Asking;
 use super::config::ObjectiveName;
 use crate::attack::{AttackConfig, Fraction, Method, NoiseBank, Norm, PgdOutput, Problem, attack};
 use crate::certify::{BaseClassifier, Certificate, Prediction, SmoothingConfig, count_draws};
 use crate::data::Sample;
-use crate::data::prompt::PromptTemplate;
 use crate::error::Result;
 use crate::model::assistant::Assistant;
 use crate::model::generate::Prompt;
@@ -48,9 +48,7 @@ pub struct CrossCheck {
 pub(super) struct Certified<'a> {
     pub(super) assistant: &'a Assistant,
     pub(super) sample: &'a Sample,
-    pub(super) template: PromptTemplate,
-    /// Whether what is certified carries a reasoning.
-    pub(super) reasons: bool,
+    pub(super) asking: Asking,
     pub(super) prompt: &'a Prompt,
     /// `[3, height, width]` in [0, 1], at the model's resolution.
     pub(super) pixels: &'a Tensor,
@@ -105,8 +103,8 @@ impl Certified<'_> {
         // What the certificate says is to be changed, right or wrong.
         let certified = Sample { answer: class, ..self.sample.clone() };
         let asked = Asked {
-            template: self.template,
-            is_cot: self.reasons,
+            template: self.asking.template,
+            is_cot: self.asking.reasons(),
             objective: ObjectiveName::CrossEntropy,
             target: 1,
             own: None,

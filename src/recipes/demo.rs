@@ -405,7 +405,7 @@ impl Demo<'_> {
             Err(summary) => return Ok(summary),
         };
         let (assistant, dataset) = self.loaded(training, config)?;
-        attack::under_attack(&assistant, &dataset, &attack::Setting::of(config)?, &mut run, progress)
+        attack::under_attack(&assistant, &dataset, None, &attack::Setting::of(config)?, &mut run, progress)
     }
 
     fn certify(&self, training: &Training, progress: &dyn Progress) -> Result<()> {
@@ -417,7 +417,7 @@ impl Demo<'_> {
             Ok(mut run) => {
                 let (assistant, dataset) = self.loaded(training, &config)?;
                 let setting = certify::setting_of(&config, &self.model_of(training))?;
-                certify::smoothed(&assistant, &dataset, &setting, &mut run, progress)?
+                certify::smoothed(&assistant, &dataset, None, &setting, &mut run, progress)?
             }
             Err(summary) => summary,
         };

@@ -3,7 +3,8 @@
 //! Each item is asked three times: about its image, about uniform gray, and about another item's image. What training
 //! answers alone would give (the option prior) and chance stand beside them.
 
-use super::answers::{Answer, Asking};
+use super::answers::{Answer, Asker, Asking};
+use super::blind::{self, Blind};
 use super::config::RunConfig;
 use super::inputs;
 use super::items::{self, Images};
@@ -12,18 +13,12 @@ use super::progress::Progress;
 use super::records::{Controls, EvalRecord, letter};
 use super::report::{self, ReportOptions};
 use super::run::Run;
-use crate::data::{Dataset, Sample, index_of_letter, stats};
+use crate::data::{Dataset, Sample, index_of_letter};
 use crate::error::{Error, Result};
 use crate::eval::accuracy::{self, Outcome as Judged};
-use crate::eval::controls::{self, ImageOf};
 use crate::model::assistant::Assistant;
-use crate::model::processor::ProcessedImage;
-use crate::stats::prior::PriorSource;
-use candle_core::Tensor;
 use serde_json::{Value, json};
-use std::collections::HashMap;
 use std::fmt::Write as _;
-use std::sync::Arc;
 use std::time::Instant;
 
 /// How an evaluation asks.
@@ -84,8 +79,14 @@ pub fn evaluate(
     if !dataset.skipped.is_empty() {
         progress.note(&format!("{} problems: their records are left out", dataset.skipped.len()));
     }
-    let blind = Blind::new(dataset, train, settings.seed, progress);
-    run.provenance("option_prior_source", json!(blind.source))?;
+    let blind = Blind::new(dataset, train, settings.seed);
+    blind.note(run, progress)?;
+    let asker = Asker {
+        assistant: &assistant,
+        asking: settings.asking,
+        votes: None,
+        batch_size: settings.batch_size,
+    };
     let samples = inputs::in_item_order(&dataset.samples);
     let work: Vec<&Sample> =
         samples.iter().copied().filter(|sample| !run.done_ids().contains(&sample.id)).collect();
@@ -97,7 +98,7 @@ pub fn evaluate(
     for batch in work.chunks(settings.batch_size.max(1)) {
         run.check_stop()?;
         let started = Instant::now();
-        for record in ask(&assistant, &images, batch, &blind, settings.asking)? {
+        for record in ask(&asker, &images, batch, &blind)? {
             correct += usize::from(record.correct);
             run.record(&record)?;
         }
@@ -114,73 +115,21 @@ pub fn evaluate(
     Ok(summary)
 }
 
-/// What is answered without the right image, for the whole run, so that shards agree.
-struct Blind<'a> {
-    /// By id, the sample whose image is shown instead; absent when all have the same image.
-    shuffled: HashMap<&'a str, &'a Sample>,
-    /// By id, the option that the prior predicts.
-    prior: HashMap<&'a str, usize>,
-    source: PriorSource,
-}
-
-impl<'a> Blind<'a> {
-    fn new(dataset: &'a Dataset, train: Option<&Dataset>, seed: u64, progress: &dyn Progress) -> Self {
-        let all = dataset.population();
-        let paths: Vec<String> = all.iter().map(|sample| sample.image.display().to_string()).collect();
-        let shown: Vec<ImageOf<'_>> =
-            all.iter().zip(&paths).map(|(sample, image)| ImageOf { id: &sample.id, image }).collect();
-        let shuffled = if let Ok(pairs) = controls::shuffled_images(&shown, seed) {
-            all.iter().zip(pairs).map(|(sample, other)| (sample.id.as_str(), &all[other])).collect()
-        } else {
-            progress.note(
-                "all items have the same image: the control `shuffled_image` is not asked and counts as wrong",
-            );
-            HashMap::new()
-        };
-        let train = train.map(|train| stats::choices(&train.samples, Sample::prior_group));
-        let (options, source) =
-            controls::option_prior(train.as_deref(), &stats::choices(all, Sample::prior_group));
-        if source == PriorSource::LeaveOneOut {
-            progress.note(
-                "no training questions are named (`--train-split`): the option prior counts the other items, which puts it below chance on balanced ones",
-            );
-        }
-        let prior = all.iter().zip(options).map(|(sample, option)| (sample.id.as_str(), option)).collect();
-        Self { shuffled, prior, source }
-    }
-}
-
 /// The records of some items.
 fn ask(
-    assistant: &Assistant,
+    asker: &Asker<'_>,
     images: &Images,
     samples: &[&Sample],
     blind: &Blind<'_>,
-    asking: Asking,
 ) -> Result<Vec<EvalRecord>> {
-    let own = images.of_samples(assistant, samples.to_vec())?;
-    let answers = asking.about_images(assistant, samples, &own)?;
-    let on_blank = asking.about_pixels(assistant, samples, &blank_like(assistant, &own)?)?;
-    let others: Option<Vec<&Sample>> =
-        samples.iter().map(|sample| blind.shuffled.get(sample.id.as_str()).copied()).collect();
-    let on_others: Vec<Option<usize>> = match others {
-        Some(others) => {
-            let others = images.of_samples(assistant, others)?;
-            let answers = asking.about_images(assistant, samples, &others)?;
-            answers.into_iter().map(|answer| answer.prediction).collect()
-        }
-        None => vec![None; samples.len()],
-    };
-    let predicted = answers.into_iter().zip(on_blank).zip(on_others).zip(samples);
-    Ok(predicted
-        .map(|(((answer, blank), other), sample)| {
-            let controls = Controls {
-                blank_image: letter(blank.prediction),
-                shuffled_image: letter(other),
-                option_prior: letter(blind.prior.get(sample.id.as_str()).copied()),
-            };
-            record(sample, answer, controls, images.reading(&sample.image))
-        })
+    let own = images.of_samples(asker.assistant, samples.to_vec())?;
+    let answers = asker.about_images(samples, &own)?;
+    let controls = blind.controls(asker, images, samples, &own)?;
+    Ok(answers
+        .into_iter()
+        .zip(controls)
+        .zip(samples)
+        .map(|((answer, controls), sample)| record(sample, answer, controls, images.reading(&sample.image)))
         .collect())
 }
 
@@ -203,29 +152,17 @@ fn record(sample: &Sample, answer: Answer, controls: Controls, image_reading: St
     }
 }
 
-/// Uniform gray of the sizes of `images`: `[n, 3, height, width]` of 0.5, one tensor for each run of equal sizes.
-fn blank_like(assistant: &Assistant, images: &[Arc<ProcessedImage>]) -> Result<Vec<Tensor>> {
-    let size = |image: &ProcessedImage| (image.resized.height, image.resized.width);
-    images
-        .chunk_by(|a, b| size(a) == size(b))
-        .map(|run| {
-            let (height, width) = size(&run[0]);
-            Ok(Tensor::full(0.5f32, (run.len(), 3, height, width), assistant.vlm.device())?)
-        })
-        .collect()
-}
-
 /// `summary.json` from the records alone.
 ///
 /// # Errors
 /// A data error when there are no records, or one is none of `eval`.
 pub fn summarize(records: &[Value], seconds: f64) -> Result<Value> {
     let records: Vec<EvalRecord> = records.iter().map(read_record).collect::<Result<_>>()?;
-    let report = accuracy::report(&judged(&records, |record| &record.prediction)?)?;
-    let control = |prediction: fn(&EvalRecord) -> &String| -> Result<f64> {
-        Ok(accuracy::report(&judged(&records, prediction)?)?.all.accuracy)
-    };
-    let num_options: Vec<usize> = records.iter().map(|record| record.options.len()).collect();
+    let report = accuracy::report(&judged(&records)?)?;
+    let controls: Vec<(&str, Controls, usize)> = records
+        .iter()
+        .map(|record| (record.answer.as_str(), record.controls.clone(), record.options.len()))
+        .collect();
     Ok(json!({
         "command": "eval",
         "n": records.len(),
@@ -237,17 +174,12 @@ pub fn summarize(records: &[Value], seconds: f64) -> Result<Value> {
         "by_question_type": accuracy::shares(&report.by_question_type),
         "modality_details": report.by_modality,
         "question_type_details": report.by_question_type,
-        "controls": {
-            "blank_image": control(|record| &record.controls.blank_image)?,
-            "shuffled_image": control(|record| &record.controls.shuffled_image)?,
-            "option_prior": control(|record| &record.controls.option_prior)?,
-            "chance": controls::chance(&num_options),
-        },
+        "controls": blind::summary(&controls),
     }))
 }
 
-/// What was predicted, by `prediction`, beside what is right.
-fn judged(records: &[EvalRecord], prediction: fn(&EvalRecord) -> &String) -> Result<Vec<Judged<'_>>> {
+/// What was predicted beside what is right.
+fn judged(records: &[EvalRecord]) -> Result<Vec<Judged<'_>>> {
     let option = |text: &str| text.parse::<char>().ok().and_then(index_of_letter);
     let mut judged = Vec::with_capacity(records.len());
     for record in records {
@@ -261,7 +193,7 @@ fn judged(records: &[EvalRecord], prediction: fn(&EvalRecord) -> &String) -> Res
             modality: &record.modality,
             question_type: &record.question_type,
             answer,
-            prediction: option(prediction(record)),
+            prediction: option(&record.prediction),
         });
     }
     Ok(judged)

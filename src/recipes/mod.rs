@@ -8,6 +8,7 @@ pub mod aims;
 pub mod answers;
 pub mod attack;
 pub mod audit;
+mod blind;
 mod board;
 pub mod certify;
 pub mod config;

@@ -2,7 +2,7 @@
 
 use super::answers::Asking;
 use super::certify::smoothing_of;
-use super::config::{CertifyMode, RunConfig, Scoring};
+use super::config::{CertifyMode, RunConfig};
 use super::inputs;
 use super::job::{Job, Outcome};
 use super::records::{counts_by_letter, letter};
@@ -13,9 +13,8 @@ use crate::error::{Error, Result};
 use crate::model::assistant::Assistant;
 use crate::pixels::RgbImage8;
 use crate::pixels::decode::{self, Decoded};
-use crate::reward::answer::parse_answer;
 use crate::rng;
-use crate::roles::classifier::{QuestionClassifier, Reading};
+use crate::roles::classifier::QuestionClassifier;
 use serde_json::{Value, json};
 use std::fmt::Write as _;
 use std::path::Path;
@@ -117,21 +116,7 @@ fn smoothed(
     let image = assistant.process(picture)?;
     let prompt = assistant.prompt(&asking.template.user_text(sample), Some(image.grid))?;
     let key = rng::key_of(&picture.sha256());
-    let reading = match asking.scoring {
-        Scoring::Generate => Reading::Generation {
-            max_new_tokens: asking.max_new_tokens,
-            sampling: asking.sampling,
-            seed: [smoothing.seed, key],
-            parse: &parse_answer,
-        },
-        Scoring::Likelihood => Reading::Likelihood {
-            completions: asking
-                .option_completions(sample)
-                .iter()
-                .map(|text| assistant.target(text))
-                .collect::<Result<_>>()?,
-        },
-    };
+    let reading = asking.reading(assistant, sample, key)?;
     let num_options = sample.options.len();
     let classifier = QuestionClassifier { assistant, prompt: &prompt, num_options, reading };
     let pixels = image.resized.to_tensor(assistant.vlm.device())?;

@@ -122,10 +122,9 @@ pub fn examine(
     let brought = run(&AttackConfig { num_steps: 0, ..base.clone() }, Some(&blank))?;
     let unbounded = run(&at(widest), Some(&blank))?;
     // What breaks an item within a budget breaks it without one; else a second try, from where twice the budget led.
-    let is_within = [&noise, &fgsm, &half, &found, &twice, &square, &brought, &unbounded];
-    let is_broken = own
-        || is_within.iter().any(|found| found.broken[0])
-        || run(&at(widest), Some(&twice.pixels))?.broken[0];
+    let tried = [&noise, &fgsm, &half, &found, &twice, &square, &brought, &unbounded];
+    let is_broken =
+        own || tried.iter().any(|found| found.broken[0]) || run(&at(widest), Some(&twice.pixels))?.broken[0];
     let steepest = if unbounded.loss[0] > twice.loss[0] { &unbounded } else { &twice };
     Ok(Probe {
         gradient_error: gradient_error(objective, &steepest.pixels, key, config)?,
