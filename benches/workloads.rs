@@ -27,7 +27,7 @@ use safemed::model::sampling::{Decoding, SamplingConfig};
 use safemed::nn::recompute::{Memory, Stage, loss_and_gradients};
 use safemed::pixels::decode::decode_file;
 use safemed::recipes::config::TrainConfig;
-use safemed::recipes::fit::Fit;
+use safemed::recipes::fit::{Fit, Student};
 use safemed::recipes::scratch::Scratch;
 use safemed::roles::classifier::{QuestionClassifier, Reading};
 use safemed::roles::policy::{self, Scoring};
@@ -119,10 +119,10 @@ fn run(args: &Args) -> Result<()> {
         let trains = |name: &str| name.contains(".lora_");
         let assistant =
             Assistant::load_adapted(&checkpoint, adaptation, Storage::AsStored, &trains, &Device::Cpu)?;
-        let mut fit = Fit::new(assistant, Some(config.clone()))?;
+        let mut fit = Fit::new(Student::new(assistant, Some(config.clone()))?)?;
         bench.sft(&mut fit)?;
-        bench.rollout(&fit.frozen)?;
-        bench.pgd(&fit.frozen, &ON_ADAPTER)?;
+        bench.rollout(&fit.learner.frozen)?;
+        bench.pgd(&fit.learner.frozen, &ON_ADAPTER)?;
         bench.grpo_update(&mut fit)?;
     }
     Ok(())
@@ -404,11 +404,11 @@ impl Bench<'_> {
     }
 
     /// One step of the adapter on four questions with a reasoning each.
-    fn sft(&self, fit: &mut Fit) -> Result<()> {
+    fn sft(&self, fit: &mut Fit<Student>) -> Result<()> {
         if !(self.wants)("sft_lora") {
             return Ok(());
         }
-        let asked = self.first(&fit.frozen, 4)?;
+        let asked = self.first(&fit.learner.frozen, 4)?;
         let mut targets = Vec::new();
         for sample in self.samples.iter().take(4) {
             let text = format!(
@@ -417,18 +417,18 @@ impl Bench<'_> {
                 sample.options[sample.answer],
                 LETTERS[sample.answer],
             );
-            targets.push(vec![fit.assistant.target(&text)?]);
+            targets.push(vec![fit.learner.assistant.target(&text)?]);
         }
         self.step("sft_lora", fit, &asked, &targets, &|spans: usize| vec![-1.0 / spans as f32; spans])
     }
 
     /// Log-probabilities of two groups of eight, the loss's slopes, an update.
-    fn grpo_update(&self, fit: &mut Fit) -> Result<()> {
+    fn grpo_update(&self, fit: &mut Fit<Student>) -> Result<()> {
         if !(self.wants)("grpo_update") {
             return Ok(());
         }
-        let asked = self.first(&fit.frozen, 2)?;
-        let groups = Self::group(&fit.frozen, &asked)?;
+        let asked = self.first(&fit.learner.frozen, 2)?;
+        let groups = Self::group(&fit.learner.frozen, &asked)?;
         // On the policy that sampled, the surrogate's slope is minus the advantage over the number of tokens.
         let slopes = |count: usize| {
             (0..count).map(|token| -((token / NEW_TOKENS) as f32 * 0.7).sin() / count as f32).collect()
@@ -439,7 +439,7 @@ impl Bench<'_> {
     fn step(
         &self,
         name: &str,
-        fit: &mut Fit,
+        fit: &mut Fit<Student>,
         asked: &Asked,
         completions: &[Vec<Vec<u32>>],
         slopes: &dyn Fn(usize) -> Vec<f32>,
@@ -447,13 +447,14 @@ impl Bench<'_> {
         let settings = TrainConfig { learning_rate: 1e-5, ..TrainConfig::default() };
         let memory = self.memory();
         self.measure(name, "optimiser step", 1, &mut || {
-            let scoring = Scoring::new(&fit.assistant, &asked.prompts, completions)?;
+            let scoring = Scoring::new(&fit.learner.assistant, &asked.prompts, completions)?;
             let pixels = [asked.pixels.clone()];
-            let plan = fit.assistant.vlm.vision_plan(&policy::grids_of(&fit.assistant, &pixels)?)?;
-            let mut stages: Vec<Stage<'_>> = fit.assistant.vlm.vision_stages(&plan);
-            stages.extend(scoring.stages(&fit.assistant));
+            let plan =
+                fit.learner.assistant.vlm.vision_plan(&policy::grids_of(&fit.learner.assistant, &pixels)?)?;
+            let mut stages: Vec<Stage<'_>> = fit.learner.assistant.vlm.vision_stages(&plan);
+            stages.extend(scoring.stages(&fit.learner.assistant));
             let loss = |state: &[Tensor]| {
-                let log_probs = scoring.log_probs(&fit.assistant, &state[0], 1.0)?;
+                let log_probs = scoring.log_probs(&fit.learner.assistant, &state[0], 1.0)?;
                 let slopes = Tensor::from_vec(slopes(log_probs.dims1()?), log_probs.dims1()?, &Device::Cpu)?;
                 (log_probs * slopes)?.sum_all()
             };

@@ -201,6 +201,64 @@ const SHORT: [(&str, &str); 9] = [
     ("train.adversary.num_steps", "2"),
 ];
 
+/// A denoiser, over [`SHORT`].
+const DENOISER: [(&str, &str); 7] = [
+    ("train.recipe", "denoiser"),
+    ("train.noise_sigma", "0.2"),
+    ("train.batch_size", "8"),
+    ("train.num_steps", "60"),
+    ("train.save_every", "4"),
+    ("train.learning_rate", "0.01"),
+    ("train.denoiser.width", "16"),
+];
+
+#[test]
+fn a_denoiser_learns_and_is_part_of_what_is_attacked_and_certified() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("denoiser");
+    let more = [&SHORT[..], &DENOISER].concat();
+    run_as(Train, &settings(&material().loud, &out, &more), 2).unwrap();
+    let steps = lines(&out, "metrics.jsonl");
+    let last = |key: &str| steps.last().unwrap()[key].as_f64().unwrap();
+    assert!(last("psnr") > last("psnr_noisy") + 1.0, "{:?}", steps.last());
+    let trained = out.join("checkpoints/step-60").display().to_string();
+
+    // The same files with the noise of one run, through the denoiser and without it.
+    let of = |command, name: &str, denoiser: &[(&str, &str)]| {
+        let out = dir.path().join(name);
+        let more = [&measuring(command)[..], denoiser].concat();
+        let summary = run_as(command, &settings(&material().loud, &out, &more), 2).unwrap().summary;
+        let run: Value = serde_json::from_slice(&fs::read(out.join("run.json")).unwrap()).unwrap();
+        (summary, lines(&out, "records.jsonl"), run)
+    };
+    let before: [(&str, &str); 1] = [("denoiser", &trained)];
+    let (_, plain, plain_run) = of(Certify, "plain", &[]);
+    let (_, denoised, run) = of(Certify, "denoised", &before);
+    let counts = |records: &[Value]| records.iter().map(|r| r["counts"].clone()).collect::<Vec<_>>();
+    assert_ne!(counts(&plain), counts(&denoised));
+    assert_ne!(plain[0]["model_sha256"], denoised[0]["model_sha256"], "the function is another one");
+    assert!(run["denoiser_sha256"].is_string() && plain_run["denoiser_sha256"].is_null());
+    let (summary, records, _) = of(Attack, "attack", &[before[0], ("scoring", "likelihood")]);
+    let gradient =
+        summary["verdict_checks"].as_array().unwrap().iter().find(|c| c["name"] == "gradient check");
+    assert_eq!(gradient.unwrap_or(&Value::Null)["status"], "PASS", "{summary:#}");
+    assert!(records.iter().any(|record| record["loss_adversarial"].as_f64() > record["loss_clean"].as_f64()));
+
+    // What makes no sense.
+    let refused = |command, more: &[(&str, &str)], what: &str| {
+        let more = [&measuring(command)[..], more].concat();
+        let error =
+            run_as(command, &settings(&material().loud, &dir.path().join("no"), &more), 2).unwrap_err();
+        assert!(error.to_string().contains(what), "{error}");
+        error.status()
+    };
+    assert_eq!(refused(Train, &[("train.recipe", "denoiser")], "noise_sigma"), ExitStatus::Usage);
+    let both = [&DENOISER[..], &before].concat();
+    assert_eq!(refused(Train, &both, "has no effect"), ExitStatus::Usage);
+    let model = material().loud.display().to_string();
+    assert_eq!(refused(Certify, &[("denoiser", &model)], "this is no denoiser"), ExitStatus::Data);
+}
+
 #[test]
 fn every_recipe_logs_its_numbers() {
     let dir = tempfile::tempdir().unwrap();
@@ -259,23 +317,26 @@ fn every_recipe_logs_its_numbers() {
 #[test]
 fn killed_training_goes_on_to_the_same_bytes() {
     let dir = tempfile::tempdir().unwrap();
-    let (whole, killed) = (dir.path().join("whole"), dir.path().join("killed"));
-    let more = [&SHORT[..], &[("train.recipe", "at_grpo")]].concat();
-    run_as(Train, &settings(&material().loud, &whole, &more), 2).unwrap();
-    let settings = settings(&material().loud, &killed, &more);
-    // Behind the checkpoint of step 2: step 3 is done again.
-    run_with_kills(Train, &settings, &killed, "metrics.jsonl", &[1, 3]);
-    assert!(results(&whole).keys().any(|name| name.contains("step-4/optimizer.safetensors")));
-    check_same(&whole, &killed);
+    for own in [&[("train.recipe", "at_grpo")][..], &DENOISER] {
+        let [whole, killed] = ["whole", "killed"].map(|name| dir.path().join(format!("{name}-{}", own[0].1)));
+        let more = [&SHORT[..], own].concat();
+        run_as(Train, &settings(&material().loud, &whole, &more), 2).unwrap();
+        let settings = settings(&material().loud, &killed, &more);
+        // Behind the checkpoint of step 2: step 3 is done again.
+        run_with_kills(Train, &settings, &killed, "metrics.jsonl", &[1, 3]);
+        assert!(results(&whole).keys().any(|name| name.contains("step-4/optimizer.safetensors")));
+        check_same(&whole, &killed);
+    }
 }
 
 #[test]
 fn threads_change_no_byte_of_training() {
     let dir = tempfile::tempdir().unwrap();
-    for recipe in ["sft", "at_grpo"] {
+    for recipe in ["sft", "at_grpo", "denoiser"] {
         let outs = [1, 2].map(|threads| {
             let out = dir.path().join(format!("{recipe}-{threads}"));
-            let more = [&SHORT[..], &[("train.recipe", recipe), ("train.num_steps", "3")]].concat();
+            let own = [("train.recipe", recipe), ("train.noise_sigma", "0.1"), ("train.num_steps", "3")];
+            let more = [&SHORT[..], &own].concat();
             run_as(Train, &settings(&material().loud, &out, &more), threads).unwrap();
             out
         });

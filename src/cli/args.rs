@@ -155,6 +155,9 @@ pub(crate) struct ModelArgs {
     /// LoRA adapter directory (PEFT).
     #[arg(long, value_name = "DIR", env = "SAFEMED_ADAPTER", hide_env = true)]
     adapter: Option<String>,
+    /// Directory of a denoiser that every image passes before the model.
+    #[arg(long, value_name = "DIR", env = "SAFEMED_DENOISER", hide_env = true)]
+    denoiser: Option<String>,
     /// Prompt template [default: med_r1_think].
     #[arg(long, value_name = "NAME", env = "SAFEMED_PROMPT", hide_env = true)]
     prompt: Option<String>,

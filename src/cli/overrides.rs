@@ -6,7 +6,7 @@ use clap::ArgMatches;
 use clap::parser::ValueSource;
 
 /// Flags of the top level of the configuration.
-const TOP: [&str; 13] = [
+const TOP: [&str; 14] = [
     "seed",
     "device",
     "dtype",
@@ -14,6 +14,7 @@ const TOP: [&str; 13] = [
     "model",
     "revision",
     "adapter",
+    "denoiser",
     "prompt",
     "scoring",
     "max_new_tokens",

@@ -3,6 +3,7 @@
 pub mod assistant;
 pub mod chat;
 pub mod config;
+pub mod denoiser;
 pub mod generate;
 pub mod hub;
 pub mod initialise;

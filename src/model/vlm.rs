@@ -4,6 +4,7 @@
 //! between, and a parity check can look at every hidden state. Losses live elsewhere.
 
 use super::config::VlmConfig;
+use super::denoiser::Denoiser;
 use super::kv_cache::KvCache;
 use super::parameters::{Build, Builder, Outline, Parameters};
 use super::patches::Patchify;
@@ -23,6 +24,7 @@ use std::sync::Arc;
 #[derive(Debug, Clone)]
 pub struct Vlm {
     config: VlmConfig,
+    denoiser: Option<Denoiser>,
     patchify: Patchify,
     vision: VisionTower,
     decoder: Decoder,
@@ -89,6 +91,7 @@ impl Vlm {
         let decoder = Decoder::load(&mut builder, &config.text, config.tie_word_embeddings)?;
         Ok(Self {
             config: config.clone(),
+            denoiser: None,
             patchify,
             vision,
             decoder,
@@ -131,6 +134,17 @@ impl Vlm {
     /// The shape.
     pub fn config(&self) -> &VlmConfig {
         &self.config
+    }
+
+    /// The same model with a denoiser in front: part of the function for attacks and certificates.
+    #[must_use]
+    pub fn behind(self, denoiser: Denoiser) -> Self {
+        Self { denoiser: Some(denoiser), ..self }
+    }
+
+    /// What stands in front of the model.
+    pub fn denoiser(&self) -> Option<&Denoiser> {
+        self.denoiser.as_ref()
     }
 
     /// How pixels become patches.
@@ -176,7 +190,10 @@ impl Vlm {
         let mut stages: Vec<Stage<'a>> = vec![Box::new(move |state| {
             let patches = state
                 .iter()
-                .map(|pixels| self.patchify.apply(pixels))
+                .map(|pixels| match &self.denoiser {
+                    Some(denoiser) => self.patchify.apply(&denoiser.apply(pixels)?),
+                    None => self.patchify.apply(pixels),
+                })
                 .collect::<candle_core::Result<Vec<_>>>()?;
             let patches = if patches.len() == 1 { patches[0].clone() } else { Tensor::cat(&patches, 0)? };
             Ok(vec![self.vision.embed(&patches, plan)?])

@@ -10,6 +10,7 @@
 
 pub mod activation;
 pub mod attention;
+pub mod convolution;
 pub mod cross_entropy;
 pub(crate) mod kernel;
 pub mod linear;

@@ -5,6 +5,7 @@
 
 use super::activation::Activation;
 use super::attention::{Heads, Layout};
+use super::convolution::Planes;
 use candle_core::{D, DType, Result, Tensor};
 
 /// `x · weightᵀ + bias`, see [`super::linear`].
@@ -27,6 +28,18 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Resul
     let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
     let variance = centred.sqr()?.mean_keepdim(D::Minus1)?;
     centred.broadcast_div(&(variance + eps)?.sqrt()?)?.broadcast_mul(weight)?.broadcast_add(bias)
+}
+
+/// See [`super::convolution::neighbourhoods`].
+pub fn neighbourhoods(x: &Tensor, planes: Planes) -> Result<Tensor> {
+    let (rows, channels) = x.dims2()?;
+    let Planes { batch, height, width } = planes;
+    let padded = x.reshape((batch, height, width, channels))?;
+    let padded = padded.pad_with_zeros(1, 1, 1)?.pad_with_zeros(2, 1, 1)?;
+    let shifted = (0..9)
+        .map(|k| padded.narrow(1, k / 3, height)?.narrow(2, k % 3, width)?.reshape((rows, channels)))
+        .collect::<Result<Vec<_>>>()?;
+    Tensor::stack(&shifted, 2)?.reshape((rows, 9 * channels))
 }
 
 /// See [`super::rotary::rotary`].

@@ -2,6 +2,7 @@
 
 use super::activation::{Activation, activate, gated};
 use super::attention::{Block, Heads, Layout, attention};
+use super::convolution::{Planes, convolve, neighbourhoods};
 use super::cross_entropy::log_probs_of;
 use super::linear::{Linear, LowRank};
 use super::{norm, plain, rotary, rows};
@@ -108,6 +109,25 @@ fn a_frozen_linear_gives_no_gradient_to_its_weight_and_keeps_it_for_export() {
     let grads = layer.forward(x.as_tensor()).unwrap().sum_all().unwrap().backward().unwrap();
     assert!(grads.get(&x).is_some() && grads.get(&weight).is_none());
     assert_eq!(values(&layer.weight().unwrap()), values(weight.as_tensor()));
+}
+
+#[test]
+fn convolution_equals_its_composition_and_sees_zeros_outside_and_no_other_image() {
+    let planes = Planes { batch: 2, height: 3, width: 5 };
+    let inputs = [random(&[30, 4], 1), random(&[6, 36], 2), random(&[6], 3)];
+    check_op(
+        "convolution",
+        &inputs,
+        &|t| convolve(&t[0], planes, &Linear::of_tensor(&t[1], Some(&t[2]))),
+        &|t| plain::linear(&plain::neighbourhoods(&t[0], planes)?, &t[1], Some(&t[2])),
+    );
+    // A pixel of its own value, in closed form: row 7 is (1, 2) of the first image.
+    let x = Tensor::arange(0f32, 30., &Device::Cpu).unwrap().reshape((30, 1)).unwrap();
+    let found = neighbourhoods(&x, planes).unwrap().to_vec2::<f32>().unwrap();
+    assert_eq!(found[7], [1., 2., 3., 6., 7., 8., 11., 12., 13.]);
+    assert_eq!(found[0], [0., 0., 0., 0., 0., 1., 0., 5., 6.]);
+    assert_eq!(found[15], [0., 0., 0., 0., 15., 16., 0., 20., 21.], "the second image's corner");
+    assert!(neighbourhoods(&x, Planes { batch: 3, ..planes }).is_err());
 }
 
 #[test]

@@ -157,6 +157,7 @@ pub fn attack(job: &Job<'_>) -> Result<Outcome> {
     let model = inputs::open_model(job)?;
     let mut run = job.open_run()?;
     inputs::note_model(&mut run, &model)?;
+    inputs::note_denoiser(&mut run, config)?;
     let summary = under_attack(&model.assistant, &dataset, train.as_ref(), &setting, &mut run, job.progress)?;
     let options = ReportOptions { images: config.images, ..ReportOptions::default() };
     report::report(&[run.dir().to_path_buf()], &options, job.progress)?;

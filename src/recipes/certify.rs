@@ -64,6 +64,15 @@ pub fn certify(job: &Job<'_>) -> Result<Outcome> {
     let setting = setting_with(config, model.sha256.clone())?;
     let mut run = job.open_run()?;
     inputs::note_model(&mut run, &model)?;
+    inputs::note_denoiser(&mut run, config)?;
+    if let Some(trained) = model.assistant.vlm.denoiser().map(|denoiser| denoiser.config().sigma) {
+        let sigma = setting.smoothing.sigma;
+        if (trained / sigma - 1.0).abs() > 1e-9 {
+            job.progress.note(&format!(
+                "the denoiser was trained under noise of {trained}, not {sigma}: certificates hold, they may be few"
+            ));
+        }
+    }
     let summary = smoothed(&model.assistant, &dataset, train.as_ref(), &setting, &mut run, job.progress)?;
     let options = ReportOptions { images: config.images, ..ReportOptions::default() };
     report::report(&[run.dir().to_path_buf()], &options, job.progress)?;

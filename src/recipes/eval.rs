@@ -54,6 +54,7 @@ pub fn eval(job: &Job<'_>) -> Result<Outcome> {
     let model = inputs::open_model(job)?;
     let mut run = job.open_run()?;
     inputs::note_model(&mut run, &model)?;
+    inputs::note_denoiser(&mut run, &job.config)?;
     let summary = evaluate(&model.assistant, &dataset, train.as_ref(), &settings, &mut run, job.progress)?;
     let options = ReportOptions { images: job.config.images, ..ReportOptions::default() };
     report::report(&[run.dir().to_path_buf()], &options, job.progress)?;

@@ -6,6 +6,7 @@
 use super::config::{ScheduleName, TrainConfig};
 use crate::error::{Error, Result};
 use crate::model::assistant::Assistant;
+use crate::model::denoiser::{self, Denoiser};
 use crate::model::lora::{self, LoraConfig};
 use crate::model::weights::{self, TensorFile};
 use crate::nn::recompute::Gradients;
@@ -16,15 +17,87 @@ use serde_json::json;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// A model in training.
+/// What can be trained: variables with names, and checkpoints that hold them.
+pub trait Learner {
+    /// The variables, always in the same order.
+    fn trained(&self) -> Vec<(String, Var)>;
+
+    /// Writes a checkpoint into a new directory.
+    ///
+    /// # Errors
+    /// When a file cannot be written.
+    fn save(&self, dir: &Path) -> Result<()>;
+
+    /// Opens a checkpoint that [`Learner::save`] wrote.
+    ///
+    /// # Errors
+    /// When it is damaged.
+    fn open(&self, dir: &Path) -> Result<Saved>;
+}
+
+/// A vision-language model that learns.
 #[derive(Debug)]
-pub struct Fit {
+pub struct Student {
     /// The model.
     pub assistant: Assistant,
     /// The same weights without gradients.
     pub frozen: Assistant,
-    /// Settings of the adapter, when that is what trains.
+    /// Settings of the adapter, when that is what trains: checkpoints hold it and not the weights.
     adapter: Option<LoraConfig>,
+}
+
+impl Student {
+    /// A model at the beginning of its training.
+    ///
+    /// # Errors
+    /// When the device has no room.
+    pub fn new(assistant: Assistant, adapter: Option<LoraConfig>) -> Result<Self> {
+        Ok(Self { frozen: assistant.detached()?, assistant, adapter })
+    }
+}
+
+impl Learner for Student {
+    fn trained(&self) -> Vec<(String, Var)> {
+        self.assistant.vlm.parameters().trained()
+    }
+
+    /// A complete Hugging Face directory, or an adapter as PEFT has it.
+    fn save(&self, dir: &Path) -> Result<()> {
+        match &self.adapter {
+            Some(config) => lora::save(dir, config, &self.assistant.vlm.parameters().low_rank()?),
+            None => self.assistant.save(dir),
+        }
+    }
+
+    fn open(&self, dir: &Path) -> Result<Saved> {
+        Ok(match &self.adapter {
+            Some(_) => {
+                Saved::Tensors { file: TensorFile::open(&dir.join(lora::TENSOR_FILE))?, root: lora::ROOT }
+            }
+            None => Saved::Model(weights::Weights::open(dir)?),
+        })
+    }
+}
+
+impl Learner for Denoiser {
+    fn trained(&self) -> Vec<(String, Var)> {
+        self.parameters().trained()
+    }
+
+    fn save(&self, dir: &Path) -> Result<()> {
+        Self::save(self, dir)
+    }
+
+    fn open(&self, dir: &Path) -> Result<Saved> {
+        Ok(Saved::Tensors { file: TensorFile::open(&dir.join(denoiser::TENSOR_FILE))?, root: "" })
+    }
+}
+
+/// A learner in training.
+#[derive(Debug)]
+pub struct Fit<L> {
+    /// What learns.
+    pub learner: L,
     parameters: Vec<(String, Var)>,
     moments: Vec<Moments>,
     /// Optimiser updates applied so far.
@@ -42,13 +115,13 @@ pub struct Update {
     pub learning_rate: f64,
 }
 
-impl Fit {
-    /// A model at the beginning of its training; with `adapter`, checkpoints hold that and not the weights.
+impl<L: Learner> Fit<L> {
+    /// At the first step.
     ///
     /// # Errors
     /// When no parameter trains.
-    pub fn new(assistant: Assistant, adapter: Option<LoraConfig>) -> Result<Self> {
-        let parameters = assistant.vlm.parameters().trained();
+    pub fn new(learner: L) -> Result<Self> {
+        let parameters = learner.trained();
         if parameters.is_empty() {
             return Err(Error::usage(
                 "no parameter would train\n   = help: set one of train.parts.{vision,merger,text} to true",
@@ -56,15 +129,7 @@ impl Fit {
         }
         let moments =
             parameters.iter().map(|(_, var)| Moments::zeros(var.as_tensor().elem_count())).collect();
-        Ok(Self {
-            frozen: assistant.detached()?,
-            assistant,
-            adapter,
-            parameters,
-            moments,
-            updates: 0,
-            step: 0,
-        })
+        Ok(Self { learner, parameters, moments, updates: 0, step: 0 })
     }
 
     /// The tensors whose gradients are wanted.
@@ -116,8 +181,8 @@ impl Fit {
         Ok(Update { grad_norm, learning_rate })
     }
 
-    /// Writes `checkpoints/step-N`: a complete Hugging Face directory (or an adapter as PEFT has it), the optimiser and
-    /// the step; the directory appears only once it is whole.
+    /// Writes `checkpoints/step-N`: the learner's checkpoint, the optimiser and the step; the directory appears only once
+    /// it is whole.
     ///
     /// # Errors
     /// When a file cannot be written; the last checkpoint is untouched then.
@@ -131,10 +196,7 @@ impl Fit {
         if partial.exists() {
             fs::remove_dir_all(&partial).map_err(io("cannot remove", &partial))?;
         }
-        match &self.adapter {
-            Some(config) => lora::save(&partial, config, &self.assistant.vlm.parameters().low_rank()?)?,
-            None => self.assistant.save(&partial)?,
-        }
+        self.learner.save(&partial)?;
         let mut tensors = Vec::with_capacity(2 * self.moments.len());
         for ((name, var), moments) in self.parameters.iter().zip(&self.moments) {
             let shape = var.as_tensor().shape();
@@ -170,10 +232,7 @@ impl Fit {
     pub fn resume(&mut self, root: &Path) -> Result<bool> {
         let Some(newest) = saved_steps(root).into_iter().max() else { return Ok(false) };
         let dir = root.join(format!("step-{newest}"));
-        let saved = match &self.adapter {
-            Some(_) => Saved::Adapter(TensorFile::open(&dir.join(lora::TENSOR_FILE))?),
-            None => Saved::Model(weights::Weights::open(&dir)?),
-        };
+        let saved = self.learner.open(&dir)?;
         let optimizer = TensorFile::open(&dir.join("optimizer.safetensors"))?;
         for ((name, var), moments) in self.parameters.iter().zip(&mut self.moments) {
             var.set(&saved.get(name, var.as_tensor().dims())?.to_device(var.as_tensor().device())?)?;
@@ -208,20 +267,28 @@ fn saved_steps(root: &Path) -> Vec<u64> {
 }
 
 /// The values of a checkpoint.
-enum Saved {
+#[derive(Debug)]
+pub enum Saved {
+    /// A model's, by canonical name.
     Model(weights::Weights),
-    Adapter(TensorFile),
+    /// One file's, whose names begin with `root`.
+    Tensors {
+        /// The file.
+        file: TensorFile,
+        /// What stands before each name.
+        root: &'static str,
+    },
 }
 
 impl Saved {
     fn get(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
         match self {
             Self::Model(weights) => Ok(weights.get(name, shape)?.into_tensor(shape)?),
-            Self::Adapter(file) => {
-                let name = format!("{}{name}", lora::ROOT);
+            Self::Tensors { file, root } => {
+                let name = format!("{root}{name}");
                 if file.shape(&name).is_some_and(|found| found != shape) {
                     return Err(Error::data(format!(
-                        "the saved adapter's `{name}` is not {shape:?}\n  --> {}",
+                        "the saved `{name}` is not {shape:?}\n  --> {}",
                         file.path().display()
                     )));
                 }

@@ -11,7 +11,7 @@
 //! Deviation: `entropy` is estimated by minus the mean log-probability of the sampled tokens.
 
 use super::config::{GrpoSettings, KlImage, ScaleRewards};
-use super::fit::Fit;
+use super::fit::{Fit, Student};
 use super::items;
 use super::lesson::{Lesson, Questions, attack_batch};
 use super::sft::StepReport;
@@ -46,7 +46,7 @@ struct Group {
 /// When a loss or gradient is not finite.
 pub fn step(
     lesson: &Lesson<'_>,
-    fit: &mut Fit,
+    fit: &mut Fit<Student>,
     reference: Option<&Assistant>,
     max_new_tokens: usize,
     is_adversarial: bool,
@@ -54,18 +54,21 @@ pub fn step(
 ) -> Result<StepReport> {
     let settings = &lesson.config.grpo;
     let mut report = StepReport::default();
-    let questions = lesson.questions(&fit.frozen, fit.step)?;
+    let questions = lesson.questions(&fit.learner.frozen, fit.step)?;
 
     let started = Instant::now();
-    let clean = items::stack(&fit.frozen, &questions.images)?;
-    let attacked =
-        if is_adversarial { Some(attack_batch(lesson, &fit.frozen, &questions, fit.step)?) } else { None };
+    let clean = items::stack(&fit.learner.frozen, &questions.images)?;
+    let attacked = if is_adversarial {
+        Some(attack_batch(lesson, &fit.learner.frozen, &questions, fit.step)?)
+    } else {
+        None
+    };
     let pixels =
         &lesson.with_noise(attacked.as_ref().map_or(&clean, |attacked| &attacked.pixels), fit.step)?;
     report.phases.push(("attack", started.elapsed().as_secs_f64()));
 
     let started = Instant::now();
-    let groups = roll_out(lesson, &fit.frozen, &questions, pixels, fit.step, max_new_tokens)?;
+    let groups = roll_out(lesson, &fit.learner.frozen, &questions, pixels, fit.step, max_new_tokens)?;
     report.phases.push(("rollout", started.elapsed().as_secs_f64()));
 
     let started = Instant::now();
@@ -174,7 +177,7 @@ struct UpdateOutcome {
 
 fn update(
     lesson: &Lesson<'_>,
-    fit: &mut Fit,
+    fit: &mut Fit<Student>,
     questions: &Questions,
     groups: &[Group],
     advantages: &[Vec<f64>],
@@ -197,7 +200,7 @@ fn update(
     let prompts: Vec<_> = keep.iter().map(|&g| questions.prompts[g].clone()).collect();
     let completions: Vec<Vec<Vec<u32>>> =
         keep.iter().map(|&g| groups[g].completions.iter().map(|c| c.ids.clone()).collect()).collect();
-    let scoring = Scoring::new(&fit.assistant, &prompts, &completions)?;
+    let scoring = Scoring::new(&fit.learner.assistant, &prompts, &completions)?;
     let ref_log_probs = match seen.reference {
         Some(reference) => {
             let images = match settings.kl_image {
@@ -229,12 +232,13 @@ fn update(
     };
     let mut old_log_probs: Option<Vec<f64>> = None;
     for _ in 0..settings.num_updates {
-        let plan = fit.assistant.vlm.vision_plan(&policy::grids_of(&fit.assistant, &pixels)?)?;
-        let mut stages: Vec<Stage<'_>> = fit.assistant.vlm.vision_stages(&plan);
-        stages.extend(scoring.stages(&fit.assistant));
+        let plan =
+            fit.learner.assistant.vlm.vision_plan(&policy::grids_of(&fit.learner.assistant, &pixels)?)?;
+        let mut stages: Vec<Stage<'_>> = fit.learner.assistant.vlm.vision_stages(&plan);
+        stages.extend(scoring.stages(&fit.learner.assistant));
         let (result, refusal) = (RefCell::new(None), RefCell::new(None));
         let loss = |state: &[Tensor]| {
-            let log_probs = scoring.log_probs(&fit.assistant, &state[0], settings.temperature)?;
+            let log_probs = scoring.log_probs(&fit.learner.assistant, &state[0], settings.temperature)?;
             let values = to_f64(&log_probs.to_vec1::<f32>()?);
             let batch = Completions {
                 lengths: &lengths,

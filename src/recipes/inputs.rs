@@ -10,6 +10,7 @@ use crate::data::prompt::PromptTemplate;
 use crate::data::{Dataset, ImageCheck, Sample};
 use crate::error::{Error, Result};
 use crate::model::assistant::Assistant;
+use crate::model::denoiser::{self, Denoiser};
 use crate::model::hub::{self, Event, Location};
 use crate::model::loader::Adaptation;
 use crate::model::lora::{self, Adapter};
@@ -31,7 +32,8 @@ pub struct OpenModel {
     pub revision: Option<String>,
     /// The model, loaded without gradients.
     pub assistant: Assistant,
-    /// Hash of the weights: see [`model_sha256`]; with an adapter, of the two lines `HASH  model` and `HASH  adapter`.
+    /// Hash of the weights: see [`model_sha256`]; with an adapter or a denoiser, of the lines `HASH  model`,
+    /// `HASH  adapter` and `HASH  denoiser`.
     pub sha256: String,
     /// Hash of the adapter's tensors, where there is one.
     pub adapter_sha256: Option<String>,
@@ -121,11 +123,30 @@ pub fn open_model(job: &Job<'_>) -> Result<OpenModel> {
     let adaptation = adapter.as_ref().map_or(Adaptation::None, Adaptation::Active);
     let assistant = Assistant::load_adapted(&dir, adaptation, config.dtype.storage(), &|_| false, &device)?;
     let adapter_sha256 = config.adapter.as_deref().map(adapter_sha256).transpose()?;
+    let denoiser_sha256 = config.denoiser.as_deref().map(denoiser_sha256).transpose()?;
     let mut sha256 = model_sha256(&dir)?;
-    if let Some(adapter) = &adapter_sha256 {
-        sha256 = hex(&Sha256::digest(format!("{sha256}  model\n{adapter}  adapter\n")));
+    if adapter_sha256.is_some() || denoiser_sha256.is_some() {
+        let parts = [
+            ("model", Some(&sha256)),
+            ("adapter", adapter_sha256.as_ref()),
+            ("denoiser", denoiser_sha256.as_ref()),
+        ];
+        let lines: Vec<String> =
+            parts.iter().filter_map(|(name, hash)| hash.map(|hash| format!("{hash}  {name}\n"))).collect();
+        sha256 = hex(&Sha256::digest(lines.concat()));
     }
+    let assistant = behind_denoiser(config, assistant)?;
     Ok(OpenModel { dir, revision: commit, assistant, sha256, adapter_sha256 })
+}
+
+/// The model behind the denoiser that `config` names, if it names one.
+///
+/// # Errors
+/// What is missing or wrong in the denoiser's directory.
+pub fn behind_denoiser(config: &RunConfig, assistant: Assistant) -> Result<Assistant> {
+    let Some(dir) = &config.denoiser else { return Ok(assistant) };
+    let denoiser = Denoiser::load(dir, assistant.vlm.device())?;
+    Ok(Assistant { vlm: assistant.vlm.behind(denoiser), ..assistant })
 }
 
 /// The questions of `config`, and those that the option prior counts when a training split is named.
@@ -216,6 +237,23 @@ pub fn model_sha256(dir: &Path) -> Result<String> {
 /// When the file cannot be read.
 pub fn adapter_sha256(dir: &Path) -> Result<String> {
     file_sha256(&dir.join(lora::TENSOR_FILE))
+}
+
+/// The hash of a denoiser's tensors: what `sha256sum model.safetensors` prints.
+///
+/// # Errors
+/// When the file cannot be read.
+pub fn denoiser_sha256(dir: &Path) -> Result<String> {
+    file_sha256(&dir.join(denoiser::TENSOR_FILE))
+}
+
+/// Notes the denoiser in front of the model, if there is one.
+///
+/// # Errors
+/// As [`note_questions`].
+pub fn note_denoiser(run: &mut Run, config: &RunConfig) -> Result<()> {
+    let Some(dir) = &config.denoiser else { return Ok(()) };
+    run.provenance("denoiser_sha256", json!(denoiser_sha256(dir)?))
 }
 
 /// The hashes of the small files that decide what a checkpoint says.

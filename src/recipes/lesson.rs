@@ -91,6 +91,15 @@ impl Lesson<'_> {
         Ok(Questions { samples, prompts, targets, images })
     }
 
+    /// The images of the questions of step `step`.
+    ///
+    /// # Errors
+    /// When an image is missing or damaged.
+    pub fn images_of(&self, assistant: &Assistant, step: u64) -> Result<Vec<Arc<ProcessedImage>>> {
+        let picked: Vec<&Sample> = self.picked(step).into_iter().map(|index| &self.samples[index]).collect();
+        self.images.of_samples(assistant, picked)
+    }
+
     /// Indices of the questions of step `step`.
     fn picked(&self, step: u64) -> Vec<usize> {
         let (count, size) = (self.samples.len(), self.config.batch_size);

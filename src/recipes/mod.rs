@@ -15,6 +15,7 @@ pub mod config;
 pub mod crosscheck;
 pub mod data;
 pub mod demo;
+pub mod denoise;
 pub mod doctor;
 pub mod eval;
 pub mod export;

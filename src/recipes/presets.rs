@@ -6,7 +6,7 @@ use serde_json::json;
 use std::fmt::Write as _;
 
 /// Name and content of every file under `configs/`.
-const PRESETS: [(&str, &str); 11] = [
+const PRESETS: [(&str, &str); 12] = [
     ("eval", include_str!("../../configs/eval.toml")),
     ("attack", include_str!("../../configs/attack.toml")),
     ("certify", include_str!("../../configs/certify.toml")),
@@ -15,6 +15,7 @@ const PRESETS: [(&str, &str); 11] = [
     ("at_sft", include_str!("../../configs/at_sft.toml")),
     ("grpo", include_str!("../../configs/grpo.toml")),
     ("at_grpo", include_str!("../../configs/at_grpo.toml")),
+    ("denoiser", include_str!("../../configs/denoiser.toml")),
     ("minimed_captions", include_str!("../../configs/minimed_captions.toml")),
     ("minimed_sft", include_str!("../../configs/minimed_sft.toml")),
     ("minimed_at_grpo", include_str!("../../configs/minimed_at_grpo.toml")),

@@ -3,7 +3,7 @@
 //! The loss is the mean negative log-likelihood over the tokens of the right completions, the token that ends the turn
 //! included; prompt and image tokens are never learnt.
 
-use super::fit::Fit;
+use super::fit::{Fit, Student};
 use super::items;
 use super::lesson::{Lesson, Questions, attack_batch};
 use crate::error::{Error, Result};
@@ -28,15 +28,20 @@ pub struct StepReport {
 ///
 /// # Errors
 /// When a loss or gradient is not finite; [`Lesson::located`] adds the questions.
-pub fn step(lesson: &Lesson<'_>, fit: &mut Fit, is_adversarial: bool, memory: Memory) -> Result<StepReport> {
+pub fn step(
+    lesson: &Lesson<'_>,
+    fit: &mut Fit<Student>,
+    is_adversarial: bool,
+    memory: Memory,
+) -> Result<StepReport> {
     let mut report = StepReport::default();
-    let questions = lesson.questions(&fit.frozen, fit.step)?;
+    let questions = lesson.questions(&fit.learner.frozen, fit.step)?;
     let started = Instant::now();
     let (pixels, attacked) = if is_adversarial {
-        let attacked = attack_batch(lesson, &fit.frozen, &questions, fit.step)?;
+        let attacked = attack_batch(lesson, &fit.learner.frozen, &questions, fit.step)?;
         (attacked.pixels.clone(), Some(attacked))
     } else {
-        (items::stack(&fit.frozen, &questions.images)?, None)
+        (items::stack(&fit.learner.frozen, &questions.images)?, None)
     };
     let pixels = lesson.with_noise(&pixels, fit.step)?;
     report.phases.push(("attack", started.elapsed().as_secs_f64()));
@@ -71,12 +76,12 @@ pub fn step(lesson: &Lesson<'_>, fit: &mut Fit, is_adversarial: bool, memory: Me
 /// the weight of its target tokens, so that the sum is the mean over all of them.
 fn loss_of(
     lesson: &Lesson<'_>,
-    fit: &Fit,
+    fit: &Fit<Student>,
     questions: &Questions,
     pixels: &[Tensor],
     memory: Memory,
 ) -> Result<(f64, Gradients)> {
-    let vlm = &fit.assistant.vlm;
+    let vlm = &fit.learner.assistant.vlm;
     let num_targets: usize = questions.targets.iter().map(Vec::len).sum();
     let (mut total, mut gradients) = (0.0, Gradients::default());
     let all: Vec<usize> = (0..questions.prompts.len()).collect();
@@ -85,15 +90,16 @@ fn loss_of(
         let completions: Vec<Vec<Vec<u32>>> =
             part.iter().map(|&i| vec![questions.targets[i].clone()]).collect();
         let prompts = &questions.prompts[part[0]..part[0] + part.len()];
-        let scoring = Scoring::new(&fit.assistant, prompts, &completions)?;
-        let plan = vlm.vision_plan(&policy::grids_of(&fit.assistant, &pixels)?)?;
+        let scoring = Scoring::new(&fit.learner.assistant, prompts, &completions)?;
+        let plan = vlm.vision_plan(&policy::grids_of(&fit.learner.assistant, &pixels)?)?;
         let mut stages: Vec<Stage<'_>> = Vec::new();
         if !pixels.is_empty() {
             stages.extend(vlm.vision_stages(&plan));
         }
-        stages.extend(scoring.stages(&fit.assistant));
+        stages.extend(scoring.stages(&fit.learner.assistant));
         let loss = |state: &[Tensor]| {
-            scoring.log_probs(&fit.assistant, &state[0], 1.0)?.sum_all()? * (-1.0 / num_targets as f64)
+            scoring.log_probs(&fit.learner.assistant, &state[0], 1.0)?.sum_all()?
+                * (-1.0 / num_targets as f64)
         };
         let (loss, own) = loss_and_gradients(&stages, &pixels, loss, &fit.wanted(), memory)?;
         total += f64::from(loss.to_scalar::<f32>()?);

@@ -1,8 +1,8 @@
 //! Training: questions, one step after another, checkpoints.
 
 use super::adapter::Chosen;
-use super::config::{RecipeName, RunConfig};
-use super::fit::Fit;
+use super::config::{DenoiserSettings, RecipeName, RunConfig};
+use super::fit::{Fit, Learner, Student};
 use super::inputs;
 use super::items::{self, Images};
 use super::job::{Job, Outcome};
@@ -11,10 +11,12 @@ use super::progress::Progress;
 use super::report::{self, ReportOptions};
 use super::run::{Run, Stop};
 use super::scratch::{self, Scratch};
-use super::{grpo, sft};
+use super::sft::StepReport;
+use super::{denoise, grpo, sft};
 use crate::data::Dataset;
 use crate::error::{Error, Result};
 use crate::model::assistant::Assistant;
+use crate::model::denoiser::{Denoiser, DenoiserConfig};
 use crate::model::hub::Location;
 use crate::model::lora::LoraConfig;
 use crate::nn::recompute::Memory;
@@ -61,6 +63,13 @@ fn material(config: &RunConfig, stop: &Stop, progress: &dyn Progress) -> Result<
     let parts = &config.train.parts;
     let trains = |name: &str| trains(name, parts.vision, parts.merger, parts.text);
     let chosen = Chosen::of(config)?;
+    let is_denoiser = config.train.recipe == RecipeName::Denoiser;
+    if is_denoiser && (config.denoiser.is_some() || !matches!(chosen, Chosen::None)) {
+        return Err(Error::usage(
+            "the recipe `denoiser` trains no model: an adapter or another denoiser has no effect\n   = help: leave `--adapter`, `train.lora_rank` and `--denoiser` out",
+        ));
+    }
+    let trains = |name: &str| !is_denoiser && trains(name);
     let (model, assistant) = if model == scratch::TINY {
         if !matches!(chosen, Chosen::None) {
             return Err(Error::usage(
@@ -76,6 +85,7 @@ fn material(config: &RunConfig, stop: &Stop, progress: &dyn Progress) -> Result<
         let assistant = Assistant::load_adapted(&model.dir, adaptation, storage, &trains, &device)?;
         (Some(model), assistant)
     };
+    let assistant = inputs::behind_denoiser(config, assistant)?;
     // The policy as it is before the first step: a new adapter changes nothing, so this is its base.
     let reference = if needs_reference { Some(assistant.frozen_copy()?) } else { None };
     let adapter = chosen.settings(&assistant)?;
@@ -100,11 +110,37 @@ fn learn(material: Material, config: &RunConfig, run: &mut Run, progress: &dyn P
     if let Chosen::Given(adapter) = &chosen {
         run.provenance("adapter_sha256", json!(inputs::adapter_sha256(&adapter.dir)?))?;
     }
-    if let Some(text) = chosen.describe(&assistant)? {
-        progress.note(&text);
-    }
-    let fit = Fit::new(assistant, adapter)?;
-    let checkpoint = train_steps(&dataset, config, fit, reference.as_ref(), run, progress)?;
+    inputs::note_denoiser(run, config)?;
+    let settings = &config.train;
+    let images = Images::new(&dataset);
+    let lesson = Lesson {
+        samples: &dataset.samples,
+        images: &images,
+        template: config.prompt.parse()?,
+        config: settings,
+        seed: config.seed,
+    };
+    let checkpoint = if settings.recipe == RecipeName::Denoiser {
+        let DenoiserSettings { width, depth, .. } = settings.denoiser;
+        let shape = DenoiserConfig::new(width, depth, settings.noise_sigma);
+        let denoiser = Denoiser::untrained(shape, config.seed, assistant.vlm.device())?;
+        let step = |fit: &mut Fit<Denoiser>| denoise::step(&lesson, fit, &assistant);
+        train_steps(&lesson, Fit::new(denoiser)?, &step, run, progress)?
+    } else {
+        if let Some(text) = chosen.describe(&assistant)? {
+            progress.note(&text);
+        }
+        let is_adversarial = settings.recipe.is_adversarial();
+        let step = |fit: &mut Fit<Student>| {
+            if settings.recipe.is_grpo() {
+                let reference = reference.as_ref();
+                grpo::step(&lesson, fit, reference, config.max_new_tokens, is_adversarial, Memory::Keep)
+            } else {
+                sft::step(&lesson, fit, is_adversarial, Memory::Keep)
+            }
+        };
+        train_steps(&lesson, Fit::new(Student::new(assistant, adapter)?)?, &step, run, progress)?
+    };
     let summary = json!({
         "command": "train",
         "n": dataset.samples.len(),
@@ -132,43 +168,21 @@ pub fn trains(name: &str, vision: bool, merger: bool, text: bool) -> bool {
 ///
 /// # Errors
 /// [`Error::Stopped`] when asked to stop, with everything saved.
-fn train_steps(
-    dataset: &Dataset,
-    config: &RunConfig,
-    mut fit: Fit,
-    reference: Option<&Assistant>,
+fn train_steps<L: Learner>(
+    lesson: &Lesson<'_>,
+    mut fit: Fit<L>,
+    step: &dyn Fn(&mut Fit<L>) -> Result<StepReport>,
     run: &mut Run,
     progress: &dyn Progress,
 ) -> Result<PathBuf> {
-    let settings = &config.train;
-    let images = Images::new(dataset);
-    let lesson = Lesson {
-        samples: &dataset.samples,
-        images: &images,
-        template: config.prompt.parse()?,
-        config: settings,
-        seed: config.seed,
-    };
+    let settings = lesson.config;
     let checkpoints = run.path("checkpoints");
     fit.resume(&checkpoints)?;
     run.rewind_to(fit.step)?;
     progress.start(settings.num_steps, settings.recipe.word());
     let mut saved = None;
     while fit.step < settings.num_steps as u64 {
-        let report = match settings.recipe {
-            RecipeName::Sft | RecipeName::AtSft => {
-                sft::step(&lesson, &mut fit, settings.recipe.is_adversarial(), Memory::Keep)
-            }
-            RecipeName::Grpo | RecipeName::AtGrpo => grpo::step(
-                &lesson,
-                &mut fit,
-                reference,
-                config.max_new_tokens,
-                settings.recipe.is_adversarial(),
-                Memory::Keep,
-            ),
-        };
-        let report = report.map_err(|error| lesson.located(error, fit.step))?;
+        let report = step(&mut fit).map_err(|error| lesson.located(error, fit.step))?;
         fit.step += 1;
         let mut metrics = serde_json::Map::new();
         metrics.insert("step".into(), json!(fit.step));
@@ -202,11 +216,12 @@ fn train_steps(
 }
 
 /// The figures a person watches, with the short words a progress bar has room for.
-const SHOWN: [(&str, &str); 6] = [
+const SHOWN: [(&str, &str); 7] = [
     ("loss", "loss"),
     ("reward", "reward"),
     ("rewards/accuracy_adversarial/mean", "adv"),
     ("rewards/accuracy_clean/mean", "clean"),
     ("frac_reward_zero_std", "zero-var"),
     ("pgd_gain", "pgd gain"),
+    ("psnr", "psnr"),
 ];

@@ -165,6 +165,8 @@ words! {
         Grpo = "grpo",
         /// GRPO whose completions are sampled on PGD images.
         AtGrpo = "at_grpo",
+        /// A denoiser to stand in front of the model, which stays as it is.
+        Denoiser = "denoiser",
     }
 }
 
@@ -245,6 +247,9 @@ section! {
         revision: Option<String> = None,
         /// LoRA adapter directory in PEFT's layout, applied over `model`.
         adapter: Option<PathBuf> = None,
+        /// Directory of a denoiser (see `train.recipe`) that every image passes before `model`: part of what is attacked and
+        /// certified.
+        denoiser: Option<PathBuf> = None,
         /// Name of the prompt template.
         prompt: String = "med_r1_think".to_owned(),
         /// How the answer is obtained.
@@ -441,6 +446,20 @@ section! {
         grpo: GrpoSettings = GrpoSettings::default(),
         /// The adversary in training, for the recipes `at_sft` and `at_grpo`.
         adversary: AdversaryConfig = AdversaryConfig::default(),
+        /// The network, for the recipe `denoiser`.
+        denoiser: DenoiserSettings = DenoiserSettings::default(),
+    }
+}
+
+section! {
+    /// `[train.denoiser]`: the network of the recipe `denoiser`, which learns to take off noise of `train.noise_sigma`.
+    pub struct DenoiserSettings {
+        /// Channels of its layers, at half resolution.
+        width: usize = 32 => Range::closed(1.0, 4096.0),
+        /// Its convolutions of 3 x 3.
+        depth: usize = 5 => Range::closed(2.0, 64.0),
+        /// Side of the squares that are cut from the images, in pixels; at most the smallest image of a batch.
+        crop: usize = 64 => Range::at_least(2.0),
     }
 }
 
@@ -633,6 +652,15 @@ impl RunConfig {
             problems.push(
                 ConfigError::new("certify.target_radius", "`target_radius` has no effect with mode `cohen`")
                     .with_help("add `--mode sequential`, or leave `target_radius` out"),
+            );
+        }
+        if self.train.recipe == RecipeName::Denoiser && self.train.noise_sigma <= 0.0 {
+            problems.push(
+                ConfigError::new(
+                    "train.noise_sigma",
+                    "the recipe `denoiser` needs `noise_sigma`: the noise to take off",
+                )
+                .with_help("use the `sigma` of the certificates, for example 0.25"),
             );
         }
         if self.train.warmup_steps > self.train.num_steps {
