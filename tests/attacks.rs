@@ -1,7 +1,8 @@
 //! Attacks of every method on a tiny model: budgets, records, curves, smoothed models; the same bytes in any batch.
 
+use crate::support::run as call;
 use crate::tiny::{Kind, Weights, assistant_of};
-use crate::training::{check_same, lines, material, run_as, settings};
+use crate::training::{arguments, check_same, lines, material, run_as, settings};
 use candle_core::Tensor;
 use safemed::attack::{NoiseBank, Objective};
 use safemed::data::prompt::PromptTemplate;
@@ -14,6 +15,7 @@ use safemed::recipes::config::ObjectiveName;
 use safemed::rng;
 use safemed::roles::target::Target;
 use serde_json::Value;
+use std::fs;
 use std::path::Path;
 
 /// Few questions, answered by likelihood: that is right more often than a random model's words are.
@@ -75,6 +77,40 @@ fn every_method_norm_and_space_keeps_its_budget_and_its_bytes_in_any_batch() {
         assert!(summary["robust_accuracy"].as_f64() <= summary["clean_accuracy"].as_f64());
         assert_eq!(summary["robust_accuracy_by_epsilon"], Value::Array(Vec::new()));
     }
+}
+
+#[test]
+fn a_finished_item_is_taken_on_trust_only_while_its_file_is_what_was_scored() {
+    let dir = tempfile::tempdir().unwrap();
+    let own = [("attack.method", "fgsm"), ("batch_size", "1")];
+    let (records, _) = attacked(dir.path(), "run", &own, 2);
+    let out = dir.path().join("run");
+    let again = || {
+        // As if killed at the very end.
+        fs::remove_file(out.join("summary.json")).unwrap_or_default();
+        let settings = settings(&material().loud, &out, &[&QUICK[..], &own].concat());
+        let words: Vec<String> =
+            arguments(Attack, &settings).into_iter().chain(["--resume".to_owned()]).collect();
+        call(dir.path(), &words.iter().map(String::as_str).collect::<Vec<_>>())
+    };
+    assert_eq!(again().0, 0);
+    let file = records.iter().find_map(|record| record["adversarial_image"].as_str()).unwrap();
+    let png = fs::read(out.join(file)).unwrap();
+    fs::write(out.join(file), [&png[..], b"x"].concat()).unwrap();
+    let (status, _, err) = again();
+    assert!(status == 3 && err.contains("is not the one that was scored") && err.contains(file), "{err}");
+    fs::remove_file(out.join(file)).unwrap();
+    assert_eq!(again().0, 3);
+    fs::write(out.join(file), png).unwrap();
+    assert_eq!(again().0, 0);
+
+    // A record whose letters say another thing than its verdict.
+    let path = out.join("records.jsonl");
+    let text = fs::read_to_string(&path).unwrap();
+    assert!(text.contains("\"clean_correct\":true"));
+    fs::write(&path, text.replacen("\"clean_correct\":true", "\"clean_correct\":false", 1)).unwrap();
+    let (status, _, err) = again();
+    assert!(status == 3 && err.contains("contradicts itself"), "{status} {err}");
 }
 
 #[test]

@@ -82,7 +82,7 @@ pub(crate) fn run_as(command: Command, settings: &[(String, String)], threads: u
 }
 
 /// The same as arguments of the program.
-fn arguments(command: Command, settings: &[(String, String)]) -> Vec<String> {
+pub(crate) fn arguments(command: Command, settings: &[(String, String)]) -> Vec<String> {
     let mut arguments = vec![command.word().to_owned()];
     for (key, value) in settings {
         arguments.extend(["--set".to_owned(), format!("{key}={value}")]);

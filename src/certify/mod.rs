@@ -20,7 +20,7 @@ use candle_core::Tensor;
 use std::ops::Range;
 
 pub use curve::{Curve, Outcome};
-pub use radius::{RadiusRow, radius};
+pub use radius::{RadiusRow, radius, transport};
 pub use sequential::{Procedure, Rule, Sequential, Stop};
 pub use smooth::{Certificate, Draws, Prediction, SmoothingConfig, certify, count_draws};
 

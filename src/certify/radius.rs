@@ -1,6 +1,7 @@
 //! From one count to one radius: the step that everything else in `certify` rests on.
 
 use crate::error::{Error, Result};
+use crate::pixels::resize::ResizeOperator;
 use crate::stats::{Probability, binomial, normal};
 
 /// One certified radius with the bound behind it.
@@ -35,6 +36,18 @@ pub fn radius(count: u64, n: u64, alpha: f64, sigma: f64) -> Result<RadiusRow> {
         return Err(Error::usage(format!("sigma must be a positive finite number: {sigma}")));
     }
     Ok(RadiusRow::of_bound(binomial::lower_bound(count, n, alpha)?, sigma))
+}
+
+/// A radius in the pixels of the original image, `[height, width]`: what the resize to `model` cannot stretch beyond
+/// `radius`. It holds for the linear resize without rounding; a processor that rounds to eight bits is not covered.
+///
+/// # Errors
+/// When a side is zero.
+pub fn transport(radius: f64, original: [usize; 2], model: [usize; 2]) -> Result<f64> {
+    if original == model {
+        return Ok(radius);
+    }
+    Ok(radius / ResizeOperator::new(original, model)?.norm())
 }
 
 /// The smallest `n` at which a unanimous vote is certified: `ceil(ln alpha / ln ½)`, exactly.

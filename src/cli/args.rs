@@ -124,7 +124,7 @@ pub(crate) struct CommonArgs {
     #[arg(long, env = "SAFEMED_RESUME", hide_env = true, value_parser = FalseyValueParser::new())]
     pub(crate) resume: bool,
     /// Seed of every random stream [default: 0].
-    #[arg(long, value_name = "N", env = "SAFEMED_SEED", hide_env = true)]
+    #[arg(long, value_name = "N", allow_hyphen_values = true, env = "SAFEMED_SEED", hide_env = true)]
     seed: Option<String>,
     /// auto, cpu, cuda, cuda:N or metal [default: auto].
     #[arg(long, value_name = "DEVICE", env = "SAFEMED_DEVICE", hide_env = true)]
@@ -133,10 +133,10 @@ pub(crate) struct CommonArgs {
     #[arg(long, value_name = "DTYPE", env = "SAFEMED_DTYPE", hide_env = true)]
     dtype: Option<String>,
     /// Threads [default: all]; changes no result.
-    #[arg(long, value_name = "N", env = "SAFEMED_THREADS", hide_env = true)]
+    #[arg(long, value_name = "N", allow_hyphen_values = true, env = "SAFEMED_THREADS", hide_env = true)]
     threads: Option<String>,
     /// Items in one pass [default: 8]; changes no result. `train`: questions of one step [default: 16], which does.
-    #[arg(long, value_name = "N", env = "SAFEMED_BATCH_SIZE", hide_env = true)]
+    #[arg(long, value_name = "N", allow_hyphen_values = true, env = "SAFEMED_BATCH_SIZE", hide_env = true)]
     batch_size: Option<String>,
     /// Reports without pictures.
     #[arg(long, env = "SAFEMED_NO_IMAGES", hide_env = true, value_parser = FalseyValueParser::new())]
@@ -165,7 +165,13 @@ pub(crate) struct ModelArgs {
     #[arg(long, value_name = "HOW", env = "SAFEMED_SCORING", hide_env = true)]
     scoring: Option<String>,
     /// Longest completion in tokens [default: 512].
-    #[arg(long, value_name = "N", env = "SAFEMED_MAX_NEW_TOKENS", hide_env = true)]
+    #[arg(
+        long,
+        value_name = "N",
+        allow_hyphen_values = true,
+        env = "SAFEMED_MAX_NEW_TOKENS",
+        hide_env = true
+    )]
     max_new_tokens: Option<String>,
 }
 
@@ -176,16 +182,22 @@ pub(crate) struct GenerationArgs {
     #[arg(long, value_name = "T", allow_hyphen_values = true, env = "SAFEMED_TEMPERATURE", hide_env = true)]
     temperature: Option<String>,
     /// Keep the K most likely tokens.
-    #[arg(long, value_name = "K", env = "SAFEMED_TOP_K", hide_env = true)]
+    #[arg(long, value_name = "K", allow_hyphen_values = true, env = "SAFEMED_TOP_K", hide_env = true)]
     top_k: Option<String>,
     /// Keep the most likely tokens of this total probability.
-    #[arg(long, value_name = "P", env = "SAFEMED_TOP_P", hide_env = true)]
+    #[arg(long, value_name = "P", allow_hyphen_values = true, env = "SAFEMED_TOP_P", hide_env = true)]
     top_p: Option<String>,
     /// Keep tokens of at least this share of the best one's probability.
-    #[arg(long, value_name = "P", env = "SAFEMED_MIN_P", hide_env = true)]
+    #[arg(long, value_name = "P", allow_hyphen_values = true, env = "SAFEMED_MIN_P", hide_env = true)]
     min_p: Option<String>,
     /// Makes tokens that stood before less likely [default: 1].
-    #[arg(long, value_name = "R", env = "SAFEMED_REPETITION_PENALTY", hide_env = true)]
+    #[arg(
+        long,
+        value_name = "R",
+        allow_hyphen_values = true,
+        env = "SAFEMED_REPETITION_PENALTY",
+        hide_env = true
+    )]
     repetition_penalty: Option<String>,
 }
 
@@ -231,7 +243,7 @@ pub(crate) struct DataArgs {
     #[arg(long, value_name = "T", env = "SAFEMED_QUESTION_TYPE", hide_env = true)]
     question_type: Option<String>,
     /// Keep the first N items.
-    #[arg(long, value_name = "N", env = "SAFEMED_LIMIT", hide_env = true)]
+    #[arg(long, value_name = "N", allow_hyphen_values = true, env = "SAFEMED_LIMIT", hide_env = true)]
     limit: Option<String>,
     /// One part of N: 0/N to N-1/N.
     #[arg(long, value_name = "I/N", env = "SAFEMED_SHARD", hide_env = true)]
@@ -284,13 +296,13 @@ struct AttackFlags {
     #[arg(long, value_name = "S", allow_hyphen_values = true, env = "SAFEMED_STEP_SIZE", hide_env = true)]
     step_size: Option<String>,
     /// Gradient steps [default: 10; apgd and auto: 100].
-    #[arg(long, value_name = "N", env = "SAFEMED_NUM_STEPS", hide_env = true)]
+    #[arg(long, value_name = "N", allow_hyphen_values = true, env = "SAFEMED_NUM_STEPS", hide_env = true)]
     num_steps: Option<String>,
     /// Losses that square asks for [default: 1000].
-    #[arg(long, value_name = "N", env = "SAFEMED_NUM_QUERIES", hide_env = true)]
+    #[arg(long, value_name = "N", allow_hyphen_values = true, env = "SAFEMED_NUM_QUERIES", hide_env = true)]
     num_queries: Option<String>,
     /// Starts; later ones attack survivors only [default: 1].
-    #[arg(long, value_name = "N", env = "SAFEMED_NUM_RESTARTS", hide_env = true)]
+    #[arg(long, value_name = "N", allow_hyphen_values = true, env = "SAFEMED_NUM_RESTARTS", hide_env = true)]
     num_restarts: Option<String>,
     /// Share of the last direction that pgd keeps [default: 0].
     #[arg(long, value_name = "M", allow_hyphen_values = true, env = "SAFEMED_MOMENTUM", hide_env = true)]
@@ -317,10 +329,16 @@ struct AttackFlags {
     )]
     smoothing_sigma: Option<String>,
     /// Draws of the smoothed model's gradient and of its answer [default: 32].
-    #[arg(long, value_name = "N", env = "SAFEMED_EOT_SAMPLES", hide_env = true)]
+    #[arg(long, value_name = "N", allow_hyphen_values = true, env = "SAFEMED_EOT_SAMPLES", hide_env = true)]
     eot_samples: Option<String>,
     /// Items on which the attack is examined [default: 8].
-    #[arg(long, value_name = "N", env = "SAFEMED_VERDICT_ITEMS", hide_env = true)]
+    #[arg(
+        long,
+        value_name = "N",
+        allow_hyphen_values = true,
+        env = "SAFEMED_VERDICT_ITEMS",
+        hide_env = true
+    )]
     verdict_items: Option<String>,
 }
 
@@ -335,6 +353,7 @@ pub(crate) struct CertifyArgs {
     #[arg(
         long,
         value_name = "R",
+        allow_hyphen_values = true,
         env = "SAFEMED_TARGET_RADIUS",
         hide_env = true,
         help_heading = "Smoothing"
@@ -345,7 +364,14 @@ pub(crate) struct CertifyArgs {
     rule: Option<String>,
     /// Sequential without a target: stop when twice the draws would raise the radius by less than this share
     /// [default: 0.05].
-    #[arg(long, value_name = "G", env = "SAFEMED_MIN_GAIN", hide_env = true, help_heading = "Smoothing")]
+    #[arg(
+        long,
+        value_name = "G",
+        allow_hyphen_values = true,
+        env = "SAFEMED_MIN_GAIN",
+        hide_env = true,
+        help_heading = "Smoothing"
+    )]
     min_gain: Option<String>,
     /// Attack each certified item inside its radius and ask again: true or false.
     #[arg(
@@ -364,13 +390,13 @@ struct SmoothingFlags {
     #[arg(long, value_name = "S", allow_hyphen_values = true, env = "SAFEMED_SIGMA", hide_env = true)]
     sigma: Option<String>,
     /// Draws that select the class [default: 100].
-    #[arg(long, value_name = "N", env = "SAFEMED_N0", hide_env = true)]
+    #[arg(long, value_name = "N", allow_hyphen_values = true, env = "SAFEMED_N0", hide_env = true)]
     n0: Option<String>,
     /// Draws that estimate its probability, at most so many when sequential [default: 1000].
-    #[arg(long, value_name = "N", env = "SAFEMED_N", hide_env = true)]
+    #[arg(long, value_name = "N", allow_hyphen_values = true, env = "SAFEMED_N", hide_env = true)]
     n: Option<String>,
     /// Probability that a certificate is wrong [default: 0.001].
-    #[arg(long, value_name = "A", env = "SAFEMED_ALPHA", hide_env = true)]
+    #[arg(long, value_name = "A", allow_hyphen_values = true, env = "SAFEMED_ALPHA", hide_env = true)]
     alpha: Option<String>,
 }
 
@@ -432,29 +458,43 @@ pub(crate) struct AuditArgs {
     #[arg(value_name = "FILE")]
     pub(crate) file: PathBuf,
     /// Noise of a TSV [default: `sigma_X` in its path].
-    #[arg(long, value_name = "S", value_parser = number, env = "SAFEMED_SIGMA", hide_env = true)]
+    #[arg(long, value_name = "S", allow_hyphen_values = true, value_parser = number, env = "SAFEMED_SIGMA", hide_env = true)]
     pub(crate) sigma: Option<f64>,
     /// Draws of a TSV [default: tried from 100 to 1000000].
-    #[arg(long, value_name = "N", env = "SAFEMED_N", hide_env = true)]
+    #[arg(long, value_name = "N", allow_hyphen_values = true, env = "SAFEMED_N", hide_env = true)]
     pub(crate) n: Option<u64>,
     /// Failure probability of a TSV [default: tried from 0.05 to 0.0001].
-    #[arg(long, value_name = "A", value_parser = number, env = "SAFEMED_ALPHA", hide_env = true)]
+    #[arg(long, value_name = "A", allow_hyphen_values = true, value_parser = number, env = "SAFEMED_ALPHA", hide_env = true)]
     pub(crate) alpha: Option<f64>,
 }
 
 #[derive(Debug, Clone, Args)]
 pub(crate) struct RadiusArgs {
     /// Draws in which the class won.
-    #[arg(long, value_name = "K", required_unless_present = "tsv", env = "SAFEMED_COUNT", hide_env = true)]
+    #[arg(
+        long,
+        value_name = "K",
+        allow_hyphen_values = true,
+        required_unless_present = "tsv",
+        env = "SAFEMED_COUNT",
+        hide_env = true
+    )]
     pub(crate) count: Option<u64>,
     /// All draws.
-    #[arg(long, value_name = "N", required_unless_present = "tsv", env = "SAFEMED_N", hide_env = true)]
+    #[arg(
+        long,
+        value_name = "N",
+        allow_hyphen_values = true,
+        required_unless_present = "tsv",
+        env = "SAFEMED_N",
+        hide_env = true
+    )]
     pub(crate) n: Option<u64>,
     /// Probability that the certificate is wrong.
-    #[arg(long, value_name = "A", value_parser = number, required_unless_present = "tsv", env = "SAFEMED_ALPHA", hide_env = true)]
+    #[arg(long, value_name = "A", allow_hyphen_values = true, value_parser = number, required_unless_present = "tsv", env = "SAFEMED_ALPHA", hide_env = true)]
     pub(crate) alpha: Option<f64>,
     /// Standard deviation of the noise.
-    #[arg(long, value_name = "S", value_parser = number, required_unless_present = "tsv", env = "SAFEMED_SIGMA", hide_env = true)]
+    #[arg(long, value_name = "S", allow_hyphen_values = true, value_parser = number, required_unless_present = "tsv", env = "SAFEMED_SIGMA", hide_env = true)]
     pub(crate) sigma: Option<f64>,
     /// Read `count n alpha sigma` rows, tab-separated, from standard input.
     #[arg(
@@ -499,7 +539,7 @@ pub(crate) struct ParityArgs {
     #[arg(long, value_name = "DEVICE", default_value = "auto", env = "SAFEMED_DEVICE", hide_env = true)]
     pub(crate) device: Backend,
     /// Threads of the processor [default: all]; changes no result.
-    #[arg(long, value_name = "N", value_parser = at_least_one, env = "SAFEMED_THREADS", hide_env = true)]
+    #[arg(long, value_name = "N", allow_hyphen_values = true, value_parser = at_least_one, env = "SAFEMED_THREADS", hide_env = true)]
     pub(crate) threads: Option<usize>,
 }
 
@@ -566,12 +606,20 @@ pub(crate) struct DataStatsArgs {
 #[derive(Debug, Clone, Args)]
 pub(crate) struct DataSplitArgs {
     /// Share of the questions in the test split.
-    #[arg(long, value_name = "SHARE", default_value_t = 0.2, env = "SAFEMED_TEST_SHARE", hide_env = true)]
+    #[arg(
+        long,
+        value_name = "SHARE",
+        allow_hyphen_values = true,
+        default_value_t = 0.2,
+        env = "SAFEMED_TEST_SHARE",
+        hide_env = true
+    )]
     pub(crate) test_share: f64,
     /// Share of the questions in the validation split.
     #[arg(
         long,
         value_name = "SHARE",
+        allow_hyphen_values = true,
         default_value_t = 0.0,
         env = "SAFEMED_VALIDATION_SHARE",
         hide_env = true
@@ -587,22 +635,64 @@ pub(crate) struct PhantomArgs {
     #[arg(long, value_name = "DIR", env = "SAFEMED_OUT", hide_env = true)]
     pub(crate) out: PathBuf,
     /// Seed: the same seed gives the same bytes.
-    #[arg(long, value_name = "N", default_value_t = 0, env = "SAFEMED_SEED", hide_env = true)]
+    #[arg(
+        long,
+        value_name = "N",
+        allow_hyphen_values = true,
+        default_value_t = 0,
+        env = "SAFEMED_SEED",
+        hide_env = true
+    )]
     pub(crate) seed: u64,
     /// Width and height in pixels.
-    #[arg(long, value_name = "PIXELS", default_value_t = 64, env = "SAFEMED_SIZE", hide_env = true)]
+    #[arg(
+        long,
+        value_name = "PIXELS",
+        allow_hyphen_values = true,
+        default_value_t = 64,
+        env = "SAFEMED_SIZE",
+        hide_env = true
+    )]
     pub(crate) size: usize,
     /// Strength of the findings.
-    #[arg(long, value_name = "C", default_value_t = 1.5, env = "SAFEMED_CONTRAST", hide_env = true)]
+    #[arg(
+        long,
+        value_name = "C",
+        allow_hyphen_values = true,
+        default_value_t = 1.5,
+        env = "SAFEMED_CONTRAST",
+        hide_env = true
+    )]
     pub(crate) contrast: f64,
     /// Questions of the training split.
-    #[arg(long, value_name = "N", default_value_t = 6400, env = "SAFEMED_TRAIN_ITEMS", hide_env = true)]
+    #[arg(
+        long,
+        value_name = "N",
+        allow_hyphen_values = true,
+        default_value_t = 6400,
+        env = "SAFEMED_TRAIN_ITEMS",
+        hide_env = true
+    )]
     pub(crate) train_items: usize,
     /// Questions of the validation split.
-    #[arg(long, value_name = "N", default_value_t = 320, env = "SAFEMED_VALIDATION_ITEMS", hide_env = true)]
+    #[arg(
+        long,
+        value_name = "N",
+        allow_hyphen_values = true,
+        default_value_t = 320,
+        env = "SAFEMED_VALIDATION_ITEMS",
+        hide_env = true
+    )]
     pub(crate) validation_items: usize,
     /// Questions of the test split.
-    #[arg(long, value_name = "N", default_value_t = 320, env = "SAFEMED_TEST_ITEMS", hide_env = true)]
+    #[arg(
+        long,
+        value_name = "N",
+        allow_hyphen_values = true,
+        default_value_t = 320,
+        env = "SAFEMED_TEST_ITEMS",
+        hide_env = true
+    )]
     pub(crate) test_items: usize,
 }
 

@@ -209,6 +209,7 @@ pub fn under_attack(
     progress.start(samples.len(), "attack");
     let (mut done, mut clean, mut robust) = (0, 0, 0);
     for record in run.records()? {
+        check_file(&record, run)?;
         done += 1;
         clean += usize::from(record["clean_correct"] == json!(true));
         robust += usize::from(record["robust_correct"] == json!(true));
@@ -343,6 +344,7 @@ fn attack_batch(
 /// An attacked image as its file holds it.
 struct Seen {
     path: String,
+    sha256: String,
     image: RgbImage8,
     processed: Arc<ProcessedImage>,
     answer: Answer,
@@ -608,8 +610,9 @@ impl Attacker<'_> {
                 run.write(&relative, &decode::encode_png(adversarial)?)?;
             }
             let image = decode::decode_file(&run.path(&relative))?;
+            let sha256 = inputs::file_sha256(&run.path(&relative))?;
             let processed = Arc::new(self.assistant.process(&image)?);
-            files.push((relative, image, processed));
+            files.push((relative, sha256, image, processed));
         }
         let samples: Vec<&Sample> = attacked.iter().map(|item| item.sample).collect();
         let processed: Vec<Arc<ProcessedImage>> = files.iter().map(|(.., image)| image.clone()).collect();
@@ -623,8 +626,13 @@ impl Attacker<'_> {
             .iter()
             .map(|item| {
                 let seen = item.adversarial.as_ref().and_then(|_| seen.next());
-                let seen =
-                    seen.map(|((path, image, processed), answer)| Seen { path, image, processed, answer });
+                let seen = seen.map(|((path, sha256, image, processed), answer)| Seen {
+                    path,
+                    sha256,
+                    image,
+                    processed,
+                    answer,
+                });
                 self.record(item, seen, run)
             })
             .collect()
@@ -637,6 +645,7 @@ impl Attacker<'_> {
         if let Some(seen) = &seen {
             let difference = self.processor_difference(&seen.image, &seen.processed)?;
             more.insert("processor_difference".into(), json!(difference));
+            more.insert("adversarial_sha256".into(), json!(seen.sha256));
         }
         let distances = seen
             .as_ref()
@@ -787,9 +796,34 @@ pub fn summarize(records: &[Value], seconds: f64) -> Result<Value> {
 }
 
 fn read_record(value: &Value) -> Result<AttackRecord> {
-    serde_json::from_value(value.clone()).map_err(|error| {
+    let record: AttackRecord = serde_json::from_value(value.clone()).map_err(|error| {
         Error::data(format!("record `{}` is none of `attack`: {error}", value["id"].as_str().unwrap_or("?")))
-    })
+    })?;
+    let clean = record.clean_prediction == record.answer;
+    let robust = clean && record.adversarial_prediction == record.answer;
+    if (record.clean_correct, record.robust_correct) != (clean, robust) {
+        return Err(Error::data(format!(
+            "record `{}` contradicts itself: its letters are {} when clean and {} under attack, the right one {}",
+            record.id, record.clean_prediction, record.adversarial_prediction, record.answer
+        )));
+    }
+    Ok(record)
+}
+
+/// Whether the attacked image that a finished record rests on is still the one that was scored.
+fn check_file(record: &Value, run: &Run) -> Result<()> {
+    let record = read_record(record)?;
+    let Some(path) = record.adversarial_image else { return Ok(()) };
+    let full = run.path(&path);
+    let found = inputs::file_sha256(&full)?;
+    if record.more.get("adversarial_sha256") == Some(&json!(found)) {
+        return Ok(());
+    }
+    Err(Error::data(format!(
+        "the attacked image of `{}` is not the one that was scored\n  --> {}\n   = help: take its line out of records.jsonl, or begin with another `--out`",
+        record.id,
+        full.display()
+    )))
 }
 
 /// Right letter, controls and number of options of each item.

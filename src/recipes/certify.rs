@@ -10,7 +10,7 @@ mod draws;
 use super::answers::{Asker, Asking, with_items};
 use super::blind::{self, Blind};
 use super::config::{CertifyMode, Command, RuleName, RunConfig, Scoring};
-use super::crosscheck::{Certified, CrossCheck, original_radius};
+use super::crosscheck::{Certified, CrossCheck};
 use super::inputs;
 use super::items::{self, Images};
 use super::job::{Job, Outcome};
@@ -230,7 +230,9 @@ fn certify_one(
     let controls = blind.controls(&asker, images, &[sample], std::slice::from_ref(&processed))?;
     record.more.insert("controls".to_owned(), json!(controls[0]));
     record.more.insert("values".to_owned(), json!(processed.resized.data.len()));
-    record.more.insert("radius_original".to_owned(), json!(original_radius(certificate.radius, from, to)?));
+    record.more.insert("sizes".to_owned(), json!({"original": from, "model": to}));
+    let carried = certify::transport(certificate.radius, from, to)?;
+    record.more.insert("radius_original".to_owned(), json!(carried));
     if setting.cross_check {
         let certified = Certified {
             assistant,

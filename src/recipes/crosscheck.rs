@@ -13,7 +13,6 @@ use crate::error::Result;
 use crate::model::assistant::Assistant;
 use crate::model::generate::Prompt;
 use crate::nn::recompute::Memory;
-use crate::pixels::resize::ResizeOperator;
 use crate::roles::target::Target;
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
@@ -140,16 +139,4 @@ impl Certified<'_> {
         let losses = [found.loss_clean[0], found.loss[0]].map(f64::from);
         Ok((found.pixels.squeeze(0)?, losses))
     }
-}
-
-/// A radius in the pixels of the original image, `[height, width]`: what the resize to `model` cannot stretch beyond
-/// `radius`. It holds for the linear resize without rounding; a processor that rounds to eight bits is not covered.
-///
-/// # Errors
-/// When a side is zero.
-pub(super) fn original_radius(radius: f64, original: [usize; 2], model: [usize; 2]) -> Result<f64> {
-    if original == model {
-        return Ok(radius);
-    }
-    Ok(radius / ResizeOperator::new(original, model)?.norm())
 }

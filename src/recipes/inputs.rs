@@ -79,8 +79,16 @@ pub fn require_greedy(config: &RunConfig, why: &str) -> Result<()> {
 /// Those of [`check_settings`] and of [`Run::check`].
 pub fn check_job(job: &Job<'_>) -> Result<PromptTemplate> {
     let template = check_settings(&job.config)?;
+    note_idle_settings(job);
     Run::check(job.command, &job.config, job.resume)?;
     Ok(template)
+}
+
+/// Says which settings change nothing.
+pub fn note_idle_settings(job: &Job<'_>) {
+    for note in job.config.without_effect(job.command) {
+        job.progress.note(&note);
+    }
 }
 
 /// Where a model lies, fetched from the hub as far as it is not there yet: see [`hub::locate`]. Fetching ends early, to

@@ -27,6 +27,7 @@ pub fn predict(job: &Job<'_>, image: &Path, question: &str, options: &[String]) 
     let config = &job.config;
     let sample = sample(image, question, options)?;
     inputs::check_settings(config)?;
+    inputs::note_idle_settings(job);
     let smoothing = config.certify.sigma.map(|_| smoothing(config)).transpose()?;
     let Decoded { image: picture, reading } = decode::read_file(image, config.data.gray())?;
     let assistant = inputs::open_model(job)?.assistant;
@@ -44,6 +45,13 @@ fn sample(image: &Path, question: &str, options: &[String]) -> Result<Sample> {
         return Err(Error::usage(format!(
             "{} option(s): a question has two to five, none of them blank\n   = help: give each with `--option TEXT`, in order",
             options.len()
+        )));
+    }
+    if let Some(twice) =
+        options.iter().enumerate().find_map(|(i, option)| options[..i].contains(option).then_some(option))
+    {
+        return Err(Error::usage(format!(
+            "the option `{twice}` is given twice: an answer could not tell them apart"
         )));
     }
     if question.trim().is_empty() {
@@ -172,7 +180,8 @@ mod tests {
             let options: Vec<String> = options.iter().map(|text| (*text).to_owned()).collect();
             sample(Path::new("i.png"), "Which?", &options)
         };
-        for options in [&["CT"][..], &[], &["CT", " "], &["1", "2", "3", "4", "5", "6"]] {
+        for options in [&["CT"][..], &[], &["CT", " "], &["CT", "MRI", "CT"], &["1", "2", "3", "4", "5", "6"]]
+        {
             assert!(matches!(ask(options), Err(Error::Usage(_))), "{options:?}");
         }
         assert_eq!(ask(&["CT", "MRI"]).unwrap().options, ["CT", "MRI"]);

@@ -1,7 +1,7 @@
 //! Audit of our own records: every field that follows from the counts is computed again.
 
 use super::{AuditReport, MAX_PROBLEMS, Pair};
-use crate::certify::radius::{RadiusRow, radius};
+use crate::certify::radius::{RadiusRow, radius, transport};
 use crate::certify::sequential::{Procedure, Sequential, Stop, Wins};
 use crate::error::{Error, Result};
 use serde::de::DeserializeOwned;
@@ -93,7 +93,46 @@ fn recompute(record: &Map<String, Value>) -> std::result::Result<Pair, String> {
         check_number(record, key, expected, &format!("{count} of {n} draws"))?;
     }
     check_answer(record, (!row.abstain).then_some(selected.as_str()))?;
+    check_transport(record, row.radius)?;
+    check_attack(record, row.radius, alpha)?;
     Ok(Pair { n: n_max, alpha })
+}
+
+/// Checks the radius in the original image's pixels against the norm of the resize between the sizes recorded.
+fn check_transport(record: &Map<String, Value>, radius: f64) -> std::result::Result<(), String> {
+    let Some(Value::Object(sizes)) = record.get("sizes") else { return Ok(()) };
+    let side = |key: &str| match sizes.get(key).and_then(Value::as_array).map(Vec::as_slice) {
+        Some([height, width]) => {
+            let sides = [height, width].map(|side| side.as_u64().and_then(|side| usize::try_from(side).ok()));
+            match sides {
+                // Weights of a resize take memory: no image is larger than this on a side.
+                [Some(height @ 1..=65_536), Some(width @ 1..=65_536)] => Ok([height, width]),
+                _ => Err(format!("`sizes.{key}` should be [height, width]")),
+            }
+        }
+        _ => Err(format!("`sizes.{key}` should be [height, width]")),
+    };
+    let (original, model) = (side("original")?, side("model")?);
+    let values = 3 * model[0] as u64 * model[1] as u64;
+    if whole(record, "values")? != values {
+        return Err(format!("`values` should be {values}"));
+    }
+    let carried = transport(radius, original, model).map_err(|error| error.to_string())?;
+    check_number(record, "radius_original", carried, "`radius` and `sizes`")
+}
+
+/// Checks that an attack inside the radius stayed there, and that it counts as broken only by a test that decides.
+fn check_attack(record: &Map<String, Value>, radius: f64, alpha: f64) -> std::result::Result<(), String> {
+    let Some(Value::Object(check)) = record.get("cross_check") else { return Ok(()) };
+    let (l2, p_value) = (number(check, "l2")?, number(check, "p_value")?);
+    // The change is measured in float32.
+    if l2 > radius * (1.0 + 1e-5) {
+        return Err(format!("`cross_check` went {l2} far, beyond the radius of {radius}"));
+    }
+    if !(0.0..=1.0).contains(&p_value) || (check.get("broken") == Some(&json!(true)) && p_value > alpha) {
+        return Err(format!("`cross_check` cannot be broken at a p-value of {p_value}"));
+    }
+    Ok(())
 }
 
 /// What the look proves that a sequential record rests on, and whether its schedule and its rule end it where it ended.
@@ -308,6 +347,36 @@ mod tests {
         let mut bad = sequential(Rule::Kt, Some(0.25));
         bad["target_radius"] = json!(0.3);
         assert!(!audited(&[bad]).pass);
+    }
+
+    #[test]
+    fn a_radius_in_original_pixels_and_an_attack_inside_it_are_checked() {
+        let mut good = record([0, 10, 0], [1, 98, 1]);
+        let radius = good["radius"].as_f64().unwrap();
+        // An enlargement stretches every change: the radius shrinks.
+        let carried = transport(radius, [8, 10], [16, 20]).unwrap();
+        assert!(carried < radius, "{carried} {radius}");
+        good["sizes"] = json!({"original": [8, 10], "model": [16, 20]});
+        good["values"] = json!(960);
+        good["radius_original"] = json!(carried);
+        good["cross_check"] = json!({"l2": radius, "p_value": 1e-9, "broken": true});
+        assert!(audited(std::slice::from_ref(&good)).pass, "{:?}", audited(&[good]).problems);
+        for (key, value) in [
+            ("radius_original", json!(radius)),
+            ("radius_original", json!(null)),
+            ("values", json!(961)),
+            ("sizes", json!({"original": [8, 11], "model": [16, 20]})),
+            ("sizes", json!({"original": [8], "model": [16, 20]})),
+            ("sizes", json!({"original": [8, 0], "model": [16, 20]})),
+            ("sizes", json!({"original": [8, 1u64 << 60], "model": [16, 20]})),
+            ("cross_check", json!({"l2": radius * 1.1, "p_value": 0.5, "broken": false})),
+            ("cross_check", json!({"l2": 0.1, "p_value": 0.5, "broken": true})),
+            ("cross_check", json!({"l2": 0.1, "p_value": -0.5, "broken": false})),
+        ] {
+            let mut bad = good.clone();
+            bad[key] = value.clone();
+            assert!(!audited(&[bad]).pass, "{key} = {value} passes");
+        }
     }
 
     fn audited(records: &[Value]) -> AuditReport {

@@ -3,6 +3,7 @@
 //! The same word names a setting in the file, on the command line, in records and in reports. How the layers
 //! (defaults, file, `--set`, environment, flags) are joined stands in `layers`; how a key describes itself, in `keys`.
 
+mod effect;
 pub mod keys;
 mod layers;
 mod show;
@@ -775,9 +776,11 @@ impl RunConfig {
                             "`epsilon` {epsilon} is out of range: at least 0 and at most 1 for norm `linf`"
                         ),
                     )
-                    .with_help(format!(
-                        "pixel values lie in [0, 1]: write {epsilon}/255 if 8-bit levels were meant"
-                    )),
+                    .with_help(if epsilon.fract() == 0.0 && epsilon <= 255.0 {
+                        format!("pixel values lie in [0, 1]: write {epsilon}/255 if 8-bit levels were meant")
+                    } else {
+                        "pixel values lie in [0, 1]: a budget of 1 is all of it".to_owned()
+                    }),
                 );
             } else if let Some(step_size) = step_size
                 && step_size > 2.0 * epsilon
