@@ -159,10 +159,10 @@ impl Decoder {
             }
             None => attention(&q, &k, &v, heads, &plan.layout)?,
         };
-        let hidden = (hidden + layer.o.forward(&mixed)?)?;
+        let hidden = layer.o.forward_added(&mixed, hidden)?;
         let normal = norm::rms_norm(&hidden, &layer.post_norm, config.rms_norm_eps)?;
         let inner = gated(&layer.gate.forward(&normal)?, &layer.up.forward(&normal)?, config.activation)?;
-        &hidden + layer.down.forward(&inner)?
+        layer.down.forward_added(&inner, &hidden)
     }
 
     /// The norm before the output layer.

@@ -8,9 +8,9 @@ use super::parameters::Builder;
 use super::positions::{self, PositionTaps};
 use crate::error::Result;
 use crate::nn::activation::{Activation, activate, gated};
-use crate::nn::attention::{Heads, Layout, attention};
+use crate::nn::attention::{Heads, Layout, joint_attention};
 use crate::nn::linear::{Linear, TensorMap};
-use crate::nn::{norm, rotary, rows};
+use crate::nn::{norm, rows};
 use candle_core::{Device, Tensor};
 use std::sync::Arc;
 
@@ -140,13 +140,14 @@ impl Mlp {
         })
     }
 
-    fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+    fn forward_added(&self, x: &Tensor, residual: &Tensor) -> candle_core::Result<Tensor> {
         match self {
             Self::Gated { gate, up, down, activation } => {
-                down.forward(&gated(&gate.forward(x)?, &up.forward(x)?, *activation)?)
+                let inner = gated(&gate.forward(x)?, &up.forward(x)?, *activation)?;
+                down.forward_added(&inner, residual)
             }
             Self::Plain { input, output, activation } => {
-                output.forward(&activate(&input.forward(x)?, *activation)?)
+                output.forward_added(&activate(&input.forward(x)?, *activation)?, residual)
             }
         }
     }
@@ -309,7 +310,6 @@ impl VisionTower {
         plan: &VisionPlan,
     ) -> candle_core::Result<Tensor> {
         let block = &self.blocks[index];
-        let width = self.config.hidden_size;
         let head_dim = self.config.head_dim();
         let heads = Heads {
             num_heads: self.config.num_heads,
@@ -321,11 +321,9 @@ impl VisionTower {
             self.config.window_size.is_some() && !self.config.full_attention_blocks.contains(&index);
         let layout = if is_windowed { &plan.window_layout } else { &plan.full_layout };
         let qkv = block.qkv.forward(&block.norm1.forward(hidden)?)?;
-        let [q, k, v] = rows::split_columns(&qkv, [width, width, width])?;
-        let q = rotary::rotary(&q, &plan.cos, &plan.sin)?;
-        let k = rotary::rotary(&k, &plan.cos, &plan.sin)?;
-        let hidden = (hidden + block.proj.forward(&attention(&q, &k, &v, heads, layout)?)?)?;
-        &hidden + block.mlp.forward(&block.norm2.forward(&hidden)?)?
+        let mixed = joint_attention(&qkv, (&plan.cos, &plan.sin), heads, layout)?;
+        let hidden = block.proj.forward_added(&mixed, hidden)?;
+        block.mlp.forward_added(&block.norm2.forward(&hidden)?, &hidden)
     }
 
     /// The deep features to take after block `index`, if any.

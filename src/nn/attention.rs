@@ -1,9 +1,13 @@
 //! Grouped-query attention over packed sequences: causal, windowed, bidirectional, and with a shared prefix.
 
-use super::kernel::attention::{Backward, Operands, backward, forward};
-use super::kernel::{is_fused, slice, with_slice, zeros};
-use super::plain;
-use candle_core::{CpuStorage, CustomOp3, Result, Shape, Tensor};
+#![expect(unsafe_code, reason = "gradients are written through pointers that several threads share")]
+
+use super::kernel::attention::{Backward, Operands, Rows, backward, forward};
+use super::kernel::gemm::Output;
+use super::kernel::{cleared, is_fused, slice, with_slices};
+use super::rotary::{self, Angles};
+use super::{plain, rows};
+use candle_core::{CpuStorage, CustomOp1, CustomOp3, Result, Shape, Tensor};
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -134,6 +138,20 @@ struct Attention {
     log_sum: Mutex<Vec<f32>>,
 }
 
+impl Attention {
+    fn operands<'a>(&self, q: &'a [f32], k: &'a [f32], v: &'a [f32]) -> Operands<'a> {
+        let Heads { num_heads, num_kv_heads, head_dim, .. } = self.heads;
+        let rows = |data, heads| Rows { data, stride: heads * head_dim };
+        Operands {
+            q: rows(q, num_heads),
+            k: rows(k, num_kv_heads),
+            v: rows(v, num_kv_heads),
+            queries: q.len() / (num_heads * head_dim),
+            heads: self.heads,
+        }
+    }
+}
+
 impl CustomOp3 for Attention {
     fn name(&self) -> &'static str {
         "attention"
@@ -148,15 +166,8 @@ impl CustomOp3 for Attention {
         v: &CpuStorage,
         v_layout: &candle_core::Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let operands = Operands {
-            q: slice(q, q_layout)?,
-            k: slice(k, k_layout)?,
-            v: slice(v, v_layout)?,
-            heads: self.heads,
-        };
-        let mut out = zeros(operands.q.len());
-        let mut log_sum = zeros(operands.q.len() / self.heads.head_dim);
-        forward(operands, &self.layout, &mut out, &mut log_sum);
+        let [q, k, v] = [slice(q, q_layout)?, slice(k, k_layout)?, slice(v, v_layout)?];
+        let (out, log_sum) = forward(self.operands(q, k, v), &self.layout);
         *self.log_sum.lock().unwrap_or_else(PoisonError::into_inner) = log_sum;
         Ok((CpuStorage::F32(out), q_layout.shape().clone()))
     }
@@ -170,18 +181,118 @@ impl CustomOp3 for Attention {
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let log_sum = self.log_sum.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut dq = zeros(q.elem_count());
-        let (mut dk, mut dv) = (zeros(k.elem_count()), zeros(k.elem_count()));
-        let mut run = |q: &[f32], k: &[f32], v: &[f32], out: &[f32], grad: &[f32]| {
-            let state = Backward { out, log_sum: &log_sum, grad, dq: &mut dq, dk: &mut dk, dv: &mut dv };
-            backward(Operands { q, k, v, heads: self.heads }, &self.layout, state);
-        };
-        with_slice(q, |q| {
-            with_slice(k, |k| {
-                with_slice(v, |v| with_slice(out, |out| with_slice(grad, |grad| run(q, k, v, out, grad))))
-            })
-        })?????;
+        let [mut dq, mut dk, mut dv] = [q, k, v].map(|like| cleared(like.elem_count()));
+        with_slices([q, k, v, out, grad], |[q, k, v, out, grad]| {
+            let x = self.operands(q, k, v);
+            let [dq, dk, dv] = [&mut dq, &mut dk, &mut dv].map(|values| Output::new(values));
+            let state = Backward { out, log_sum: &log_sum, grad, dq, dk, dv, dv_stride: x.v.stride };
+            // SAFETY: the gradients are borrowed for the whole call.
+            unsafe { backward(x, &self.layout, state) };
+        })?;
         let tensor = |data, like: &Tensor| Tensor::from_vec(data, like.shape(), like.device());
         Ok((Some(tensor(dq, q)?), Some(tensor(dk, k)?), Some(tensor(dv, v)?)))
+    }
+}
+
+/// Attention over rows that hold query, key and value one after another, with queries and keys rotated: what a vision
+/// block does between its two projections, without a copy of any of the three.
+///
+/// # Shapes
+/// - `qkv`: `[rows, 3 · num_heads · head_dim]`; as many key heads as query heads
+/// - `cos`, `sin`: `[rows, head_dim / 2]`, constants
+/// - returns: `[rows, num_heads · head_dim]`
+///
+/// # Errors
+/// When shapes or layout do not fit.
+pub fn joint_attention(
+    qkv: &Tensor,
+    (cos, sin): (&Tensor, &Tensor),
+    heads: Heads,
+    layout: &Arc<Layout>,
+) -> Result<Tensor> {
+    let (rows, width) = (qkv.dims2()?.0, heads.num_heads * heads.head_dim);
+    if qkv.dims2()?.1 != 3 * width || heads.num_kv_heads != heads.num_heads {
+        candle_core::bail!("joint attention of {heads:?} was given {:?}", qkv.shape());
+    }
+    layout.check(rows, rows)?;
+    if !is_fused(qkv) {
+        let [q, k, v] = rows::split_columns(qkv, [width; 3])?;
+        let (q, k) = (rotary::rotary(&q, cos, sin)?, rotary::rotary(&k, cos, sin)?);
+        return attention(&q, &k, &v, heads, layout);
+    }
+    let angles = Angles::new(cos, sin, rows, width)?;
+    let op = JointAttention { heads, layout: layout.clone(), angles, log_sum: Mutex::default() };
+    qkv.contiguous()?.apply_op1(op)
+}
+
+struct JointAttention {
+    heads: Heads,
+    layout: Arc<Layout>,
+    angles: Angles,
+    log_sum: Mutex<Vec<f32>>,
+}
+
+impl JointAttention {
+    fn width(&self) -> usize {
+        self.heads.num_heads * self.heads.head_dim
+    }
+
+    /// Queries and keys, rotated.
+    fn rotated(&self, qkv: &[f32]) -> Result<[Vec<f32>; 2]> {
+        let width = self.width();
+        Ok([
+            self.angles.rotated(qkv, 3 * width, 0, width)?,
+            self.angles.rotated(qkv, 3 * width, width, width)?,
+        ])
+    }
+
+    fn operands<'a>(&self, [q, k]: [&'a [f32]; 2], qkv: &'a [f32]) -> Operands<'a> {
+        let width = self.width();
+        Operands {
+            q: Rows { data: q, stride: width },
+            k: Rows { data: k, stride: width },
+            v: Rows { data: &qkv[2 * width..], stride: 3 * width },
+            queries: q.len() / width,
+            heads: self.heads,
+        }
+    }
+}
+
+impl CustomOp1 for JointAttention {
+    fn name(&self) -> &'static str {
+        "joint-attention"
+    }
+
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &candle_core::Layout) -> Result<(CpuStorage, Shape)> {
+        let qkv = slice(storage, layout)?;
+        let [q, k] = self.rotated(qkv)?;
+        let (out, log_sum) = forward(self.operands([&q, &k], qkv), &self.layout);
+        *self.log_sum.lock().unwrap_or_else(PoisonError::into_inner) = log_sum;
+        Ok((CpuStorage::F32(out), Shape::from((layout.shape().dims2()?.0, self.width()))))
+    }
+
+    fn bwd(&self, qkv: &Tensor, out: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let log_sum = self.log_sum.lock().unwrap_or_else(PoisonError::into_inner);
+        let width = self.width();
+        let mut gradient = cleared(qkv.elem_count());
+        with_slices([qkv, out, grad], |[qkv, out, grad]| -> Result<()> {
+            let [q, k] = self.rotated(qkv)?;
+            let [mut dq, mut dk] = [(); 2].map(|()| cleared(q.len()));
+            let all = Output::new(&mut gradient);
+            let state = Backward {
+                out,
+                log_sum: &log_sum,
+                grad,
+                dq: Output::new(&mut dq),
+                dk: Output::new(&mut dk),
+                dv: all.from(2 * width),
+                dv_stride: 3 * width,
+            };
+            // SAFETY: the gradients are borrowed for the whole call.
+            unsafe { backward(self.operands([&q, &k], qkv), &self.layout, state) };
+            self.angles.turn_back(&dq, &mut gradient, 3 * width, 0)?;
+            self.angles.turn_back(&dk, &mut gradient, 3 * width, width)
+        })??;
+        Ok(Some(Tensor::from_vec(gradient, qkv.shape(), qkv.device())?))
     }
 }

@@ -3,7 +3,7 @@
 //! On the CPU a frozen weight is rearranged once into the panels that the matrix product reads, which serves one row
 //! of decoding as well as a thousand of prefill; its backward never computes a weight gradient.
 
-use super::kernel::gemm::{Packed, Right, View, gemm, gemm_new, product, product_new};
+use super::kernel::gemm::{Packed, Right, Start, View, gemm, gemm_new, product, product_new};
 use super::kernel::{is_fused, slice, with_slice, zeros};
 use super::plain;
 use super::rows;
@@ -188,7 +188,26 @@ impl Linear {
     /// - `x`: `[rows, in]`
     /// - returns: `[rows, out]`
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let y = self.base(x)?;
+        self.adapted(self.base(x)?, x)
+    }
+
+    /// `residual + x · weightᵀ + bias`, and the low-rank update where there is one: one pass over the result instead of two.
+    ///
+    /// # Shapes
+    /// - `x`: `[rows, in]`
+    /// - `residual`, returns: `[rows, out]`
+    pub fn forward_added(&self, x: &Tensor, residual: &Tensor) -> Result<Tensor> {
+        let y = match &self.weight {
+            Weight::Panels(weight) => {
+                let op = FrozenLinear { weight: weight.clone(), bias: self.bias.clone() };
+                x.contiguous()?.apply_op2(&residual.contiguous()?, op)?
+            }
+            Weight::Tensor(_) => (residual + self.base(x)?)?,
+        };
+        self.adapted(y, x)
+    }
+
+    fn adapted(&self, y: Tensor, x: &Tensor) -> Result<Tensor> {
         match &self.low_rank {
             Some(low_rank) => low_rank.add_to(&y, x),
             None => Ok(y),
@@ -313,23 +332,68 @@ impl CustomOp1 for FrozenLinear {
     }
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        self.compute(storage, layout, None)
+    }
+
+    fn bwd(&self, x: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        self.input_gradient(x, grad).map(Some)
+    }
+}
+
+impl FrozenLinear {
+    fn compute(&self, x: &CpuStorage, layout: &Layout, added: Option<&[f32]>) -> Result<(CpuStorage, Shape)> {
         let (rows, _) = layout.shape().dims2()?;
         let packed = self.weight.forward();
-        let x = View::new(slice(storage, layout)?, rows, packed.k);
+        let x = View::new(slice(x, layout)?, rows, packed.k);
+        let product = |bias: Option<&[f32]>| {
+            let start = added.map_or(Start::bias(bias), |added| Start::Added(added, bias));
+            product_new(x, Right::Packed(packed), start)
+        };
         let y = match &self.bias {
-            Some(bias) => with_slice(bias, |bias| product_new(x, Right::Packed(packed), Some(bias)))?,
-            None => product_new(x, Right::Packed(packed), None),
+            Some(bias) => with_slice(bias, |bias| product(Some(bias)))?,
+            None => product(None),
         };
         Ok((CpuStorage::F32(y), Shape::from((rows, packed.n))))
     }
 
-    fn bwd(&self, x: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+    fn input_gradient(&self, x: &Tensor, grad: &Tensor) -> Result<Tensor> {
         let (rows, width) = x.dims2()?;
         let packed = self.weight.backward();
         let dx = with_slice(grad, |grad| {
-            product_new(View::new(grad, rows, packed.k), Right::Packed(packed), None)
+            product_new(View::new(grad, rows, packed.k), Right::Packed(packed), Start::Zero)
         })?;
-        Ok(Some(Tensor::from_vec(dx, (rows, width), x.device())?))
+        Tensor::from_vec(dx, (rows, width), x.device())
+    }
+}
+
+impl CustomOp2 for FrozenLinear {
+    fn name(&self) -> &'static str {
+        "frozen-linear-added"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        layout: &Layout,
+        residual: &CpuStorage,
+        residual_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (rows, wanted) = (layout.shape().dims2()?.0, self.weight.forward().n);
+        if residual_layout.shape().dims() != [rows, wanted] {
+            candle_core::bail!("a residual of {:?} for [{rows}, {wanted}]", residual_layout.shape());
+        }
+        self.compute(x, layout, Some(slice(residual, residual_layout)?))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        residual: &Tensor,
+        _y: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let dx = x.track_op().then(|| self.input_gradient(x, grad)).transpose()?;
+        Ok((dx, residual.track_op().then(|| grad.clone())))
     }
 }
 
@@ -337,7 +401,7 @@ struct TrainedLinear;
 
 fn trained_forward(x: &[f32], weight: &[f32], rows: usize, out: usize, bias: Option<&[f32]>) -> Vec<f32> {
     let input = weight.len() / out;
-    gemm_new(View::new(x, rows, input), View::new(weight, out, input).transposed(), bias)
+    gemm_new(View::new(x, rows, input), View::new(weight, out, input).transposed(), Start::bias(bias))
 }
 
 /// Gradients of the input and the weight, each only where something below wants it.
@@ -347,13 +411,13 @@ fn trained_backward(x: &Tensor, weight: &Tensor, grad: &Tensor) -> Result<(Optio
     with_slice(grad, |grad| -> Result<_> {
         let grad = View::new(grad, rows, out);
         let dx = if x.track_op() {
-            let dx = with_slice(weight, |w| gemm_new(grad, View::new(w, out, input), None))?;
+            let dx = with_slice(weight, |w| gemm_new(grad, View::new(w, out, input), Start::Zero))?;
             Some(Tensor::from_vec(dx, (rows, input), x.device())?)
         } else {
             None
         };
         let dw = if weight.track_op() {
-            let dw = with_slice(x, |x| gemm_new(grad.transposed(), View::new(x, rows, input), None))?;
+            let dw = with_slice(x, |x| gemm_new(grad.transposed(), View::new(x, rows, input), Start::Zero))?;
             Some(Tensor::from_vec(dw, (out, input), x.device())?)
         } else {
             None

@@ -1,7 +1,7 @@
 //! Each fused operation against its plain composition and against finite differences; rows independent of batches.
 
 use super::activation::{Activation, activate, gated};
-use super::attention::{Block, Heads, Layout, attention};
+use super::attention::{Block, Heads, Layout, attention, joint_attention};
 use super::convolution::{Planes, convolve, neighbourhoods};
 use super::cross_entropy::log_probs_of;
 use super::linear::{Linear, LowRank};
@@ -76,6 +76,27 @@ fn linear_equals_its_composition_in_value_and_gradients() {
     check_op("frozen", &inputs[..1], &|t| Linear::frozen(&weight, Some(&bias))?.forward(&t[0]), &|t| {
         plain::linear(&t[0], &weight, Some(&bias))
     });
+}
+
+#[test]
+fn a_linear_layer_added_to_something_equals_the_sum() {
+    let (weight, bias) = (random(&[40, 24], 2), random(&[40], 3));
+    let low_rank = || LowRank { a: random(&[3, 24], 12), b: random(&[40, 3], 13), scaling: 0.7 };
+    for bias in [None, Some(&bias)] {
+        let inputs = [random(&[37, 24], 1), random(&[37, 40], 4)];
+        let composed = |t: &[Tensor]| plain::linear(&t[0], &weight, bias)? + &t[1];
+        let frozen = Linear::frozen(&weight, bias).unwrap();
+        check_op("frozen", &inputs, &|t| frozen.forward_added(&t[0], &t[1]), &composed);
+        let trained = Linear::of_tensor(&weight, bias);
+        check_op("trained", &inputs, &|t| trained.forward_added(&t[0], &t[1]), &composed);
+        let adapted = Linear::frozen(&weight, bias).unwrap().with_low_rank(low_rank());
+        check_op("adapted", &inputs, &|t| adapted.forward_added(&t[0], &t[1]), &|t| {
+            let inner = plain::linear(&t[0], &low_rank().a, None)?;
+            composed(t)? + (plain::linear(&inner, &low_rank().b, None)? * 0.7)?
+        });
+    }
+    let frozen = Linear::frozen(&weight, None).unwrap();
+    assert!(frozen.forward_added(&random(&[37, 24], 1), &random(&[36, 40], 4)).is_err());
 }
 
 #[test]
@@ -210,6 +231,31 @@ fn attention_equals_its_composition_for_every_layout_and_grouping() {
                 &|t| plain::attention(&t[0], &t[1], &t[2], heads, &layout),
             );
         }
+    }
+}
+
+#[test]
+fn joint_attention_equals_rotation_and_attention_of_its_three_parts() {
+    for layout in [Layout::windows(&[5, 16, 70]), Layout::windows(&[91]), Layout::causal(&[40, 51])] {
+        let (num_heads, head_dim, rows) = (3, 8, 91);
+        let heads = Heads { num_heads, num_kv_heads: num_heads, head_dim, scale: 0.3 };
+        let width = num_heads * head_dim;
+        let (cos, sin) = (random(&[rows, head_dim / 2], 2), random(&[rows, head_dim / 2], 3));
+        let shared = Arc::new(layout.clone());
+        check_op(
+            &format!("{layout:?}"),
+            &[random(&[rows, 3 * width], 1)],
+            &|t| joint_attention(&t[0], (&cos, &sin), heads, &shared),
+            &|t| {
+                let part = |i: usize| t[0].narrow(1, i * width, width)?.contiguous();
+                let (q, k) = (plain::rotary(&part(0)?, &cos, &sin)?, plain::rotary(&part(1)?, &cos, &sin)?);
+                plain::attention(&q, &k, &part(2)?, heads, &layout)
+            },
+        );
+        let refused = |qkv: &[usize], cos: &Tensor| {
+            joint_attention(&random(qkv, 1), (cos, &sin), heads, &shared).is_err()
+        };
+        assert!(refused(&[rows, 2 * width], &cos) && refused(&[rows, 3 * width], &random(&[rows - 1, 4], 2)));
     }
 }
 

@@ -9,39 +9,40 @@ use super::gemm::{Output, Packed, Right, View, product};
 use super::math::{self, for_each_isa};
 use crate::nn::attention::{Block, Heads, Layout};
 use rayon::prelude::*;
+use std::ops::Range;
 
 /// Query rows worked on at a time: scores of this many rows stay in the cache.
 const QUERY_ROWS: usize = 64;
 
+/// Rows of a matrix, `stride` elements apart.
+#[derive(Clone, Copy)]
+pub(crate) struct Rows<'a> {
+    pub(crate) data: &'a [f32],
+    pub(crate) stride: usize,
+}
+
+impl<'a> Rows<'a> {
+    /// The columns of head `head` of the rows `rows`.
+    fn head(self, rows: Range<usize>, head: usize, head_dim: usize) -> View<'a> {
+        let start = rows.start * self.stride + head * head_dim;
+        View::strided(&self.data[start..], rows.len(), head_dim, self.stride)
+    }
+}
+
 /// Operands of one attention, rows packed as in [`crate::nn::attention::attention`].
 #[derive(Clone, Copy)]
 pub(crate) struct Operands<'a> {
-    pub(crate) q: &'a [f32],
-    pub(crate) k: &'a [f32],
-    pub(crate) v: &'a [f32],
+    pub(crate) q: Rows<'a>,
+    pub(crate) k: Rows<'a>,
+    pub(crate) v: Rows<'a>,
+    pub(crate) queries: usize,
     pub(crate) heads: Heads,
 }
 
-impl<'a> Operands<'a> {
+impl Operands<'_> {
+    /// Elements of a row of the result, which stand close.
     fn query_width(&self) -> usize {
         self.heads.num_heads * self.heads.head_dim
-    }
-
-    fn key_width(&self) -> usize {
-        self.heads.num_kv_heads * self.heads.head_dim
-    }
-
-    /// One head's columns of rows `start..start + rows` of a query-shaped matrix.
-    fn query_view(&self, data: &'a [f32], start: usize, rows: usize, head: usize) -> View<'a> {
-        let width = self.query_width();
-        View::strided(&data[start * width + head * self.heads.head_dim..], rows, self.heads.head_dim, width)
-    }
-
-    /// One head's columns of the key rows `range` of a key-shaped matrix.
-    fn key_view(&self, data: &'a [f32], range: &std::ops::Range<usize>, kv_head: usize) -> View<'a> {
-        let width = self.key_width();
-        let start = range.start * width + kv_head * self.heads.head_dim;
-        View::strided(&data[start..], range.len(), self.heads.head_dim, width)
     }
 }
 
@@ -121,11 +122,14 @@ for_each_isa! {
     }
 }
 
-/// Attention; `log_sum` gets each query row's log-sum-exp, `[num_heads, queries]`.
-pub(crate) fn forward(x: Operands<'_>, layout: &Layout, out: &mut [f32], log_sum: &mut [f32]) {
-    let queries = x.q.len() / x.query_width();
+/// Attention, `[queries, num_heads · head_dim]`, and each query row's log-sum-exp, `[num_heads, queries]`. The blocks cover
+/// every query row.
+pub(crate) fn forward(x: Operands<'_>, layout: &Layout) -> (Vec<f32>, Vec<f32>) {
+    let queries = x.queries;
     let tasks = layout.blocks.len() * x.heads.num_kv_heads;
-    let (out, log_sum) = (Output::new(out), Output::new(log_sum));
+    let lens = [queries * x.query_width(), queries * x.heads.num_heads];
+    let mut results = lens.map(Vec::with_capacity);
+    let [out, log_sum] = std::array::from_fn(|i| Output::of_spare(&mut results[i], lens[i]));
     let work: usize =
         layout.blocks.iter().map(|b| b.queries.len() * key_count(b)).sum::<usize>() * x.query_width();
     let run = |scratch: &mut Scratch, task: usize| {
@@ -138,6 +142,11 @@ pub(crate) fn forward(x: Operands<'_>, layout: &Layout, out: &mut [f32], log_sum
     } else {
         (0..tasks).into_par_iter().with_min_len(tasks.div_ceil(16)).for_each_init(Scratch::default, run);
     }
+    for (result, len) in results.iter_mut().zip(lens) {
+        // SAFETY: every head of every query row was written by its block's task.
+        unsafe { result.set_len(len) };
+    }
+    results.into()
 }
 
 fn forward_block(
@@ -153,7 +162,7 @@ fn forward_block(
     let total = key_count(block);
     scratch.keys.resize_with(block.keys.len().max(scratch.keys.len()), Packed::default);
     for (packed, range) in scratch.keys.iter_mut().zip(&block.keys) {
-        packed.pack(x.key_view(x.k, range, kv_head).transposed(), false);
+        packed.pack(x.k.head(range.clone(), kv_head, dim).transposed(), false);
     }
     let repeat = x.heads.num_heads / x.heads.num_kv_heads;
     for head in kv_head * repeat..(kv_head + 1) * repeat {
@@ -165,7 +174,7 @@ fn forward_block(
             scratch.scores.resize(rows * total, 0.0);
             let start = block.queries.start + q0;
             let limit = lens[rows - 1];
-            let q = x.query_view(x.q, start, rows, head);
+            let q = x.q.head(start..start + rows, head, dim);
             against_keys(q, &scratch.keys, block, limit, &mut scratch.scores, total);
             let mut sums = [0.0; QUERY_ROWS];
             softmax_rows(&mut scratch.scores, total, lens, x.heads.scale, &mut sums[..rows]);
@@ -179,7 +188,7 @@ fn forward_block(
                     break;
                 }
                 let p = View::strided(&scratch.scores[offset..], rows, count, total);
-                let v = x.key_view(x.v, &(range.start..range.start + count), kv_head);
+                let v = x.v.head(range.start..range.start + count, kv_head, dim);
                 // SAFETY: these rows and this head's columns belong to this task alone.
                 unsafe { out.gemm_serial(p, v, width, offset > 0, &mut scratch.packed) };
                 offset += count;
@@ -188,26 +197,32 @@ fn forward_block(
     }
 }
 
-/// Where the backward writes, and what it reads of the forward.
+/// What the backward reads of the forward, and where it writes.
+#[derive(Clone, Copy)]
 pub(crate) struct Backward<'a> {
     pub(crate) out: &'a [f32],
     pub(crate) log_sum: &'a [f32],
     pub(crate) grad: &'a [f32],
-    pub(crate) dq: &'a mut [f32],
-    pub(crate) dk: &'a mut [f32],
-    pub(crate) dv: &'a mut [f32],
+    /// As the result; overwritten.
+    pub(crate) dq: Output,
+    /// `[keys, num_kv_heads · head_dim]`, zero on entry.
+    pub(crate) dk: Output,
+    /// The same, with rows `dv_stride` apart.
+    pub(crate) dv: Output,
+    pub(crate) dv_stride: usize,
 }
 
-/// Gradients of attention; `dk` and `dv` must be zero on entry, `dq` is overwritten.
-pub(crate) fn backward(x: Operands<'_>, layout: &Layout, state: Backward<'_>) {
-    let Backward { out, log_sum, grad, dq, dk, dv } = state;
-    let (dq, dk, dv) = (Output::new(dq), Output::new(dk), Output::new(dv));
+/// Gradients of attention.
+///
+/// # Safety
+/// No other thread touches the elements of `dq`, `dk` and `dv` meanwhile.
+pub(crate) unsafe fn backward(x: Operands<'_>, layout: &Layout, state: Backward<'_>) {
     let groups = independent_groups(layout);
     let tasks = groups.len() * x.heads.num_kv_heads;
     let run = |scratch: &mut Scratch, task: usize| {
         let (group, kv_head) = (&groups[task / x.heads.num_kv_heads], task % x.heads.num_kv_heads);
         for block in &layout.blocks[group.clone()] {
-            backward_block(x, block, kv_head, (out, log_sum, grad), (dq, dk, dv), scratch);
+            backward_block(x, block, kv_head, state, scratch);
         }
     };
     if tasks == 1 || rayon::current_num_threads() == 1 {
@@ -220,13 +235,13 @@ pub(crate) fn backward(x: Operands<'_>, layout: &Layout, state: Backward<'_>) {
 
 /// Runs of blocks whose keys overlap with no other run's: gradients of shared keys are summed by one thread, in the
 /// order of the blocks.
-fn independent_groups(layout: &Layout) -> Vec<std::ops::Range<usize>> {
+fn independent_groups(layout: &Layout) -> Vec<Range<usize>> {
     let extent = |block: &Block| {
         let start = block.keys.iter().map(|range| range.start).min().unwrap_or(0);
         let end = block.keys.iter().map(|range| range.end).max().unwrap_or(0);
         start..end
     };
-    let mut groups: Vec<(std::ops::Range<usize>, std::ops::Range<usize>)> = Vec::new();
+    let mut groups: Vec<(Range<usize>, Range<usize>)> = Vec::new();
     for (idx, block) in layout.blocks.iter().enumerate() {
         let mut keys = extent(block);
         let mut blocks = idx..idx + 1;
@@ -253,19 +268,20 @@ fn backward_block(
     x: Operands<'_>,
     block: &Block,
     kv_head: usize,
-    (out, log_sum, grad): (&[f32], &[f32], &[f32]),
-    (dq, dk, dv): (Output, Output, Output),
+    state: Backward<'_>,
     scratch: &mut Scratch,
 ) {
-    let (dim, width, key_width) = (x.heads.head_dim, x.query_width(), x.key_width());
-    let queries = x.q.len() / width;
+    let Backward { out, log_sum, grad, dq, dk, dv, dv_stride } = state;
+    let (dim, width, queries) = (x.heads.head_dim, x.query_width(), x.queries);
+    let key_width = x.heads.num_kv_heads * dim;
+    let grads = Rows { data: grad, stride: width };
     let total = key_count(block);
     let slots = block.keys.len();
     scratch.keys.resize_with(slots.max(scratch.keys.len()), Packed::default);
     scratch.values.resize_with(slots.max(scratch.values.len()), Packed::default);
     for (idx, range) in block.keys.iter().enumerate() {
-        scratch.keys[idx].pack(x.key_view(x.k, range, kv_head).transposed(), false);
-        scratch.values[idx].pack(x.key_view(x.v, range, kv_head).transposed(), false);
+        scratch.keys[idx].pack(x.k.head(range.clone(), kv_head, dim).transposed(), false);
+        scratch.values[idx].pack(x.v.head(range.clone(), kv_head, dim).transposed(), false);
     }
     let repeat = x.heads.num_heads / x.heads.num_kv_heads;
     for head in kv_head * repeat..(kv_head + 1) * repeat {
@@ -278,7 +294,8 @@ fn backward_block(
             let limit = lens[rows - 1];
             scratch.scores.resize(rows * total, 0.0);
             scratch.gradients.resize(rows * total, 0.0);
-            let (q, g) = (x.query_view(x.q, start, rows, head), x.query_view(grad, start, rows, head));
+            let (q, g) =
+                (x.q.head(start..start + rows, head, dim), grads.head(start..start + rows, head, dim));
             against_keys(q, &scratch.keys, block, limit, &mut scratch.scores, total);
             against_keys(g, &scratch.values, block, limit, &mut scratch.gradients, total);
             let inner: [f32; QUERY_ROWS] = std::array::from_fn(|i| {
@@ -307,19 +324,17 @@ fn backward_block(
                 let keys = range.start..range.start + count;
                 let p = View::strided(&scratch.scores[offset..], rows, count, total);
                 let ds = View::strided(&scratch.gradients[offset..], rows, count, total);
-                let at = range.start * key_width + kv_head * dim;
+                let (dk, dv) = (
+                    dk.from(range.start * key_width + kv_head * dim),
+                    dv.from(range.start * dv_stride + kv_head * dim),
+                );
                 // SAFETY: query rows and this head's columns belong to this task alone; blocks that share these keys
                 // are in this task's group, and no other task has this key head.
                 unsafe {
-                    dq.gemm_serial(
-                        ds,
-                        x.key_view(x.k, &keys, kv_head),
-                        width,
-                        offset > 0,
-                        &mut scratch.packed,
-                    );
-                    dv.from(at).gemm_serial(p.transposed(), g, key_width, true, &mut scratch.packed);
-                    dk.from(at).gemm_serial(ds.transposed(), q, key_width, true, &mut scratch.packed);
+                    let k = x.k.head(keys, kv_head, dim);
+                    dq.gemm_serial(ds, k, width, offset > 0, &mut scratch.packed);
+                    dv.gemm_serial(p.transposed(), g, dv_stride, true, &mut scratch.packed);
+                    dk.gemm_serial(ds.transposed(), q, key_width, true, &mut scratch.packed);
                 }
                 offset += count;
             }
@@ -333,11 +348,7 @@ mod tests {
 
     #[test]
     fn groups_share_no_keys() {
-        let block = |queries: std::ops::Range<usize>, keys: Vec<std::ops::Range<usize>>| Block {
-            queries,
-            keys,
-            is_causal: true,
-        };
+        let block = |queries: Range<usize>, keys: Vec<Range<usize>>| Block { queries, keys, is_causal: true };
         let layout = Layout {
             blocks: vec![
                 block(0..3, vec![0..3]),

@@ -311,6 +311,48 @@ fn pack_panel<T: Copy + Default>(b: View<'_, T>, column: usize, out: &mut [T]) {
     }
 }
 
+/// What each element's chain of multiply-adds starts from.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Start<'a> {
+    /// Zero.
+    Zero,
+    /// What the result's memory holds.
+    Result,
+    /// The bias of its column.
+    Bias(&'a [f32]),
+    /// The element at its place of a row-major matrix of the result's shape, plus the bias of its column where there is one.
+    Added(&'a [f32], Option<&'a [f32]>),
+}
+
+impl<'a> Start<'a> {
+    /// A bias, if there is one.
+    pub(crate) fn bias(bias: Option<&'a [f32]>) -> Self {
+        bias.map_or(Self::Zero, Self::Bias)
+    }
+
+    fn check(&self, rows: usize, columns: usize) {
+        let (matrix, bias) = match *self {
+            Self::Zero | Self::Result => (None, None),
+            Self::Bias(bias) => (None, Some(bias)),
+            Self::Added(matrix, bias) => (Some(matrix), bias),
+        };
+        assert!(bias.is_none_or(|bias| bias.len() == columns), "a bias of another width");
+        assert!(matrix.is_none_or(|matrix| matrix.len() == rows * columns), "a sum of other shapes");
+    }
+
+    /// The element that column `column` of row `row` of `columns` starts from; none where that is the result itself.
+    fn at(&self, row: usize, column: usize, columns: usize) -> Option<f32> {
+        match *self {
+            Self::Zero => Some(0.0),
+            Self::Result => None,
+            Self::Bias(bias) => Some(bias[column]),
+            Self::Added(matrix, bias) => {
+                Some(matrix[row * columns + column] + bias.map_or(0.0, |b| b[column]))
+            }
+        }
+    }
+}
+
 /// A right-hand side, `[k, n]`.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Right<'a> {
@@ -345,34 +387,29 @@ pub(crate) fn gemm(a: View<'_>, b: View<'_>, c: &mut [f32], row_stride: usize, a
     }
 }
 
-/// `a · b` in new memory, `rows x columns`, each row started from `bias` where given.
+/// `start + a · b` in new memory, `rows x columns`; `start` is not [`Start::Result`].
 ///
 /// The memory is first touched by the threads that compute it: clearing it beforehand would cost as much as a small
 /// product.
-pub(crate) fn product_new(a: View<'_>, b: Right<'_>, bias: Option<&[f32]>) -> Vec<f32> {
+pub(crate) fn product_new(a: View<'_>, b: Right<'_>, start: Start<'_>) -> Vec<f32> {
+    assert!(!matches!(start, Start::Result), "new memory holds nothing to start from");
     let (rows, (_, columns)) = (a.rows, b.dims());
     let len = rows * columns;
     let mut c = Vec::with_capacity(len);
-    if let Some(bias) = bias {
-        assert_eq!(bias.len(), columns, "a bias of another width");
-        for _ in 0..rows {
-            c.extend_from_slice(bias);
-        }
-    }
     let out = Output::of_spare(&mut c, len);
     // SAFETY: nothing else knows the new memory; it has room for `len` elements.
-    unsafe { product_into(a, b, out, columns, bias.is_some(), true) };
+    unsafe { product_into(a, b, out, columns, start, true) };
     // SAFETY: the product wrote every element.
     unsafe { c.set_len(len) };
     c
 }
 
 /// As [`product_new`] for a right-hand side in any layout.
-pub(crate) fn gemm_new(a: View<'_>, b: View<'_>, bias: Option<&[f32]>) -> Vec<f32> {
+pub(crate) fn gemm_new(a: View<'_>, b: View<'_>, start: Start<'_>) -> Vec<f32> {
     if is_direct(&b) {
-        product_new(a, Right::Direct(b), bias)
+        product_new(a, Right::Direct(b), start)
     } else {
-        product_new(a, Right::Packed(&Packed::new(b)), bias)
+        product_new(a, Right::Packed(&Packed::new(b)), start)
     }
 }
 
@@ -458,7 +495,7 @@ impl Output {
             Right::Packed(scratch)
         };
         // SAFETY: the caller's promise.
-        unsafe { product_into(a, b, self, row_stride, accumulate, false) };
+        unsafe { product_into(a, b, self, row_stride, start_of(accumulate), false) };
     }
 }
 
@@ -472,7 +509,11 @@ pub(crate) fn product(
     parallel: bool,
 ) {
     // SAFETY: `c` is borrowed for the whole call.
-    unsafe { product_into(a, b, Output::new(c), row_stride, accumulate, parallel) }
+    unsafe { product_into(a, b, Output::new(c), row_stride, start_of(accumulate), parallel) }
+}
+
+fn start_of(accumulate: bool) -> Start<'static> {
+    if accumulate { Start::Result } else { Start::Zero }
 }
 
 /// # Safety
@@ -482,7 +523,7 @@ unsafe fn product_into(
     b: Right<'_>,
     out: Output,
     row_stride: usize,
-    accumulate: bool,
+    start: Start<'_>,
     parallel: bool,
 ) {
     let (k, n) = b.dims();
@@ -497,12 +538,13 @@ unsafe fn product_into(
         view.check();
         assert!(is_direct(&view), "a right-hand side must be packed first");
     }
+    start.check(m, n);
     if k == 0 {
-        if !accumulate {
-            let zeros = vec![0.0; n];
-            for row in 0..m {
+        for row in 0..m {
+            let values: Option<Vec<f32>> = (0..n).map(|column| start.at(row, column, n)).collect();
+            if let Some(values) = values {
                 // SAFETY: in bounds as just checked; undisturbed by the caller's promise.
-                unsafe { out.from(row * row_stride).write(&zeros) };
+                unsafe { out.from(row * row_stride).write(&values) };
             }
         }
         return;
@@ -510,7 +552,7 @@ unsafe fn product_into(
     let panels = n.div_ceil(PANEL);
     let threads = rayon::current_num_threads();
     if !parallel || threads == 1 || m * n * k < PARALLEL_WORK {
-        block(a, b, out, row_stride, accumulate, 0..m, 0..panels);
+        block(a, b, out, row_stride, start, 0..m, 0..panels);
         return;
     }
     // A few tasks for each thread; rows are split first, for then every thread reads each panel once.
@@ -522,7 +564,7 @@ unsafe fn product_into(
     let panel_tasks = panels.div_ceil(panels_per);
     (0..row_tasks * panel_tasks).into_par_iter().for_each(|task| {
         let (r, p) = (task / panel_tasks * rows_per, task % panel_tasks * panels_per);
-        block(a, b, out, row_stride, accumulate, r..(r + rows_per).min(m), p..(p + panels_per).min(panels));
+        block(a, b, out, row_stride, start, r..(r + rows_per).min(m), p..(p + panels_per).min(panels));
     });
 }
 
@@ -532,7 +574,7 @@ fn block(
     b: Right<'_>,
     out: Output,
     row_stride: usize,
-    accumulate: bool,
+    start: Start<'_>,
     rows: std::ops::Range<usize>,
     panels: std::ops::Range<usize>,
 ) {
@@ -553,6 +595,19 @@ fn block(
                 let mut r = r0;
                 while r < r1 {
                     let count = TILE_ROWS.min(r1 - r);
+                    let c = out.data.wrapping_add(r * row_stride + column);
+                    let null = std::ptr::null();
+                    let (from, from_row, bias) = match start {
+                        // Later blocks along `k` go on from what is there.
+                        _ if p0 > 0 => (c.cast_const(), row_stride, null),
+                        Start::Zero => (null, 0, null),
+                        Start::Result => (c.cast_const(), row_stride, null),
+                        Start::Bias(bias) => (bias[column..].as_ptr(), 0, null),
+                        Start::Added(matrix, bias) => {
+                            let bias = bias.map_or(null, |bias| bias[column..].as_ptr());
+                            (matrix[r * n + column..].as_ptr(), n, bias)
+                        }
+                    };
                     let tile = Tile {
                         k: depth,
                         a: a.data[r * a.row_stride + p0 * a.column_stride..].as_ptr(),
@@ -560,10 +615,12 @@ fn block(
                         a_column: a.column_stride,
                         b: b_start,
                         b_row: b_stride,
-                        c: out.data.wrapping_add(r * row_stride + column),
+                        c,
                         c_row: row_stride,
                         columns: PANEL.min(n - column),
-                        accumulate: accumulate || p0 > 0,
+                        from,
+                        from_row,
+                        bias,
                     };
                     // SAFETY: `product` checked that `a`, `b` and `c` hold every element of this tile, tasks have
                     // disjoint tiles, and `isa` found the instructions on this processor.
@@ -587,7 +644,11 @@ struct Tile {
     c: *mut f32,
     c_row: usize,
     columns: usize,
-    accumulate: bool,
+    /// What the sums start from, as `c` is laid out but for the distance of its rows; null: zero.
+    from: *const f32,
+    from_row: usize,
+    /// Added to every row of `from`; null: nothing.
+    bias: *const f32,
 }
 
 macro_rules! by_rows {
@@ -656,6 +717,8 @@ impl Tile {
                 b: self.b.right(column),
                 c: self.c.wrapping_add(column),
                 columns: LANES.min(self.columns - column),
+                from: right(self.from, column),
+                bias: right(self.bias, column),
                 ..*self
             };
             (tile, 6)
@@ -664,17 +727,27 @@ impl Tile {
 
     /// The same tile from `rows` rows further down.
     fn below(&self, rows: usize) -> Tile {
-        Tile { a: self.a.wrapping_add(rows * self.a_row), c: self.c.wrapping_add(rows * self.c_row), ..*self }
+        Tile {
+            a: self.a.wrapping_add(rows * self.a_row),
+            c: self.c.wrapping_add(rows * self.c_row),
+            from: right(self.from, rows * self.from_row),
+            ..*self
+        }
     }
+}
+
+/// `count` elements further; what is absent stays absent.
+fn right(data: *const f32, count: usize) -> *const f32 {
+    if data.is_null() { data } else { data.wrapping_add(count) }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f")]
 unsafe fn tile_avx512<const ROWS: usize, const VECTORS: usize, const HALF: bool>(t: &Tile) {
     use std::arch::x86_64::{
-        __m512, _mm256_loadu_si256, _mm512_castsi512_ps, _mm512_cvtepu16_epi32, _mm512_fmadd_ps,
-        _mm512_loadu_ps, _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps, _mm512_set1_ps, _mm512_setzero_ps,
-        _mm512_slli_epi32, _mm512_storeu_ps,
+        __m512, _mm256_loadu_si256, _mm512_add_ps, _mm512_castsi512_ps, _mm512_cvtepu16_epi32,
+        _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps, _mm512_set1_ps,
+        _mm512_setzero_ps, _mm512_slli_epi32, _mm512_storeu_ps,
     };
     let width = if HALF { 2 } else { 4 };
     let stride = t.b_row * width;
@@ -684,15 +757,25 @@ unsafe fn tile_avx512<const ROWS: usize, const VECTORS: usize, const HALF: bool>
         let last = t.columns - (VECTORS - 1) * LANES;
         let mask: u16 = if last == LANES { u16::MAX } else { (1u16 << last) - 1 };
         let mut acc = [[_mm512_setzero_ps(); VECTORS]; ROWS];
-        if t.accumulate {
+        let load = |from: *const f32, v: usize| {
+            if v + 1 == VECTORS && !full {
+                _mm512_maskz_loadu_ps(mask, from.add(v * LANES))
+            } else {
+                _mm512_loadu_ps(from.add(v * LANES))
+            }
+        };
+        if !t.from.is_null() {
             for (i, row) in acc.iter_mut().enumerate() {
-                let c = t.c.add(i * t.c_row);
+                let from = t.from.add(i * t.from_row);
                 for (v, value) in row.iter_mut().enumerate() {
-                    *value = if v + 1 == VECTORS && !full {
-                        _mm512_maskz_loadu_ps(mask, c.add(v * LANES))
-                    } else {
-                        _mm512_loadu_ps(c.add(v * LANES))
-                    };
+                    *value = load(from, v);
+                }
+            }
+        }
+        if !t.bias.is_null() {
+            for row in &mut acc {
+                for (v, value) in row.iter_mut().enumerate() {
+                    *value = _mm512_add_ps(*value, load(t.bias, v));
                 }
             }
         }
@@ -779,10 +862,17 @@ unsafe fn tile_lanes<const ROWS: usize, const FUSED: bool, const HALF: bool>(t: 
     unsafe {
         let start = t.b.address();
         let mut acc = [[0f32; LANES]; ROWS];
-        if t.accumulate {
+        if !t.from.is_null() {
             for (i, row) in acc.iter_mut().enumerate() {
                 for (j, value) in row[..t.columns].iter_mut().enumerate() {
-                    *value = *t.c.add(i * t.c_row + j);
+                    *value = *t.from.add(i * t.from_row + j);
+                }
+            }
+        }
+        if !t.bias.is_null() {
+            for row in &mut acc {
+                for (j, value) in row[..t.columns].iter_mut().enumerate() {
+                    *value += *t.bias.add(j);
                 }
             }
         }
@@ -878,6 +968,28 @@ mod tests {
     }
 
     #[test]
+    fn sums_start_from_biases_and_matrices_as_if_those_had_been_in_the_result() {
+        for (index, &(m, n, k)) in
+            [(3, 17, 0), (9, 33, 7), (130, 100, 31), (257, 48, 1500)].iter().enumerate()
+        {
+            let (a, b) = (random(m * k, index as u64), random(k * n, 100 + index as u64));
+            let (matrix, bias) = (random(m * n, 200), random(n, 201));
+            let (a, b) = (View::new(&a, m, k), View::new(&b, k, n));
+            let expected = |start: &dyn Fn(usize) -> f32| {
+                let mut c: Vec<f32> = (0..m * n).map(start).collect();
+                gemm(a, b, &mut c, n, true);
+                c
+            };
+            let packed = Packed::new(b);
+            let ours = |start| product_new(a, Right::Packed(&packed), start);
+            assert_eq!(ours(Start::Zero), expected(&|_| 0.0));
+            assert_eq!(ours(Start::Bias(&bias)), expected(&|i| bias[i % n]));
+            assert_eq!(ours(Start::Added(&matrix, None)), expected(&|i| matrix[i]));
+            assert_eq!(ours(Start::Added(&matrix, Some(&bias))), expected(&|i| matrix[i] + bias[i % n]));
+        }
+    }
+
+    #[test]
     fn a_row_is_the_same_bytes_in_any_batch() {
         let (m, n, k) = (203, 129, 1100);
         let (a, b) = (random(m * k, 1), random(k * n, 2));
@@ -934,14 +1046,14 @@ mod tests {
             assert_eq!(half.unpack_transposed(), widened);
             let a = View::new(&a, m, k);
             assert_eq!(
-                product_new(a, Right::Packed(&half), None),
-                product_new(a, Right::Packed(&single), None)
+                product_new(a, Right::Packed(&half), Start::Zero),
+                product_new(a, Right::Packed(&single), Start::Zero)
             );
             let back = View::new(a.data, m, k);
-            let dy = gemm_new(back, View::new(&widened, n, k).transposed(), None);
+            let dy = gemm_new(back, View::new(&widened, n, k).transposed(), Start::Zero);
             assert_eq!(
-                product_new(View::new(&dy, m, n), Right::Packed(&half.transposed()), None),
-                product_new(View::new(&dy, m, n), Right::Packed(&single.transposed()), None)
+                product_new(View::new(&dy, m, n), Right::Packed(&half.transposed()), Start::Zero),
+                product_new(View::new(&dy, m, n), Right::Packed(&single.transposed()), Start::Zero)
             );
         }
     }
@@ -967,7 +1079,9 @@ mod tests {
                 c: plain.as_mut_ptr(),
                 c_row: n,
                 columns: n,
-                accumulate: false,
+                from: std::ptr::null(),
+                from_row: 0,
+                bias: std::ptr::null(),
             };
             for (half, _) in tile.halves() {
                 by_rows!(&half, 8, tile_portable, 0);

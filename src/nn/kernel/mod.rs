@@ -62,6 +62,31 @@ pub(crate) fn with_slice<R>(tensor: &Tensor, f: impl FnOnce(&[f32]) -> R) -> Res
     }
 }
 
+/// Runs `f` on the elements of several tensors.
+pub(crate) fn with_slices<const N: usize, R>(
+    tensors: [&Tensor; N],
+    f: impl FnOnce([&[f32]; N]) -> R,
+) -> Result<R> {
+    let mut contiguous = Vec::with_capacity(N);
+    for tensor in tensors {
+        contiguous.push(tensor.contiguous()?);
+    }
+    let guards: Vec<_> = contiguous.iter().map(Tensor::storage_and_layout).collect();
+    let mut slices: [&[f32]; N] = [&[]; N];
+    for (slot, (storage, layout)) in slices.iter_mut().zip(&guards) {
+        *slot = match &**storage {
+            Storage::Cpu(cpu) => slice(cpu, layout)?,
+            _ => bail!("a fused CPU operation was given a tensor of another device"),
+        };
+    }
+    Ok(f(slices))
+}
+
+/// Memory full of zeros, cleared by all threads: where it is large.
+pub(crate) fn cleared(len: usize) -> Vec<f32> {
+    computed(len, 64 * 1024, |_, chunk| chunk.fill(0.0))
+}
+
 /// Memory full of zeros, for sums.
 pub(crate) fn zeros(len: usize) -> Vec<f32> {
     vec![0.0; len]
