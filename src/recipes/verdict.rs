@@ -283,10 +283,12 @@ pub fn checks(records: &[AttackRecord]) -> Vec<Check> {
         add("strength", Status::Warn, evidence);
     }
 
-    let probes: Vec<Probe> = records
-        .iter()
-        .filter_map(|record| serde_json::from_value(record.more.get("probe")?.clone()).ok())
-        .collect();
+    let of = |record: &AttackRecord| -> Option<Examined> {
+        let probe = serde_json::from_value(record.more.get("probe")?.clone()).ok()?;
+        let blank = record.more.get("controls").and_then(|controls| controls["blank_image"].as_str());
+        Some(Examined { probe, is_blind: blank == Some(record.answer.as_str()) })
+    };
+    let probes: Vec<Examined> = records.iter().filter_map(of).collect();
     if probes.is_empty() {
         add("examination", Status::Warn, "no item was examined: see `--verdict-items`".to_owned());
         return checks;
@@ -295,11 +297,19 @@ pub fn checks(records: &[AttackRecord]) -> Vec<Check> {
     checks
 }
 
+/// An examined item.
+struct Examined {
+    probe: Probe,
+    /// Whether the model gives the right answer to a blank image too: no change of the image need break it.
+    is_blind: bool,
+}
+
 /// The checks that rest on examined items.
-fn of_probes(probes: &[Probe]) -> Vec<Check> {
-    let n = probes.len();
+fn of_probes(examined: &[Examined]) -> Vec<Check> {
+    let n = examined.len();
+    let probes: Vec<&Probe> = examined.iter().map(|item| &item.probe).collect();
     let count = |is: fn(&Probe) -> bool| probes.iter().filter(|probe| is(probe)).count();
-    let mean = |loss: fn(&Probe) -> f64| probes.iter().map(loss).sum::<f64>() / n as f64;
+    let mean = |loss: fn(&Probe) -> f64| probes.iter().map(|probe| loss(probe)).sum::<f64>() / n as f64;
     let mut checks = Vec::new();
     let mut add = |name: &str, status: Status, evidence: String| {
         checks.push(Check { name: name.to_owned(), status, evidence });
@@ -336,12 +346,21 @@ fn of_probes(probes: &[Probe]) -> Vec<Check> {
     add("loss by budget", warn_if(own < half - SLACK || twice < own - SLACK), evidence);
 
     let unbounded = count(|probe| probe.broken.unbounded);
-    let status = match n - unbounded {
-        0 => Status::Pass,
-        left if 5 * left > n => Status::Fail,
+    let stand = |is_blind| {
+        examined.iter().filter(|item| !item.probe.broken.unbounded && item.is_blind == is_blind).count()
+    };
+    // What is answered without the image can stand any change of it: that speaks against the model, not the attack.
+    let (seeing, blind) = (stand(false), stand(true));
+    let status = match seeing {
+        seeing if 5 * seeing > n => Status::Fail,
+        0 if blind == 0 => Status::Pass,
         _ => Status::Warn,
     };
-    add("unbounded attack", status, format!("without a budget {unbounded} of {n} items break"));
+    let mut evidence = format!("without a budget {unbounded} of {n} items break");
+    if blind > 0 {
+        evidence += &format!("; {blind} that stand are answered the same without an image");
+    }
+    add("unbounded attack", status, evidence);
 
     let [noise, fgsm, pgd, own] = [
         count(|probe| probe.broken.noise),

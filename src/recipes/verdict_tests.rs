@@ -42,6 +42,10 @@ fn probe_of(toy: &Toy, own: bool) -> Probe {
     examine(toy, &clean, 7, &config, own).unwrap()
 }
 
+fn seeing(probe: Probe) -> Examined {
+    Examined { probe, is_blind: false }
+}
+
 fn status(checks: &[Check], name: &str) -> Status {
     checks.iter().find(|check| check.name == name).unwrap_or_else(|| panic!("no {name}: {checks:?}")).status
 }
@@ -51,7 +55,7 @@ fn a_sound_attack_passes_every_check() {
     let probe = probe_of(&Toy::sound(), false);
     assert!(probe.gradient_error.unwrap() < 1e-2, "{probe:?}");
     assert!(probe.broken.unbounded && !probe.broken.pgd);
-    let checks = of_probes(&[probe]);
+    let checks = of_probes(&[seeing(probe)]);
     assert_eq!(worst(&checks), Status::Pass, "{checks:#?}");
 }
 
@@ -59,7 +63,7 @@ fn a_sound_attack_passes_every_check() {
 fn a_gradient_that_lies_is_found_by_differences() {
     for slope in [|x: f32| -3.0 * (3.0 * x).cos(), |x: f32| 6.0 * (3.0 * x).cos(), |_| 1e-3] {
         let probe = probe_of(&Toy { slope, ..Toy::sound() }, false);
-        assert_eq!(status(&of_probes(&[probe]), "gradient check"), Status::Fail);
+        assert_eq!(status(&of_probes(&[seeing(probe)]), "gradient check"), Status::Fail);
     }
 }
 
@@ -68,9 +72,12 @@ fn a_flat_loss_is_told_and_fails() {
     // Rounded to whole numbers, as a model that quantises its input.
     let stairs =
         Toy { value: |x| x.iter().map(|x| f64::from(*x).floor()).sum(), slope: |_| 0.0, threshold: 9.0 };
-    let checks = of_probes(&[probe_of(&stairs, false)]);
+    let checks = of_probes(&[seeing(probe_of(&stairs, false))]);
     assert_eq!(status(&checks, "gradient check"), Status::Warn);
     assert_eq!(status(&checks, "unbounded attack"), Status::Fail, "{checks:#?}");
+    // A model that does not look cannot be led astray: that is said, and is not the attack's failure.
+    let checks = of_probes(&[Examined { is_blind: true, ..seeing(probe_of(&stairs, false)) }]);
+    assert_eq!(status(&checks, "unbounded attack"), Status::Warn, "{checks:#?}");
 }
 
 #[test]
@@ -78,14 +85,14 @@ fn what_a_weaker_attack_breaks_and_the_runs_own_does_not_is_a_warning() {
     let weak = Toy { threshold: 8.9, ..Toy::sound() };
     let probe = probe_of(&weak, false);
     assert!(probe.broken.pgd && probe.broken.fgsm, "{probe:?}");
-    let checks = of_probes(&[probe]);
+    let checks = of_probes(&[seeing(probe)]);
     assert_eq!(status(&checks, "simpler is weaker"), Status::Warn);
-    assert_eq!(status(&of_probes(&[probe_of(&weak, true)]), "simpler is weaker"), Status::Pass);
+    assert_eq!(status(&of_probes(&[seeing(probe_of(&weak, true))]), "simpler is weaker"), Status::Pass);
     let blind = Probe {
         broken: Broken { square: true, pgd: false, ..probe_of(&weak, false).broken },
         ..probe_of(&weak, false)
     };
-    assert_eq!(status(&of_probes(&[blind]), "black box is weaker"), Status::Warn);
+    assert_eq!(status(&of_probes(&[seeing(blind)]), "black box is weaker"), Status::Warn);
 }
 
 fn record(changes: &serde_json::Value) -> AttackRecord {
