@@ -7,8 +7,10 @@ use safemed::backend::with_threads;
 use safemed::model::assistant::Assistant;
 use safemed::model::generate::{Completion, Prompt};
 use safemed::model::sampling::SamplingConfig;
+use safemed::model::vlm::Batch;
 use safemed::nn::attention::Layout;
 use safemed::nn::recompute::{Gradients, Memory, loss_and_gradients};
+use safemed::nn::rows;
 use safemed::rng;
 use safemed::roles::policy::{self, Scoring};
 
@@ -157,22 +159,18 @@ fn every_weight_and_pixel_gets_the_gradient_that_differences_give() {
     }
 }
 
-/// Logits of the last prompt row and pixel gradient of each question, in bits.
+/// Log-probabilities of the target's tokens and pixel gradient of each question, in bits.
 fn outputs(assistant: &Assistant, which: &[usize]) -> Vec<(Vec<u32>, Vec<u32>)> {
     let asked = asked(assistant, which);
     let images: Vec<Var> = asked.images.iter().map(|image| Var::from_tensor(image).unwrap()).collect();
     let (_, gradients) = backward(assistant, &asked, &images);
     let features = policy::encode(assistant, &asked.images).unwrap();
     let scoring = Scoring::new(assistant, &asked.prompts, &asked.targets).unwrap();
-    let hidden = assistant.vlm.forward(Some(&features), &scoring.batch).unwrap();
-    let logits = assistant.vlm.logits(&hidden).unwrap();
-    let mut end = 0;
+    let log_probs = scoring.evaluate(assistant, Some(&features), 1.0).unwrap();
     let mut all = Vec::new();
-    for ((prompt, target), image) in asked.prompts.iter().zip(&asked.targets).zip(&images) {
-        let rows = prompt.ids.len() + target[0].len() - 1;
-        let own = logits.narrow(0, end, rows).unwrap();
-        end += rows;
-        all.push((bits(&own), bits(gradients.get(image.as_tensor()).unwrap())));
+    for (spans, image) in scoring.spans.iter().zip(&images) {
+        let own = log_probs[spans[0].clone()].iter().map(|value| value.to_bits()).collect();
+        all.push((own, bits(gradients.get(image.as_tensor()).unwrap())));
     }
     all
 }
@@ -188,14 +186,44 @@ fn neither_neighbours_nor_threads_change_a_bit_of_logits_or_pixel_gradients() {
         assert!(together == with(2, &[0, 1, 2, 3, 4]), "{kind:?}: threads");
         let reversed = with(2, &[4, 3, 2, 1, 0]);
         for index in 0..QUESTIONS.len() {
-            assert!(together[index] == with(2, &[index])[0], "{kind:?}: question {index} alone");
+            let alone = &with(2, &[index])[0];
+            assert!(together[index].0 == alone.0, "{kind:?}: log-probabilities of question {index} alone");
+            assert!(together[index].1 == alone.1, "{kind:?}: pixel gradient of question {index} alone");
             assert!(together[index] == reversed[4 - index], "{kind:?}: question {index} elsewhere");
         }
-        assert!(together[0].0 != together[4].0, "different questions have different logits");
+        assert!(together[0].0 != together[4].0, "different questions have different log-probabilities");
     }
 }
 
 /// The best token behind a prompt, computed without a cache.
+#[test]
+fn rows_that_nobody_asks_for_change_no_bit_of_those_that_are() {
+    for kind in [Kind::Qwen25, Kind::Qwen3] {
+        let assistant = assistant_of(kind, Weights::Loud, true);
+        let asked = asked(&assistant, &[0, 1, 4]);
+        let scoring = Scoring::new(&assistant, &asked.prompts, &asked.targets).unwrap();
+        let rows = scoring.batch.plan.last.as_ref().unwrap().rows.clone();
+        assert!(2 * rows.len() < scoring.batch.input_ids.len(), "few of many: {rows:?}");
+        let mut all = scoring.batch.clone();
+        all.plan.last = None;
+        let run = |batch: &Batch, choose: &dyn Fn(&Tensor) -> candle_core::Result<Tensor>| {
+            let images: Vec<Var> =
+                asked.images.iter().map(|image| Var::from_tensor(image).unwrap()).collect();
+            let inputs: Vec<Tensor> = images.iter().map(|image| image.as_tensor().clone()).collect();
+            let plan = assistant.vlm.vision_plan(&policy::grids_of(&assistant, &inputs).unwrap()).unwrap();
+            let mut stages = assistant.vlm.vision_stages(&plan);
+            stages.extend(assistant.vlm.decoder_stages(batch));
+            let loss = |state: &[Tensor]| choose(&state[0])?.sqr()?.sum_all();
+            let (loss, gradients) = loss_and_gradients(&stages, &inputs, loss, &[], Memory::Keep).unwrap();
+            let gradients: Vec<Vec<u32>> =
+                images.iter().map(|image| bits(gradients.get(image).unwrap())).collect();
+            (loss.to_scalar::<f32>().unwrap().to_bits(), gradients)
+        };
+        let pruned = run(&scoring.batch, &|hidden| Ok(hidden.clone()));
+        assert_eq!(pruned, run(&all, &|hidden| rows::select(hidden, &rows)));
+    }
+}
+
 fn best_token(assistant: &Assistant, prompt: &Prompt, image: &Tensor, suppressed: &[u32]) -> u32 {
     let features = policy::encode(assistant, std::slice::from_ref(image)).unwrap();
     let layout = Layout::causal(&[prompt.ids.len()]);

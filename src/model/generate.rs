@@ -53,23 +53,75 @@ pub struct Completion {
     pub is_finished: bool,
 }
 
-/// The rows of several prompts one after another.
-pub(crate) fn prompt_batch(vlm: &Vlm, prompts: &[Prompt]) -> Result<(Batch, Vec<Range<usize>>)> {
-    let (mut input_ids, mut image_rows) = (Vec::new(), Vec::new());
-    let mut positions: [Vec<i64>; 3] = Default::default();
-    let mut ranges = Vec::with_capacity(prompts.len());
-    for prompt in prompts {
-        let start = input_ids.len();
-        input_ids.extend_from_slice(&prompt.ids);
-        image_rows.extend(prompt.image_rows.iter().map(|row| row + start as u32));
-        for (all, own) in positions.iter_mut().zip(&prompt.positions) {
-            all.extend_from_slice(own);
-        }
-        ranges.push(start..input_ids.len());
+/// The rows of several prompts one after another. What all begin with, before any image, stands first and once: its keys
+/// and values are the same for all.
+#[derive(Debug, Default)]
+pub(crate) struct PromptRows {
+    pub(crate) input_ids: Vec<u32>,
+    pub(crate) image_rows: Vec<u32>,
+    pub(crate) positions: [Vec<i64>; 3],
+    pub(crate) blocks: Vec<Block>,
+    /// Rows of each prompt, in the order of its tokens.
+    pub(crate) prompts: Vec<Vec<Range<usize>>>,
+}
+
+impl PromptRows {
+    pub(crate) fn of(prompts: &[Prompt]) -> Self {
+        Self::with_lead(prompts, common_lead(prompts))
     }
-    let lengths: Vec<usize> = ranges.iter().map(ExactSizeIterator::len).collect();
-    let plan = vlm.row_plan(&positions, Layout::causal(&lengths))?;
-    Ok((Batch { input_ids, image_rows, plan }, ranges))
+
+    fn with_lead(prompts: &[Prompt], lead: usize) -> Self {
+        let mut rows = Self::default();
+        let shared = if lead > 0 { vec![0..lead] } else { Vec::new() };
+        if let Some(first) = prompts.first().filter(|_| lead > 0) {
+            rows.add(first, 0..lead);
+            rows.blocks.push(Block { queries: 0..lead, keys: shared.clone(), is_causal: true });
+        }
+        for prompt in prompts {
+            let own = rows.add(prompt, lead..prompt.ids.len());
+            let keys: Vec<Range<usize>> = shared.iter().cloned().chain([own.clone()]).collect();
+            rows.blocks.push(Block { queries: own, keys: keys.clone(), is_causal: true });
+            rows.prompts.push(keys);
+        }
+        rows
+    }
+
+    /// Adds the tokens `range` of a prompt; gives the rows they have now.
+    fn add(&mut self, prompt: &Prompt, range: Range<usize>) -> Range<usize> {
+        let start = self.input_ids.len();
+        self.input_ids.extend_from_slice(&prompt.ids[range.clone()]);
+        let images = prompt.image_rows.iter().filter(|row| range.contains(&(**row as usize)));
+        self.image_rows.extend(images.map(|row| row + start as u32 - range.start as u32));
+        for (all, own) in self.positions.iter_mut().zip(&prompt.positions) {
+            all.extend_from_slice(&own[range.clone()]);
+        }
+        start..self.input_ids.len()
+    }
+}
+
+/// The rows of several prompts one after another, each whole, and where each stands; every last hidden state is wanted.
+pub(crate) fn prompt_batch(vlm: &Vlm, prompts: &[Prompt]) -> Result<(Batch, Vec<Range<usize>>)> {
+    let PromptRows { input_ids, image_rows, positions, blocks, prompts } = PromptRows::with_lead(prompts, 0);
+    let plan = vlm.row_plan(&positions, Layout { blocks })?;
+    Ok((Batch { input_ids, image_rows, plan }, prompts.into_iter().flatten().collect()))
+}
+
+/// How many tokens all prompts begin with, in the same places, before the first image; each keeps one at least.
+fn common_lead(prompts: &[Prompt]) -> usize {
+    let Some((first, others)) = prompts.split_first().filter(|(_, others)| !others.is_empty()) else {
+        return 0;
+    };
+    let end = |prompt: &Prompt| {
+        let image = prompt.image_rows.first().map_or(usize::MAX, |&row| row as usize);
+        image.min(prompt.ids.len().saturating_sub(1))
+    };
+    others.iter().fold(end(first), |lead, other| {
+        let is_same = |&i: &usize| {
+            other.ids[i] == first.ids[i]
+                && other.positions.iter().zip(&first.positions).all(|(other, first)| other[i] == first[i])
+        };
+        (0..lead.min(end(other))).take_while(is_same).count()
+    })
 }
 
 /// Samples `seeds[p].len()` completions for prompt `p`, one for each seed.
@@ -86,8 +138,12 @@ pub fn generate(
     decoding: &Decoding,
 ) -> Result<Vec<Vec<Completion>>> {
     decoding.sampling.check()?;
-    let (batch, ranges) = prompt_batch(vlm, prompts)?;
-    let prompt_rows = batch.input_ids.len();
+    let PromptRows { input_ids, image_rows, positions, blocks, prompts: ranges } = PromptRows::of(prompts);
+    let prompt_rows = input_ids.len();
+    let last_rows: Vec<u32> =
+        ranges.iter().filter_map(|keys| keys.last()).map(|range| range.end as u32 - 1).collect();
+    let (plan, is_pruned) = vlm.row_plan_for(&positions, Layout { blocks }, &last_rows)?;
+    let batch = Batch { input_ids, image_rows, plan };
     let total: usize = seeds.iter().map(Vec::len).sum();
     let cache = KvCache::new(
         &vlm.config().text,
@@ -97,8 +153,8 @@ pub fn generate(
     )?;
     let places: Vec<u32> = (0..prompt_rows as u32).collect();
     let hidden = vlm.forward_cached(features, &batch, &cache, &places)?;
-    let last_rows: Vec<u32> = ranges.iter().map(|range| range.end as u32 - 1).collect();
-    let first = logits_of(vlm, &rows::select(&hidden, &last_rows)?, decoding)?;
+    let hidden = if is_pruned { hidden } else { rows::select(&hidden, &last_rows)? };
+    let first = logits_of(vlm, &hidden, decoding)?;
 
     let mut sequences = Vec::with_capacity(total);
     for (prompt, seeds) in seeds.iter().enumerate() {
@@ -157,7 +213,7 @@ impl Sequence {
 fn step_batch(
     vlm: &Vlm,
     live: &[&mut Sequence],
-    prompts: &[Range<usize>],
+    prompts: &[Vec<Range<usize>>],
     step: usize,
 ) -> Result<(Batch, Vec<u32>)> {
     let mut ids = Vec::with_capacity(live.len());
@@ -168,7 +224,8 @@ fn step_batch(
         ids.extend(sequence.completion.ids.last());
         places.push((sequence.start + step - 1) as u32);
         positions.push(sequence.next_position + step as i64 - 1);
-        let keys = vec![prompts[sequence.prompt].clone(), sequence.start..sequence.start + step];
+        let own = sequence.start..sequence.start + step;
+        let keys = prompts[sequence.prompt].iter().cloned().chain([own]).collect();
         blocks.push(Block { queries: row..row + 1, keys, is_causal: true });
     }
     let plan = vlm.row_plan(&[positions.clone(), positions.clone(), positions], Layout { blocks })?;

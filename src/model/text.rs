@@ -7,7 +7,7 @@ use crate::error::Result;
 use crate::nn::activation::gated;
 use crate::nn::attention::{Heads, Layout, attention};
 use crate::nn::linear::{Linear, TensorMap};
-use crate::nn::{norm, rotary};
+use crate::nn::{norm, rotary, rows};
 use candle_core::Tensor;
 use std::sync::Arc;
 
@@ -46,6 +46,21 @@ pub struct RowPlan {
     /// `[rows, head_dim / 2]`.
     pub sin: Tensor,
     /// Keys are rows of this batch, or rows of the cache where there is one.
+    pub layout: Arc<Layout>,
+    /// The rows whose last hidden state is wanted; none: all.
+    pub last: Option<LastRows>,
+}
+
+/// The rows that the last layer computes beyond keys and values, where nothing asks for the others.
+#[derive(Debug, Clone)]
+pub struct LastRows {
+    /// Ascending.
+    pub rows: Vec<u32>,
+    /// `[rows, head_dim / 2]`.
+    pub cos: Tensor,
+    /// `[rows, head_dim / 2]`.
+    pub sin: Tensor,
+    /// As for all rows, for these alone.
     pub layout: Arc<Layout>,
 }
 
@@ -141,25 +156,33 @@ impl Decoder {
             scale: 1.0 / (config.head_dim as f32).sqrt(),
         };
         let normal = norm::rms_norm(hidden, &layer.input_norm, config.rms_norm_eps)?;
-        let rotated = |projection: &Linear, head_norm: &Option<Tensor>| {
-            let x = projection.forward(&normal)?;
+        let rotated = |projection: &Linear, head_norm: &Option<Tensor>, x: &Tensor, cos, sin| {
+            let x = projection.forward(x)?;
             let x = match head_norm {
                 Some(weight) => norm::rms_norm(&x, weight, config.rms_norm_eps)?,
                 None => x,
             };
-            rotary::rotary(&x, &plan.cos, &plan.sin)
+            rotary::rotary(&x, cos, sin)
         };
-        let q = rotated(&layer.q, &layer.q_norm)?;
-        let k = rotated(&layer.k, &layer.k_norm)?;
+        let k = rotated(&layer.k, &layer.k_norm, &normal, &plan.cos, &plan.sin)?;
         let v = layer.v.forward(&normal)?;
+        // Of the last layer, rows that nobody asks for give keys and values alone.
+        let last = plan.last.as_ref().filter(|_| index + 1 == self.layers.len());
+        let (q, hidden, layout) = if let Some(LastRows { rows, cos, sin, layout }) = last {
+            let normal = rows::select(&normal, rows)?;
+            (rotated(&layer.q, &layer.q_norm, &normal, cos, sin)?, rows::select(hidden, rows)?, layout)
+        } else {
+            let q = rotated(&layer.q, &layer.q_norm, &normal, &plan.cos, &plan.sin)?;
+            (q, hidden.clone(), &plan.layout)
+        };
         let mixed = match cache {
             Some((cache, places)) => {
                 cache.write(places, &k, &v)?;
-                attention(&q, cache.keys(), cache.values(), heads, &plan.layout)?
+                attention(&q, cache.keys(), cache.values(), heads, layout)?
             }
-            None => attention(&q, &k, &v, heads, &plan.layout)?,
+            None => attention(&q, &k, &v, heads, layout)?,
         };
-        let hidden = layer.o.forward_added(&mixed, hidden)?;
+        let hidden = layer.o.forward_added(&mixed, &hidden)?;
         let normal = norm::rms_norm(&hidden, &layer.post_norm, config.rms_norm_eps)?;
         let inner = gated(&layer.gate.forward(&normal)?, &layer.up.forward(&normal)?, config.activation)?;
         layer.down.forward_added(&inner, &hidden)

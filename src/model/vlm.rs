@@ -9,7 +9,7 @@ use super::kv_cache::KvCache;
 use super::parameters::{Build, Builder, Outline, Parameters};
 use super::patches::Patchify;
 use super::positions;
-use super::text::{Decoder, RowPlan};
+use super::text::{Decoder, LastRows, RowPlan};
 use super::vision::{VisionPlan, VisionTower};
 use crate::error::Result;
 use crate::nn::attention::Layout;
@@ -181,7 +181,33 @@ impl Vlm {
     /// When tensors cannot be made on the device.
     pub fn row_plan(&self, row_positions: &[Vec<i64>; 3], layout: Layout) -> Result<RowPlan> {
         let (cos, sin) = positions::rotary_table(&self.config.text, row_positions, &self.device)?;
-        Ok(RowPlan { cos, sin, layout: Arc::new(layout) })
+        Ok(RowPlan { cos, sin, layout: Arc::new(layout), last: None })
+    }
+
+    /// The same where only the last hidden states of `rows` (ascending) are wanted: they are all that [`Vlm::forward`]
+    /// gives then, and the last layer computes little else. Says whether it is so; without rows, or where deep features
+    /// go into the last layer, all rows are given.
+    ///
+    /// # Errors
+    /// As [`Vlm::row_plan`]; when a row does not exist.
+    pub fn row_plan_for(
+        &self,
+        row_positions: &[Vec<i64>; 3],
+        layout: Layout,
+        rows: &[u32],
+    ) -> Result<(RowPlan, bool)> {
+        let plan = self.row_plan(row_positions, layout)?;
+        let deep = self.config.vision.deepstack_layers.len();
+        if rows.is_empty() || deep >= self.decoder.num_layers() {
+            return Ok((plan, false));
+        }
+        let last = LastRows {
+            rows: rows.to_vec(),
+            cos: rows::select(&plan.cos, rows)?,
+            sin: rows::select(&plan.sin, rows)?,
+            layout: Arc::new(plan.layout.of_rows(rows)?),
+        };
+        Ok((RowPlan { last: Some(last), ..plan }, true))
     }
 
     /// Stages from pixels to features: the state goes from a list of `[n, 3, height, width]` tensors in [0, 1] (their
@@ -212,7 +238,8 @@ impl Vlm {
         stages
     }
 
-    /// Stages from features (`[merged, deep…]`, or nothing for text alone) to `[normalised hidden]`, `[rows, hidden]`.
+    /// Stages from features (`[merged, deep…]`, or nothing for text alone) to `[normalised hidden]`,
+    /// `[rows, hidden]` of the rows that the plan wants.
     /// After the first stage the first tensor of the state is the input of decoder layer 0, and so on.
     pub fn decoder_stages<'a>(&'a self, batch: &'a Batch) -> Vec<Stage<'a>> {
         let mut stages: Vec<Stage<'a>> = vec![Box::new(move |state| {
@@ -246,7 +273,7 @@ impl Vlm {
         Ok(Features { merged, deep: state })
     }
 
-    /// The normalised hidden state of every row, `[rows, hidden]`.
+    /// The normalised hidden state of every row that the plan wants, `[rows, hidden]`.
     ///
     /// # Errors
     /// When features and image rows do not match.

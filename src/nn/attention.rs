@@ -53,6 +53,43 @@ impl Layout {
         Self { blocks }
     }
 
+    /// The same for the query rows `rows` alone (ascending), which then stand one after another; keys stay as they are.
+    ///
+    /// # Errors
+    /// When rows do not ascend, or one is in no block.
+    pub fn of_rows(&self, rows: &[u32]) -> Result<Self> {
+        let mut blocks: Vec<Block> = Vec::new();
+        let mut of = self.blocks.iter().peekable();
+        let mut last: Option<usize> = None;
+        for (place, row) in rows.iter().map(|&row| row as usize).enumerate() {
+            if last.is_some_and(|last| row <= last) {
+                candle_core::bail!("rows {rows:?} do not ascend");
+            }
+            let is_new =
+                last.is_none_or(|last| row != last + 1) || of.peek().is_some_and(|b| b.queries.end <= row);
+            while of.peek().is_some_and(|block| block.queries.end <= row) {
+                of.next();
+            }
+            let Some(block) = of.peek().filter(|block| block.queries.start <= row) else {
+                candle_core::bail!("query row {row} is in no block");
+            };
+            if is_new {
+                let keys = block.keys.clone();
+                blocks.push(Block { queries: place..place, keys, is_causal: block.is_causal });
+            }
+            if let Some(own) = blocks.last_mut() {
+                own.queries.end = place + 1;
+                if let (true, Some(keys), Some(all)) = (own.is_causal, own.keys.last_mut(), block.keys.last())
+                {
+                    // What the last of these rows does not see ends the range, as it did for the block's last row.
+                    keys.end = all.end - (block.queries.end - 1 - row);
+                }
+            }
+            last = Some(row);
+        }
+        Ok(Self { blocks })
+    }
+
     /// That every query row is covered once, in order, and every key exists.
     fn check(&self, queries: usize, keys: usize) -> Result<()> {
         let mut next = 0;

@@ -235,6 +235,26 @@ fn attention_equals_its_composition_for_every_layout_and_grouping() {
 }
 
 #[test]
+fn attention_of_chosen_rows_gives_the_bytes_that_all_rows_give_them() {
+    for (name, layout, keys) in layouts() {
+        let queries = layout.blocks.last().unwrap().queries.end;
+        let heads = Heads { num_heads: 4, num_kv_heads: 2, head_dim: 16, scale: 0.25 };
+        let (q, k, v) = (random(&[queries, 64], 12), random(&[keys, 32], 13), random(&[keys, 32], 14));
+        let full = attention(&q, &k, &v, heads, &Arc::new(layout.clone())).unwrap();
+        for step in [1, 2, 3, 7] {
+            // Lone rows, and runs of two.
+            let chosen: Vec<u32> =
+                (0..queries as u32).filter(|row| row % step == 0 || row % step == 2).collect();
+            let few = Arc::new(layout.of_rows(&chosen).unwrap());
+            let few = attention(&rows::select(&q, &chosen).unwrap(), &k, &v, heads, &few).unwrap();
+            assert_eq!(values(&few), values(&rows::select(&full, &chosen).unwrap()), "{name}, every {step}");
+        }
+        assert!(layout.of_rows(&[queries as u32]).is_err() && layout.of_rows(&[1, 0]).is_err());
+        assert!(layout.of_rows(&[0, 0]).is_err());
+    }
+}
+
+#[test]
 fn joint_attention_equals_rotation_and_attention_of_its_three_parts() {
     for layout in [Layout::windows(&[5, 16, 70]), Layout::windows(&[91]), Layout::causal(&[40, 51])] {
         let (num_heads, head_dim, rows) = (3, 8, 91);

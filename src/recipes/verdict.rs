@@ -356,11 +356,11 @@ fn of_probes(examined: &[Examined]) -> Vec<Check> {
         0 if blind == 0 => Status::Pass,
         _ => Status::Warn,
     };
-    let mut evidence = format!("without a budget {unbounded} of {n} items break");
-    if blind > 0 {
-        evidence += &format!("; {blind} that stand are answered the same without an image");
-    }
-    add("unbounded attack", status, evidence);
+    let unseen = match blind {
+        0 => String::new(),
+        blind => format!("; {blind} that stand are answered the same without an image"),
+    };
+    add("unbounded attack", status, format!("without a budget {unbounded} of {n} items break{unseen}"));
 
     let [noise, fgsm, pgd, own] = [
         count(|probe| probe.broken.noise),

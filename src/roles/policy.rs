@@ -2,7 +2,7 @@
 
 use crate::error::Result;
 use crate::model::assistant::Assistant;
-use crate::model::generate::{Completion, Prompt, generate};
+use crate::model::generate::{Completion, Prompt, PromptRows, generate};
 use crate::model::sampling::{Decoding, SamplingConfig};
 use crate::model::vlm::{Batch, Features};
 use crate::nn::attention::{Block, Layout};
@@ -92,7 +92,7 @@ pub fn sample(
 pub struct Scoring {
     /// Rows of the decoder.
     pub batch: Batch,
-    /// The row that predicts each target token.
+    /// Which of the last hidden states predicts each target token.
     rows: Vec<u32>,
     /// Target tokens of all completions one after another.
     targets: Vec<u32>,
@@ -106,27 +106,19 @@ impl Scoring {
     /// # Errors
     /// When tensors cannot be made on the device.
     pub fn new(assistant: &Assistant, prompts: &[Prompt], completions: &[Vec<Vec<u32>>]) -> Result<Self> {
-        let (mut input_ids, mut image_rows) = (Vec::new(), Vec::new());
-        let mut positions: [Vec<i64>; 3] = Default::default();
-        let mut blocks = Vec::new();
+        let PromptRows { mut input_ids, image_rows, mut positions, mut blocks, prompts: ranges } =
+            PromptRows::of(prompts);
         let (mut scored_rows, mut targets, mut spans) = (Vec::new(), Vec::new(), Vec::new());
-        for (prompt, completions) in prompts.iter().zip(completions) {
-            let start = input_ids.len();
-            input_ids.extend_from_slice(&prompt.ids);
-            image_rows.extend(prompt.image_rows.iter().map(|row| row + start as u32));
-            for (all, own) in positions.iter_mut().zip(&prompt.positions) {
-                all.extend_from_slice(own);
-            }
-            let shared = start..input_ids.len();
-            blocks.push(Block { queries: shared.clone(), keys: vec![shared.clone()], is_causal: true });
+        for ((prompt, shared), completions) in prompts.iter().zip(ranges).zip(completions) {
             let next = prompt.next_position();
+            let last = shared.last().map_or(0, |range| range.end as u32 - 1);
             let mut own_spans = Vec::with_capacity(completions.len());
             for completion in completions {
                 let first_target = targets.len();
                 // The prompt's last row predicts the first token, each token but the last predicts the next.
                 let inputs = &completion[..completion.len() - 1];
                 let own = input_ids.len()..input_ids.len() + inputs.len();
-                scored_rows.push(shared.end as u32 - 1);
+                scored_rows.push(last);
                 scored_rows.extend(own.clone().map(|row| row as u32));
                 targets.extend_from_slice(completion);
                 input_ids.extend_from_slice(inputs);
@@ -134,14 +126,22 @@ impl Scoring {
                     axis.extend((0..inputs.len() as i64).map(|i| next + i));
                 }
                 if !own.is_empty() {
-                    let keys = vec![shared.clone(), own.clone()];
+                    let keys = shared.iter().cloned().chain([own.clone()]).collect();
                     blocks.push(Block { queries: own, keys, is_causal: true });
                 }
                 own_spans.push(first_target..targets.len());
             }
             spans.push(own_spans);
         }
-        let plan = assistant.vlm.row_plan(&positions, Layout { blocks })?;
+        let mut wanted = scored_rows.clone();
+        wanted.sort_unstable();
+        wanted.dedup();
+        let (plan, is_pruned) = assistant.vlm.row_plan_for(&positions, Layout { blocks }, &wanted)?;
+        if is_pruned {
+            for row in &mut scored_rows {
+                *row = wanted.partition_point(|wanted| wanted < row) as u32;
+            }
+        }
         Ok(Self { batch: Batch { input_ids, image_rows, plan }, rows: scored_rows, targets, spans })
     }
 

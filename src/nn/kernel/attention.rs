@@ -217,13 +217,31 @@ pub(crate) struct Backward<'a> {
 /// # Safety
 /// No other thread touches the elements of `dq`, `dk` and `dv` meanwhile.
 pub(crate) unsafe fn backward(x: Operands<'_>, layout: &Layout, state: Backward<'_>) {
-    let groups = independent_groups(layout);
-    let tasks = groups.len() * x.heads.num_kv_heads;
+    let (places, side_rows) = side_places(layout);
+    let width = x.heads.num_kv_heads * x.heads.head_dim;
+    let mut sides = [(); 2].map(|()| super::cleared(side_rows * width));
+    let [dk_side, dv_side] = sides.each_mut().map(|side| Output::new(side));
+    let tasks = layout.blocks.len() * x.heads.num_kv_heads;
     let run = |scratch: &mut Scratch, task: usize| {
-        let (group, kv_head) = (&groups[task / x.heads.num_kv_heads], task % x.heads.num_kv_heads);
-        for block in &layout.blocks[group.clone()] {
-            backward_block(x, block, kv_head, state, scratch);
-        }
+        let (index, kv_head) = (task / x.heads.num_kv_heads, task % x.heads.num_kv_heads);
+        let targets: Vec<KeyGradients> = layout.blocks[index]
+            .keys
+            .iter()
+            .zip(&places[index])
+            .map(|(range, place)| match place {
+                None => KeyGradients {
+                    dk: state.dk.from(range.start * width),
+                    dv: state.dv.from(range.start * state.dv_stride),
+                    dv_stride: state.dv_stride,
+                },
+                Some(row) => KeyGradients {
+                    dk: dk_side.from(row * width),
+                    dv: dv_side.from(row * width),
+                    dv_stride: width,
+                },
+            })
+            .collect();
+        backward_block(x, &layout.blocks[index], kv_head, state, &targets, scratch);
     };
     if tasks == 1 || rayon::current_num_threads() == 1 {
         let mut scratch = Scratch::default();
@@ -231,37 +249,60 @@ pub(crate) unsafe fn backward(x: Operands<'_>, layout: &Layout, state: Backward<
     } else {
         (0..tasks).into_par_iter().with_min_len(tasks.div_ceil(16)).for_each_init(Scratch::default, run);
     }
-}
-
-/// Runs of blocks whose keys overlap with no other run's: gradients of shared keys are summed by one thread, in the
-/// order of the blocks.
-fn independent_groups(layout: &Layout) -> Vec<Range<usize>> {
-    let extent = |block: &Block| {
-        let start = block.keys.iter().map(|range| range.start).min().unwrap_or(0);
-        let end = block.keys.iter().map(|range| range.end).max().unwrap_or(0);
-        start..end
-    };
-    let mut groups: Vec<(Range<usize>, Range<usize>)> = Vec::new();
-    for (idx, block) in layout.blocks.iter().enumerate() {
-        let mut keys = extent(block);
-        let mut blocks = idx..idx + 1;
-        while let Some((last_blocks, last_keys)) = groups.last() {
-            if last_keys.start < keys.end && keys.start < last_keys.end {
-                keys = keys.start.min(last_keys.start)..keys.end.max(last_keys.end);
-                blocks.start = last_blocks.start;
-                groups.pop();
-            } else if keys.start < last_keys.start {
-                // Keys out of order: only sequences in order are known to be independent.
-                keys = keys.start..keys.end.max(last_keys.end);
-                blocks.start = last_blocks.start;
-                groups.pop();
-            } else {
-                break;
+    for (block, places) in layout.blocks.iter().zip(&places) {
+        for (range, place) in block.keys.iter().zip(places) {
+            let Some(row) = place else { continue };
+            for (at, key) in (*row..).zip(range.clone()) {
+                for (side, (to, stride)) in sides.iter().zip([(state.dk, width), (state.dv, state.dv_stride)])
+                {
+                    // SAFETY: all tasks have ended; the caller's promise.
+                    let sums = unsafe { to.from(key * stride).as_slice(width) };
+                    for (sum, value) in sums.iter_mut().zip(&side[at * width..]) {
+                        *sum += value;
+                    }
+                }
             }
         }
-        groups.push((blocks, keys));
     }
-    groups.into_iter().map(|(blocks, _)| blocks).collect()
+}
+
+/// Where the gradients of one range of keys are summed.
+#[derive(Clone, Copy)]
+struct KeyGradients {
+    dk: Output,
+    dv: Output,
+    dv_stride: usize,
+}
+
+/// For each block's ranges of keys, the row of side memory where its gradients are summed, and how many rows that takes:
+/// keys that several blocks see get one sum for each, added up in the order of the blocks, so that blocks need not wait
+/// for each other; keys of one block alone need no side memory.
+fn side_places(layout: &Layout) -> (Vec<Vec<Option<usize>>>, usize) {
+    let mut ranges: Vec<(usize, usize, usize, usize)> = Vec::new();
+    for (block, keys) in layout.blocks.iter().map(|block| &block.keys).enumerate() {
+        ranges.extend(keys.iter().enumerate().map(|(i, range)| (range.start, range.end, block, i)));
+    }
+    ranges.sort_unstable();
+    let mut places: Vec<Vec<Option<usize>>> =
+        layout.blocks.iter().map(|block| vec![None; block.keys.len()]).collect();
+    let mut rows = 0;
+    let mut first = 0;
+    while first < ranges.len() {
+        // A run of ranges each of which meets one before it.
+        let (mut end, mut last) = (ranges[first].1, first + 1);
+        while last < ranges.len() && ranges[last].0 < end {
+            end = end.max(ranges[last].1);
+            last += 1;
+        }
+        if last - first > 1 {
+            for &(start, end, block, i) in &ranges[first..last] {
+                places[block][i] = Some(rows);
+                rows += end - start;
+            }
+        }
+        first = last;
+    }
+    (places, rows)
 }
 
 fn backward_block(
@@ -269,9 +310,10 @@ fn backward_block(
     block: &Block,
     kv_head: usize,
     state: Backward<'_>,
+    targets: &[KeyGradients],
     scratch: &mut Scratch,
 ) {
-    let Backward { out, log_sum, grad, dq, dk, dv, dv_stride } = state;
+    let Backward { out, log_sum, grad, dq, .. } = state;
     let (dim, width, queries) = (x.heads.head_dim, x.query_width(), x.queries);
     let key_width = x.heads.num_kv_heads * dim;
     let grads = Rows { data: grad, stride: width };
@@ -316,7 +358,7 @@ fn backward_block(
             );
             let dq = dq.from(start * width + head * dim);
             let mut offset = 0;
-            for range in &block.keys {
+            for (range, target) in block.keys.iter().zip(targets) {
                 let count = range.len().min(limit.saturating_sub(offset));
                 if count == 0 && offset > 0 {
                     break;
@@ -324,12 +366,10 @@ fn backward_block(
                 let keys = range.start..range.start + count;
                 let p = View::strided(&scratch.scores[offset..], rows, count, total);
                 let ds = View::strided(&scratch.gradients[offset..], rows, count, total);
-                let (dk, dv) = (
-                    dk.from(range.start * key_width + kv_head * dim),
-                    dv.from(range.start * dv_stride + kv_head * dim),
-                );
-                // SAFETY: query rows and this head's columns belong to this task alone; blocks that share these keys
-                // are in this task's group, and no other task has this key head.
+                let (dk, dv) = (target.dk.from(kv_head * dim), target.dv.from(kv_head * dim));
+                let dv_stride = target.dv_stride;
+                // SAFETY: query rows and this head's columns belong to this task alone, and so do its sums of keys: no
+                // other block has these keys, or it sums them elsewhere.
                 unsafe {
                     let k = x.k.head(keys, kv_head, dim);
                     dq.gemm_serial(ds, k, width, offset > 0, &mut scratch.packed);
@@ -347,7 +387,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn groups_share_no_keys() {
+    fn keys_of_several_blocks_are_summed_apart() {
         let block = |queries: Range<usize>, keys: Vec<Range<usize>>| Block { queries, keys, is_causal: true };
         let layout = Layout {
             blocks: vec![
@@ -355,10 +395,18 @@ mod tests {
                 block(3..5, vec![0..3, 3..5]),
                 block(5..7, vec![0..3, 5..7]),
                 block(7..9, vec![7..9]),
-                block(9..10, vec![7..9, 9..10]),
+                block(9..10, vec![6..9, 9..10]),
             ],
         };
-        assert_eq!(independent_groups(&layout), vec![0..3, 3..5]);
-        assert_eq!(independent_groups(&Layout::windows(&[4, 4, 2])), vec![0..1, 1..2, 2..3]);
+        // Keys 0..3 three times; 5..7, 7..9 and 6..9 meet.
+        let (places, rows) = side_places(&layout);
+        assert_eq!(rows, 3 * 3 + 2 + 3 + 2);
+        let shared: Vec<Vec<bool>> = places.iter().map(|p| p.iter().map(Option::is_some).collect()).collect();
+        assert_eq!(shared, [vec![true], vec![true, false], vec![true, true], vec![true], vec![true, false]]);
+        let mut taken: Vec<usize> = places.into_iter().flatten().flatten().collect();
+        taken.sort_unstable();
+        taken.dedup();
+        assert_eq!(taken.len(), 6);
+        assert_eq!(side_places(&Layout::windows(&[4, 4, 2])).1, 0);
     }
 }
