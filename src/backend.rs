@@ -5,6 +5,7 @@ use candle_core::Device;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
+use std::sync::OnceLock;
 
 /// The device a user asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -60,6 +61,74 @@ impl fmt::Display for Backend {
             Self::Metal => write!(f, "metal"),
         }
     }
+}
+
+/// Vector instructions that the processor's arithmetic is compiled for. Results are the same bytes on one of them, and agree
+/// to rounding between them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Isa {
+    /// Whatever the compilation target guarantees: NEON on ARM.
+    Baseline,
+    /// 256-bit vectors with fused multiply-add.
+    Avx2,
+    /// 512-bit vectors.
+    Avx512,
+}
+
+impl Isa {
+    /// As `SAFEMED_ISA` spells it.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Baseline => "baseline",
+            Self::Avx2 => "avx2",
+            Self::Avx512 => "avx512",
+        }
+    }
+
+    /// The best that this processor has.
+    fn detected() -> Self {
+        #[cfg(target_arch = "x86_64")]
+        {
+            let wide = is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512dq")
+                && is_x86_feature_detected!("avx512vl");
+            if wide {
+                return Self::Avx512;
+            }
+            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+                return Self::Avx2;
+            }
+        }
+        Self::Baseline
+    }
+
+    /// What the environment variable `SAFEMED_ISA` allows; none when it is not set.
+    ///
+    /// # Errors
+    /// A usage error for another word.
+    pub fn limit() -> Result<Option<Self>> {
+        let Some(word) = std::env::var_os("SAFEMED_ISA").filter(|word| !word.is_empty()) else {
+            return Ok(None);
+        };
+        [Self::Baseline, Self::Avx2, Self::Avx512].into_iter().find(|isa| word == isa.word()).map(Some).ok_or_else(
+            || {
+                Error::usage(format!(
+                    "SAFEMED_ISA is `{}`\n   = help: take baseline, avx2 or avx512, or leave it unset for the best there is",
+                    word.display()
+                ))
+            },
+        )
+    }
+}
+
+/// The instructions in use, found once: the best there are, or fewer where `SAFEMED_ISA` says so, which gives the numbers of a lesser
+/// machine.
+pub fn isa() -> Isa {
+    static FOUND: OnceLock<Isa> = OnceLock::new();
+    *FOUND.get_or_init(|| {
+        let found = Isa::detected();
+        Isa::limit().ok().flatten().map_or(found, |limit| found.min(limit))
+    })
 }
 
 impl Backend {

@@ -1,6 +1,8 @@
 //! The commands around a checkpoint: what they write, that nothing but the settings changes a byte, what they refuse.
 
+use crate::support::{self, texts as said};
 use crate::tiny::{phantoms, tiny_checkpoint};
+use safemed::backend::{Isa, isa};
 use safemed::data::Shard;
 use safemed::error::{Error, ExitStatus, Result};
 use safemed::recipes::config::{Command, RunConfig, Scoring};
@@ -32,19 +34,9 @@ fn material() -> &'static Material {
     })
 }
 
-/// Runs the program, with none of this process's settings.
+/// Runs the program.
 fn safemed(arguments: &[&str]) -> std::process::Output {
-    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_safemed"));
-    for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("SAFEMED_")) {
-        command.env_remove(name);
-    }
-    command.args(arguments).output().unwrap()
-}
-
-/// Both outputs of the program and its exit status.
-fn said(output: &std::process::Output) -> (i32, String, String) {
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    (output.status.code().unwrap_or(-1), text(&output.stdout), text(&output.stderr))
+    support::safemed(Path::new(".")).args(arguments).output().unwrap()
 }
 
 /// Twenty test questions, answered in one token: a letter, or nothing.
@@ -202,6 +194,41 @@ fn neither_batches_nor_threads_change_a_byte() {
             check_same_results(&first, &other);
         }
     }
+}
+
+#[test]
+fn lesser_instructions_agree_to_rounding_and_an_unknown_word_for_them_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let probabilities = |isa: &str| -> Vec<f64> {
+        let out = dir.path().join(isa);
+        let mut command = support::safemed(dir.path());
+        command.env("SAFEMED_ISA", isa).args([
+            "eval",
+            "--scoring",
+            "likelihood",
+            "--limit",
+            "6",
+            "--prompt",
+            "phantom",
+        ]);
+        command.arg("--model").arg(&material().model).arg("--omnimedvqa").arg(&material().data);
+        let output = command.args(["--no-images", "--out"]).arg(&out).output().unwrap();
+        assert_eq!(output.status.code(), Some(0), "{isa}: {}", String::from_utf8_lossy(&output.stderr));
+        assert_eq!(json(&out, "run.json")["kernels"], isa);
+        let of =
+            |record: Value| -> Vec<f64> { serde_json::from_value(record["probabilities"].clone()).unwrap() };
+        records(&out).into_iter().flat_map(of).collect()
+    };
+    let best = isa();
+    let reference = probabilities(best.word());
+    for lesser in [Isa::Baseline, Isa::Avx2].into_iter().filter(|isa| *isa < best) {
+        for (a, b) in probabilities(lesser.word()).iter().zip(&reference) {
+            assert!((a - b).abs() < 1e-5, "{lesser:?}: {a} {b}");
+        }
+    }
+    let refused = support::safemed(dir.path()).env("SAFEMED_ISA", "mmx").arg("doctor").output().unwrap();
+    assert_eq!(refused.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("baseline, avx2 or avx512"));
 }
 
 #[test]

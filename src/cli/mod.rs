@@ -7,6 +7,7 @@ mod dispatch;
 mod overrides;
 mod terminal;
 
+use crate::backend::Isa;
 use crate::error::{Error, ExitStatus, Result};
 use args::Cli;
 use clap::{CommandFactory as _, FromArgMatches as _};
@@ -53,6 +54,7 @@ fn run() -> Result<ExitStatus> {
         _ => Loudness::Verbose,
     };
     terminal::start_log(cli.output.verbose, cli.output.quiet);
+    Isa::limit()?;
     let terminal = Terminal::new(loudness, cli.output.json);
     let result = dispatch::dispatch(&cli, &matches, &terminal);
     let broken = terminal.take_error();

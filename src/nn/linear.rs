@@ -301,9 +301,8 @@ impl CustomOp3 for AddScaled {
         let (rows, rank) = u_layout.shape().dims2()?;
         let out = b_layout.shape().dims2()?.0;
         let u: Vec<f32> = slice(u, u_layout)?.iter().map(|value| value * self.0).collect();
-        let mut sum = slice(y, y_layout)?.to_vec();
         let b = View::new(slice(b, b_layout)?, out, rank).transposed();
-        gemm(View::new(&u, rows, rank), b, &mut sum, out, true);
+        let sum = gemm_new(View::new(&u, rows, rank), b, Start::Added(slice(y, y_layout)?, None));
         Ok((CpuStorage::F32(sum), Shape::from((rows, out))))
     }
 

@@ -2,7 +2,7 @@
 
 use super::job::Outcome;
 use super::run::{all_threads, provenance};
-use crate::backend::Backend;
+use crate::backend::{Backend, isa};
 use serde_json::json;
 use std::fmt::Write as _;
 
@@ -34,6 +34,7 @@ pub fn doctor() -> Outcome {
         "system": std::env::consts::OS,
         "architecture": std::env::consts::ARCH,
         "instruction_sets": provenance::instruction_sets(),
+        "kernels": isa().word(),
         "threads": all_threads(),
         "memory_total_bytes": system.total_memory(),
         "memory_available_bytes": system.available_memory(),
@@ -68,7 +69,7 @@ fn render(summary: &serde_json::Value) -> String {
     let gib = |name: &str| summary[name].as_u64().unwrap_or(0) as f64 / f64::from(1 << 30);
     let mut text = format!("safemed {} ({}, {})\n", word("version"), word("build"), word("git_commit"));
     let _ = writeln!(text, "system        {} {}", word("system"), word("architecture"));
-    let _ = writeln!(text, "instructions  {}", words("instruction_sets"));
+    let _ = writeln!(text, "instructions  {}; kernels use {}", words("instruction_sets"), word("kernels"));
     let _ = writeln!(text, "threads       {}", summary["threads"]);
     let _ = writeln!(
         text,

@@ -10,38 +10,8 @@ pub(crate) mod math;
 
 use candle_core::{CpuStorage, Layout, Result, Storage, Tensor, bail};
 use rayon::prelude::*;
-use std::sync::OnceLock;
 
-/// Vector instructions of this processor.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Isa {
-    /// 512-bit vectors.
-    Avx512,
-    /// 256-bit vectors with fused multiply-add.
-    Avx2,
-    /// Whatever the compilation target guarantees.
-    Baseline,
-}
-
-/// The instructions in use, found once.
-pub(crate) fn isa() -> Isa {
-    static FOUND: OnceLock<Isa> = OnceLock::new();
-    *FOUND.get_or_init(|| {
-        #[cfg(target_arch = "x86_64")]
-        {
-            let wide = is_x86_feature_detected!("avx512f")
-                && is_x86_feature_detected!("avx512dq")
-                && is_x86_feature_detected!("avx512vl");
-            if wide {
-                return Isa::Avx512;
-            }
-            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-                return Isa::Avx2;
-            }
-        }
-        Isa::Baseline
-    })
-}
+pub(crate) use crate::backend::{Isa, isa};
 
 /// The elements of a contiguous float32 operand.
 pub(crate) fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {

@@ -12,6 +12,7 @@ pub use files::{JsonLines, write_atomic};
 pub use stop::Stop;
 
 use super::config::{Command, RunConfig};
+use crate::backend::isa;
 use crate::error::{Error, Result};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
@@ -275,8 +276,15 @@ impl Run {
             self.provenance = serde_json::from_slice(&text).map_err(|error| {
                 Error::data(format!("the provenance cannot be read: {error}\n  --> {}", path.display()))
             })?;
+            let kernels = isa().word();
+            if let Some(other) = self.provenance.get("kernels").filter(|began| **began != json!(kernels)) {
+                tracing::warn!(
+                    "this run began with {other} kernels and goes on with {kernels}: its bytes are those of neither alone"
+                );
+            }
             let part = json!({
                 "version": provenance::VERSION, "git_commit": provenance::git_commit(), "command_line": command_line,
+                "kernels": kernels,
             });
             let parts = self.provenance.entry("continued").or_insert_with(|| json!([]));
             if let Some(parts) = parts.as_array_mut() {
@@ -294,6 +302,7 @@ impl Run {
                 "threads": config.threads.unwrap_or_else(all_threads),
                 "architecture": std::env::consts::ARCH,
                 "instruction_sets": provenance::instruction_sets(),
+                "kernels": isa().word(),
                 "crates": provenance::crate_versions(),
             });
             if let Value::Object(facts) = facts {
