@@ -105,6 +105,16 @@ fn a_flag_wins_over_its_variable_and_that_over_set_and_file() {
 }
 
 #[test]
+fn a_closed_standard_error_ends_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    // A reader that is gone before the first word.
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let status = safemed(dir.path()).args(["eval", "--model", "nowhere"]).stderr(writer).status().unwrap();
+    assert_eq!(status.code(), Some(2), "the error's own status");
+}
+
+#[test]
 fn a_closed_pipe_is_no_error() {
     let dir = tempfile::tempdir().unwrap();
     let mut child = safemed(dir.path())

@@ -326,6 +326,24 @@ fn killed_training_goes_on_to_the_same_bytes() {
         run_with_kills(Train, &settings, &killed, "metrics.jsonl", &[1, 3]);
         assert!(results(&whole).keys().any(|name| name.contains("step-4/optimizer.safetensors")));
         check_same(&whole, &killed);
+        // What a checkpoint says of itself, and the log up to it, must fit.
+        let words = arguments(Train, &settings);
+        let words: Vec<&str> = words.iter().map(String::as_str).chain(["--resume"]).collect();
+        let refused = |file: &Path, change: &dyn Fn(&str) -> String, what: &str| {
+            let text = fs::read_to_string(file).unwrap();
+            fs::write(file, change(&text)).unwrap();
+            let (status, _, err) = call(dir.path(), &words);
+            assert!(status == 3 && err.contains(what), "{status} {err}");
+            fs::write(file, text).unwrap();
+        };
+        let last = own.iter().find(|(key, _)| *key == "train.num_steps").map_or("6", |(_, steps)| *steps);
+        let state = killed.join(format!("checkpoints/step-{last}/state.json"));
+        refused(
+            &state,
+            &|text| text.replace(&format!("\"step\": {last}"), "\"step\": 1"),
+            "its directory of step",
+        );
+        refused(&killed.join("metrics.jsonl"), &|text| text.lines().skip(1).collect(), "are logged");
     }
 }
 
@@ -433,6 +451,19 @@ fn batches_threads_and_kills_change_no_byte_of_attacks_and_certificates() {
         let (settings, killed) = of("killed", "1");
         run_with_kills(command, &settings, &killed, "records.jsonl", &[1, 4]);
         check_same(&first, &killed);
+        if command == Certify {
+            // A finished record is computed again before the run goes on.
+            let (path, words) = (killed.join("records.jsonl"), arguments(command, &settings));
+            let text = fs::read_to_string(&path).unwrap();
+            let words: Vec<&str> = words.iter().map(String::as_str).chain(["--resume"]).collect();
+            for (from, to) in [("\"radius\":0.0", "\"radius\":0.5"), ("\"seed\":0", "\"seed\":1")] {
+                assert!(text.contains(from), "{text}");
+                fs::write(&path, text.replacen(from, to, 1)).unwrap();
+                fs::remove_file(killed.join("summary.json")).unwrap_or_default();
+                let (status, _, err) = call(dir.path(), &words);
+                assert!(status == 3 && err.contains("record `"), "{status} {err}");
+            }
+        }
 
         let (records, summary) = (lines(&first, "records.jsonl"), &outcome.summary);
         let right =

@@ -9,6 +9,8 @@
 mod foreign;
 mod records;
 
+pub use records::check_record;
+
 use crate::error::{Error, Result};
 use serde::Serialize;
 use std::path::Path;
@@ -85,7 +87,15 @@ pub fn audit_text(text: &str, path: &Path, options: &AuditOptions) -> Result<Aud
     let first = text.lines().map(str::trim).find(|line| !line.is_empty());
     match first {
         None => Err(Error::data(format!("nothing to audit: the file is empty\n  --> {}", path.display()))),
-        Some(line) if line.starts_with('{') => records::audit(text, path),
+        Some(line) if line.starts_with('{') => {
+            let mut report = records::audit(text, path)?;
+            if *options != AuditOptions::default() {
+                report
+                    .notes
+                    .push("our own records state sigma, n and alpha: the options have no effect".to_owned());
+            }
+            Ok(report)
+        }
         Some(_) => foreign::audit(text, path, options),
     }
 }

@@ -2,7 +2,6 @@
 //!
 //! Data goes to standard output, everything else to standard error. A closed pipe is an error of its own kind, whose
 //! status is 0.
-#![expect(clippy::print_stderr, reason = "the one place that talks to people")]
 
 use crate::error::{Error, Result};
 use crate::recipes::progress::Progress;
@@ -28,7 +27,7 @@ pub(super) fn print(text: &str) -> Result<()> {
 
 /// Writes an error, or whatever must not be lost, to standard error.
 pub(super) fn print_error(error: &Error) {
-    eprintln!("error: {error}");
+    say(&format!("error: {error}"));
 }
 
 /// How much is shown.
@@ -113,8 +112,8 @@ impl Terminal {
 
     fn line(&self, text: &str) {
         match &*self.bar.lock() {
-            Some(bar) => bar.suspend(|| eprintln!("{text}")),
-            None => eprintln!("{text}"),
+            Some(bar) => bar.suspend(|| say(text)),
+            None => say(text),
         }
     }
 
@@ -155,6 +154,11 @@ impl Terminal {
             *self.bar.lock() = Some(bar);
         }
     }
+}
+
+/// A line on standard error. Whoever closed it does not want to read it: the work goes on.
+fn say(text: &str) {
+    let _ = writeln!(std::io::stderr(), "{text}");
 }
 
 /// `h:mm:ss`, or `m:ss` below an hour.

@@ -7,7 +7,7 @@
 use super::aims::{self, Asked};
 use super::answers::{Answer, Asker, Asking, with_items};
 use super::blind::{self, Blind};
-use super::config::{AttackConfig, Command, Method, ObjectiveName, RunConfig, Space};
+use super::config::{AttackConfig, Command, Method, ObjectiveName, RunConfig, Scoring, Space};
 use super::inputs;
 use super::items::{self, Images};
 use super::job::{Job, Outcome};
@@ -27,6 +27,7 @@ use crate::model::processor::ProcessedImage;
 use crate::model::resize::resize;
 use crate::nn::recompute::Memory;
 use crate::pixels::{RgbImage8, decode};
+use crate::reward::answer::parse_answer;
 use crate::rng;
 use crate::roles::target::{Answers, Target};
 use crate::stats::interval;
@@ -209,7 +210,7 @@ pub fn under_attack(
     progress.start(samples.len(), "attack");
     let (mut done, mut clean, mut robust) = (0, 0, 0);
     for record in run.records()? {
-        check_file(&record, run)?;
+        check_finished(&record, &samples, &images, assistant, setting, run)?;
         done += 1;
         clean += usize::from(record["clean_correct"] == json!(true));
         robust += usize::from(record["robust_correct"] == json!(true));
@@ -284,7 +285,7 @@ fn attack_batch(
     let mut originals = Vec::with_capacity(samples.len());
     for &sample in samples {
         let original = images.original(&sample.image)?;
-        let processed = Arc::new(assistant.process(&original)?);
+        let processed = Arc::new(images.process(assistant, &sample.image, &original)?);
         originals.push((original, processed));
     }
     let processed: Vec<Arc<ProcessedImage>> = originals.iter().map(|(_, image)| image.clone()).collect();
@@ -796,34 +797,95 @@ pub fn summarize(records: &[Value], seconds: f64) -> Result<Value> {
 }
 
 fn read_record(value: &Value) -> Result<AttackRecord> {
-    let record: AttackRecord = serde_json::from_value(value.clone()).map_err(|error| {
+    check_letters(value)?;
+    serde_json::from_value(value.clone()).map_err(|error| {
         Error::data(format!("record `{}` is none of `attack`: {error}", value["id"].as_str().unwrap_or("?")))
-    })?;
-    let clean = record.clean_prediction == record.answer;
-    let robust = clean && record.adversarial_prediction == record.answer;
-    if (record.clean_correct, record.robust_correct) != (clean, robust) {
-        return Err(Error::data(format!(
-            "record `{}` contradicts itself: its letters are {} when clean and {} under attack, the right one {}",
-            record.id, record.clean_prediction, record.adversarial_prediction, record.answer
-        )));
-    }
-    Ok(record)
+    })
 }
 
-/// Whether the attacked image that a finished record rests on is still the one that was scored.
-fn check_file(record: &Value, run: &Run) -> Result<()> {
-    let record = read_record(record)?;
-    let Some(path) = record.adversarial_image else { return Ok(()) };
-    let full = run.path(&path);
-    let found = inputs::file_sha256(&full)?;
-    if record.more.get("adversarial_sha256") == Some(&json!(found)) {
+/// Whether a record's letters, as far as it has them, say what its flags say.
+fn check_letters(record: &Value) -> Result<()> {
+    let letter = |key: &str| record[key].as_str();
+    let (Some(answer), Some(clean), Some(adversarial)) =
+        (letter("answer"), letter("clean_prediction"), letter("adversarial_prediction"))
+    else {
+        return Ok(());
+    };
+    let is_clean = clean == answer;
+    let wanted = [("clean_correct", is_clean), ("robust_correct", is_clean && adversarial == answer)];
+    if wanted.iter().all(|(key, is)| record[*key].as_bool().is_none_or(|flag| flag == *is)) {
         return Ok(());
     }
     Err(Error::data(format!(
-        "the attacked image of `{}` is not the one that was scored\n  --> {}\n   = help: take its line out of records.jsonl, or begin with another `--out`",
-        record.id,
-        full.display()
+        "record `{}` contradicts itself: its letters are {clean} when clean and {adversarial} under attack, the right one {answer}",
+        record["id"].as_str().unwrap_or("?")
     )))
+}
+
+/// That no record contradicts itself.
+///
+/// # Errors
+/// A data error that names the first that does.
+pub fn check_records(records: &[Value]) -> Result<()> {
+    records.iter().try_for_each(check_letters)
+}
+
+/// Whether a record of an earlier part of this run holds: the right answer, letters that its completions say, and an attacked
+/// image that is still the one that was scored, as far from the original as is written.
+fn check_finished(
+    record: &Value,
+    samples: &[&Sample],
+    images: &Images,
+    assistant: &Assistant,
+    setting: &Setting<'_>,
+    run: &Run,
+) -> Result<()> {
+    let record = read_record(record)?;
+    let wrong = |what: String| {
+        Err(Error::data(format!(
+            "record `{}` does not hold: {what}\n   = help: take its line out of records.jsonl, or begin with another `--out`",
+            record.id
+        )))
+    };
+    let Some(sample) = samples.iter().find(|sample| sample.id == record.id) else { return Ok(()) };
+    if record.answer != sample.answer_letter().to_string() {
+        return wrong(format!("the right answer is {}, not {}", sample.answer_letter(), record.answer));
+    }
+    if setting.asking.scoring == Scoring::Generate && setting.score.is_none() {
+        let said = |key: &str| {
+            let completion = record.more.get(key).and_then(Value::as_str).unwrap_or_default();
+            records::letter(parse_answer(completion, sample.options.len()))
+        };
+        let letters = [said("clean_completion"), said("adversarial_completion")];
+        if letters != [record.clean_prediction.clone(), record.adversarial_prediction.clone()] {
+            return wrong(format!("its completions say {} and {}", letters[0], letters[1]));
+        }
+    }
+    let Some(path) = &record.adversarial_image else { return Ok(()) };
+    let full = run.path(path);
+    if record.more.get("adversarial_sha256") != Some(&json!(inputs::file_sha256(&full)?)) {
+        return wrong(format!("the attacked image is not the one that was scored\n  --> {}", full.display()));
+    }
+    let original = images.original(&sample.image)?;
+    let clean = match setting.attack.space {
+        Space::Original => original,
+        Space::Model => images.process(assistant, &sample.image, &original)?.resized,
+    };
+    let attacked = decode::decode_file(&full)?;
+    let is_size = (attacked.height, attacked.width) == (clean.height, clean.width);
+    let found = if is_size { lattice::Distances::between(&attacked.data, &clean.data) } else { wrong_size() };
+    if (found.linf, found.l2) == (record.linf, record.l2) {
+        return Ok(());
+    }
+    wrong(format!(
+        "the attacked image is {} and {} from the original in L-inf and L2, not {} and {}",
+        found.linf, found.l2, record.linf, record.l2
+    ))
+}
+
+/// The distance of images that cannot be compared.
+fn wrong_size() -> lattice::Distances {
+    lattice::Distances { linf: f64::INFINITY, l2: f64::INFINITY }
 }
 
 /// Right letter, controls and number of options of each item.

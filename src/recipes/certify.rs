@@ -18,6 +18,7 @@ use super::progress::Progress;
 use super::records::{self, CertifyRecord, Controls, counts_by_letter};
 use super::report::{self, ReportOptions};
 use super::run::Run;
+use crate::certify::audit;
 use crate::certify::smooth::{Evidence, Keep};
 use crate::certify::{self, Certificate, Curve, Draws, Procedure, Rule, Sequential, SmoothingConfig, Stop};
 use crate::data::{Dataset, Sample};
@@ -169,6 +170,7 @@ pub fn smoothed(
     progress.start(samples.len(), "certify");
     let (mut done, mut certified) = (0, 0);
     for record in run.records()? {
+        check_finished(&record, &samples, setting)?;
         done += 1;
         certified += usize::from(record["correct"] == json!(true));
     }
@@ -204,6 +206,25 @@ pub fn smoothed(
     Ok(summary)
 }
 
+/// Whether a record of an earlier part of this run is one that this run would have written.
+fn check_finished(record: &Value, samples: &[&Sample], setting: &Setting) -> Result<()> {
+    audit::check_record(record)?;
+    let own = read_record(record)?;
+    let smoothing = &setting.smoothing;
+    let sample = samples.iter().find(|sample| sample.id == own.id);
+    let wanted =
+        (&setting.model_sha256, smoothing.seed, smoothing.sigma, smoothing.alpha, smoothing.n0, smoothing.n);
+    let found = (&own.model_sha256, own.seed, own.sigma, own.alpha, own.n0, own.n_max);
+    let is_same = sample.is_none_or(|sample| own.answer == sample.answer_letter().to_string());
+    if wanted == found && is_same {
+        return Ok(());
+    }
+    Err(Error::data(format!(
+        "record `{}` is not of this run: model, seed, settings or right answer differ\n   = help: take its line out of records.jsonl, or begin with another `--out`",
+        own.id
+    )))
+}
+
 fn certify_one(
     assistant: &Assistant,
     images: &Images,
@@ -214,7 +235,7 @@ fn certify_one(
     keep: &mut Keep<'_>,
 ) -> Result<CertifyRecord> {
     let original = images.original(&sample.image)?;
-    let processed = Arc::new(assistant.process(&original)?);
+    let processed = Arc::new(images.process(assistant, &sample.image, &original)?);
     let prompt = items::prompt_of(assistant, setting.asking.template, sample, &processed)?;
     let key = rng::key_of(&sample.id);
     let reading = setting.asking.reading(assistant, sample, key)?;

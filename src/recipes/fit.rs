@@ -256,6 +256,13 @@ impl<L: Learner> Fit<L> {
         };
         self.step = number("step")?;
         self.updates = number("updates")?;
+        if self.step != newest {
+            return Err(Error::data(format!(
+                "the checkpoint says it is of step {}, its directory of step {newest}\n  --> {}",
+                self.step,
+                path.display()
+            )));
+        }
         Ok(true)
     }
 }

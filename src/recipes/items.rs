@@ -56,6 +56,24 @@ impl Images {
         readings.get(image).cloned().unwrap_or_default()
     }
 
+    /// The file `image`, decoded already, as the network takes it.
+    ///
+    /// # Errors
+    /// When it cannot be resized: the file is named.
+    pub fn process(
+        &self,
+        assistant: &Assistant,
+        image: &Path,
+        decoded: &RgbImage8,
+    ) -> Result<ProcessedImage> {
+        assistant.process(decoded).map_err(|error| match error {
+            Error::Data(what) if !what.contains("-->") => {
+                Error::data(format!("{what}\n  --> {}", self.root.join(image).display()))
+            }
+            other => other,
+        })
+    }
+
     /// The image at the model's resolution.
     ///
     /// # Errors
@@ -65,7 +83,7 @@ impl Images {
         if let Some(found) = locked().0.get(image) {
             return Ok(found.clone());
         }
-        let processed = Arc::new(assistant.process(&self.original(image)?)?);
+        let processed = Arc::new(self.process(assistant, image, &self.original(image)?)?);
         let mut cache = locked();
         if cache.1 + processed.resized.data.len() <= CACHE_BYTES {
             cache.1 += processed.resized.data.len();

@@ -296,7 +296,8 @@ fn read(text: &str, path: &Path) -> Result<(Vec<Row>, Vec<String>)> {
                 .map_err(|_| bad(index + 1, "`label` and `predict` must be whole numbers"))
         };
         let (label, predict, radius) = (whole(label)?, whole(predict)?, field(radius)?);
-        if radius.len() > MOST_DIGITS || radius.parse::<f64>().is_err() {
+        let is_radius = radius.parse::<f64>().is_ok_and(|value| value.is_finite() && value >= 0.0);
+        if radius.len() > MOST_DIGITS || !is_radius {
             return Err(bad(index + 1, &format!("not a radius: `{radius}`")));
         }
         if let Some(flag) = column("correct") {

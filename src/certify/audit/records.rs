@@ -21,6 +21,8 @@ pub(super) fn audit(text: &str, path: &Path) -> Result<AuditReport> {
     let mut pairs: Vec<Pair> = Vec::new();
     let num_lines = text.lines().count();
     let mut ids: HashSet<String> = HashSet::new();
+    // Of the first record: certificates of one file are of one model under one seed.
+    let mut origin: Option<[Value; 2]> = None;
     for (index, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
         let value = match serde_json::from_str::<Value>(line) {
             Err(_) if index + 1 == num_lines && !text.ends_with('\n') => {
@@ -32,8 +34,9 @@ pub(super) fn audit(text: &str, path: &Path) -> Result<AuditReport> {
         rows += 1;
         let verdict = match value {
             Ok(Value::Object(record)) => match record.get("id").and_then(Value::as_str) {
+                None | Some("") => Err("`id` is missing or no text".to_owned()),
                 Some(id) if !ids.insert(id.to_owned()) => Err(format!("the id `{id}` stands here again")),
-                _ => recompute(&record),
+                Some(_) => check_origin(&record, &mut origin).and_then(|()| recompute(&record)),
             },
             Ok(_) => Err("is not a JSON object".to_owned()),
             Err(error) => Err(format!("is not JSON: {error}")),
@@ -61,6 +64,40 @@ pub(super) fn audit(text: &str, path: &Path) -> Result<AuditReport> {
     }
     let smallest_n = pairs.first().map(|pair| pair.n);
     Ok(AuditReport { rows, exact, consistent: pairs, pass, smallest_n, sigma: None, problems, notes })
+}
+
+/// Checks that the evidence that counts do not show is there, and is that of the other records.
+fn check_origin(
+    record: &Map<String, Value>,
+    origin: &mut Option<[Value; 2]>,
+) -> std::result::Result<(), String> {
+    whole(record, "seed")?;
+    for key in ["answer", "image_sha256", "model_sha256"] {
+        if record.get(key).and_then(Value::as_str).is_none_or(str::is_empty) {
+            return Err(format!("`{key}` is missing or no text"));
+        }
+    }
+    let own = ["model_sha256", "seed"].map(|key| record.get(key).cloned().unwrap_or_default());
+    let first = origin.get_or_insert_with(|| own.clone());
+    for (key, (own, first)) in ["model_sha256", "seed"].iter().zip(own.iter().zip(first.iter())) {
+        if own != first {
+            return Err(format!("`{key}` is {own}, that of the first record {first}"));
+        }
+    }
+    Ok(())
+}
+
+/// Checks what follows from one record's own counts.
+///
+/// # Errors
+/// A data error that names the record and what does not hold.
+pub fn check_record(record: &Value) -> Result<()> {
+    let id = record["id"].as_str().unwrap_or("?");
+    let Value::Object(fields) = record else { return Err(Error::data("a record is no JSON object")) };
+    match check_origin(fields, &mut None).and_then(|()| recompute(fields)) {
+        Ok(_) => Ok(()),
+        Err(problem) => Err(Error::data(format!("record `{id}` does not recompute: {problem}"))),
+    }
 }
 
 /// Checks one record; says what does not hold.
@@ -202,11 +239,9 @@ fn check_answer(record: &Map<String, Value>, expected: Option<&str>) -> std::res
     if text("prediction").as_deref() != expected {
         return Err(format!("`prediction` should be {}", expected.unwrap_or("null")));
     }
-    if let Some(answer) = text("answer") {
-        let correct = expected == Some(answer.as_str()) && expected != Some(UNPARSABLE);
-        if record.get("correct").and_then(Value::as_bool) != Some(correct) {
-            return Err(format!("`correct` should be {correct}"));
-        }
+    let correct = text("answer").as_deref() == expected && !matches!(expected, None | Some(UNPARSABLE));
+    if record.get("correct").and_then(Value::as_bool) != Some(correct) {
+        return Err(format!("`correct` should be {correct}"));
     }
     Ok(())
 }
@@ -280,7 +315,8 @@ mod tests {
         };
         json!({"id": "x", "answer": "B", "prediction": c.prediction.map(|p| letters[p]), "abstained": c.prediction.is_none(),
             "correct": c.prediction == Some(1), "radius": c.radius, "p_lower": c.p_lower, "sigma": 0.25, "mode": "cohen",
-            "n0": 10, "n": 100, "alpha": 0.001, "counts_selection": map(&c.counts_selection), "counts": map(&c.counts),
+            "n0": 10, "n": 100, "alpha": 0.001, "seed": 0, "image_sha256": "i", "model_sha256": "m",
+            "counts_selection": map(&c.counts_selection), "counts": map(&c.counts),
             "draws_selection": [0, 10], "draws_estimation": [10, 110]})
     }
 
@@ -296,7 +332,7 @@ mod tests {
             "n_max": 5000, "alpha": 0.001, "counts_selection": {"A": 0, "B": 10, "none": 0},
             "counts": {"A": n / 50, "B": n - n / 50, "none": 0}, "draws_selection": [0, 10],
             "draws_estimation": [10, 10 + n], "rule": rule, "schedule": procedure.schedule(), "min_gain": 0.05,
-            "p_target": procedure.target().map(|p| p.value), "stopped": stop, "bound": {"count": bound.count, "n": bound.n},
+            "seed": 0, "image_sha256": "i", "model_sha256": "m", "p_target": procedure.target().map(|p| p.value), "stopped": stop, "bound": {"count": bound.count, "n": bound.n},
             "wins": wins})
     }
 
@@ -347,6 +383,27 @@ mod tests {
         let mut bad = sequential(Rule::Kt, Some(0.25));
         bad["target_radius"] = json!(0.3);
         assert!(!audited(&[bad]).pass);
+    }
+
+    #[test]
+    fn what_no_count_shows_must_be_there_and_be_one_for_all() {
+        let good = record([0, 10, 0], [1, 98, 1]);
+        let mut other = good.clone();
+        other["id"] = json!("y");
+        assert!(audited(&[good.clone(), other.clone()]).pass);
+        for (key, value) in [
+            ("id", json!(null)),
+            ("answer", json!(null)),
+            ("image_sha256", json!("")),
+            ("model_sha256", json!(null)),
+            ("model_sha256", json!("of another")),
+            ("seed", json!(1)),
+            ("seed", json!(null)),
+        ] {
+            let mut bad = other.clone();
+            bad[key] = value.clone();
+            assert!(!audited(&[good.clone(), bad]).pass, "{key} = {value} passes");
+        }
     }
 
     #[test]

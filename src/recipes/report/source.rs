@@ -1,6 +1,7 @@
 //! Run directories as a report reads them.
 
 use crate::error::{Error, Result};
+use crate::recipes::attack;
 use crate::recipes::config::RunConfig;
 use crate::recipes::run::JsonLines;
 use serde_json::Value;
@@ -76,6 +77,16 @@ fn read(dir: &Path) -> Result<RunDir> {
     } else {
         RunConfig::default()
     };
+    let records = JsonLines::new(dir.join("records.jsonl")).read()?;
+    if matches!(command, Some("eval" | "attack" | "certify")) && records.is_empty() {
+        return Err(Error::data(format!(
+            "the run has no records: there is nothing to report\n  --> {}",
+            dir.display()
+        )));
+    }
+    if command == Some("attack") {
+        attack::check_records(&records)?;
+    }
     Ok(RunDir {
         name: dir
             .file_name()
@@ -84,7 +95,7 @@ fn read(dir: &Path) -> Result<RunDir> {
         config,
         facts,
         summary,
-        records: JsonLines::new(dir.join("records.jsonl")).read()?,
+        records,
         metrics: JsonLines::new(dir.join("metrics.jsonl")).read()?,
         dir: dir.to_path_buf(),
     })

@@ -28,7 +28,7 @@ fn attack_record(id: usize, clean: bool, robust: bool) -> Value {
     json!({
         "id": id.to_string(), "method": "pgd", "norm": "linf", "epsilon": 8.0 / 255.0, "num_steps": 10, "num_restarts": 1,
         "objective": "completion", "answer": "B", "clean_correct": clean, "robust_correct": robust,
-        "clean_prediction": "B", "adversarial_prediction": if robust { "B" } else { "none" }, "linf": 8.0 / 255.0,
+        "clean_prediction": if clean { "B" } else { "A" }, "adversarial_prediction": if robust { "B" } else { "none" }, "linf": 8.0 / 255.0,
         "question": "Which?", "options": ["x", "y"], "image": "clean.png", "adversarial_image": "images/a.png",
     })
 }

@@ -266,6 +266,14 @@ impl Run {
         self.metrics.keep_while(within)?;
         self.completions.keep_while(within)?;
         let metrics = self.metrics.read()?;
+        let steps =
+            (1..=step).zip(&metrics).filter(|(step, line)| line["step"].as_u64() == Some(*step)).count();
+        if steps as u64 != step || metrics.len() as u64 != step {
+            return Err(Error::data(format!(
+                "the checkpoint is of step {step}, but only {steps} of the steps before it are logged\n  --> {}\n   = help: begin with another `--out`",
+                self.metrics.path().display()
+            )));
+        }
         self.events.rebuild(&metrics)
     }
 
