@@ -3,7 +3,8 @@
 //! The format is told by content, never by the name. Gray is repeated, palettes are looked up, transparency is laid
 //! over white. Sixteen-bit gray is *clipped* at 255, as `convert("RGB")` does, unless another [`GrayReading`] is asked
 //! for. Sixteen-bit colour keeps its high bytes. EXIF orientation is applied, as transformers' `load_image` does and
-//! every viewer shows it. JPEG decoders differ by a level or two. DICOM files are shown as they say.
+//! every viewer shows it. JPEG decoders differ by a level, and by up to four where colour is stored at half resolution. DICOM files
+//! are shown as they say.
 
 use super::gray::{self, GrayReading};
 use super::{RgbImage8, dicom};
