@@ -21,10 +21,11 @@ use safemed::data::{DatasetConfig, ImageCheck, Sample};
 use safemed::error;
 use safemed::model::assistant::Assistant;
 use safemed::model::generate::Prompt;
-use safemed::model::loader::{Adaptation, Storage};
+use safemed::model::loader::{Adaptation, Precision};
 use safemed::model::lora::{LoraConfig, Modules};
 use safemed::model::sampling::{Decoding, SamplingConfig};
-use safemed::nn::recompute::{Memory, Stage, loss_and_gradients};
+use safemed::model::vlm::Features;
+use safemed::nn::recompute::{Memory, loss_and_gradients};
 use safemed::pixels::decode::decode_file;
 use safemed::recipes::config::TrainConfig;
 use safemed::recipes::fit::{Fit, Student};
@@ -70,6 +71,9 @@ struct Args {
     /// Threads.
     #[arg(long, default_value_t = 2)]
     threads: usize,
+    /// Matrix products of bfloat16, summed in float32.
+    #[arg(long)]
+    bf16: bool,
     /// Keep only the states between layers while a gradient is computed.
     #[arg(long)]
     recompute: bool,
@@ -105,7 +109,7 @@ fn run(args: &Args) -> Result<()> {
         bench.load(&checkpoint)?;
     }
     if ON_BASE.iter().any(|name| wants(name)) {
-        let frozen = Assistant::load(&checkpoint, &|_| false, &Device::Cpu)?;
+        let frozen = bench.frozen(&checkpoint)?;
         bench.forward(&frozen)?;
         bench.certify(&frozen)?;
         bench.pgd(&frozen, &ON_BASE)?;
@@ -118,7 +122,7 @@ fn run(args: &Args) -> Result<()> {
         let adaptation = Adaptation::New { config: &config, seed: 0 };
         let trains = |name: &str| name.contains(".lora_");
         let assistant =
-            Assistant::load_adapted(&checkpoint, adaptation, Storage::AsStored, &trains, &Device::Cpu)?;
+            Assistant::load_adapted(&checkpoint, adaptation, bench.precision(), &trains, &Device::Cpu)?;
         let mut fit = Fit::new(Student::new(assistant, Some(config.clone()))?)?;
         bench.sft(&mut fit)?;
         bench.rollout(&fit.learner.frozen)?;
@@ -223,7 +227,7 @@ impl Bench<'_> {
     fn load(&self, checkpoint: &Path) -> Result<()> {
         let run = || -> Result<f64> {
             let started = Instant::now();
-            let assistant = Assistant::load(checkpoint, &|_| false, &Device::Cpu)?;
+            let assistant = self.frozen(checkpoint)?;
             let seconds = started.elapsed().as_secs_f64();
             drop(assistant);
             Ok(seconds)
@@ -247,9 +251,17 @@ impl Bench<'_> {
             "{}",
             json!({
                 "workload": name, "unit": unit, "units": units, "median_s": each[each.len() / 2], "all_s": each,
-                "peak_rss_mb": peak, "threads": self.args.threads,
+                "peak_rss_mb": peak, "threads": self.args.threads, "bf16": self.args.bf16,
             })
         );
+    }
+
+    fn precision(&self) -> Precision {
+        if self.args.bf16 { Precision::HalfProducts } else { Precision::AsStored }
+    }
+
+    fn frozen(&self, checkpoint: &Path) -> Result<Assistant> {
+        Ok(Assistant::load_adapted(checkpoint, Adaptation::None, self.precision(), &|_| false, &Device::Cpu)?)
     }
 
     fn memory(&self) -> Memory {
@@ -358,13 +370,8 @@ impl Bench<'_> {
             let run = |new_tokens: usize| -> Result<f64> {
                 let decoding = Decoding::greedy(new_tokens, Vec::new());
                 let started = Instant::now();
-                policy::sample(
-                    assistant,
-                    &asked.prompts,
-                    std::slice::from_ref(&asked.pixels),
-                    &vec![vec![0]; batch],
-                    &decoding,
-                )?;
+                let features = policy::encode(assistant, std::slice::from_ref(&asked.pixels))?;
+                policy::sample(assistant, &asked.prompts, Some(&features), &vec![vec![0]; batch], &decoding)?;
                 Ok(started.elapsed().as_secs_f64())
             };
             run(4)?;
@@ -380,13 +387,12 @@ impl Bench<'_> {
         Ok(())
     }
 
-    fn group(assistant: &Assistant, asked: &Asked) -> Result<Vec<Vec<Vec<u32>>>> {
+    fn group(assistant: &Assistant, asked: &Asked, features: &Features) -> Result<Vec<Vec<Vec<u32>>>> {
         let decoding =
             Decoding { sampling: SamplingConfig::at(1.0), ..Decoding::greedy(NEW_TOKENS, Vec::new()) };
         let seeds: Vec<Vec<u64>> =
             (0..asked.prompts.len() as u64).map(|p| (p * 8..p * 8 + 8).collect()).collect();
-        let pixels = std::slice::from_ref(&asked.pixels);
-        let groups = policy::sample(assistant, &asked.prompts, pixels, &seeds, &decoding)?;
+        let groups = policy::sample(assistant, &asked.prompts, Some(features), &seeds, &decoding)?;
         Ok(groups.into_iter().map(|group| group.into_iter().map(|c| c.ids).collect()).collect())
     }
 
@@ -397,7 +403,8 @@ impl Bench<'_> {
         }
         let asked = self.first(assistant, 2)?;
         self.measure("grpo_rollout", "step", 1, &mut || {
-            let groups = Self::group(assistant, &asked)?;
+            let features = policy::encode(assistant, std::slice::from_ref(&asked.pixels))?;
+            let groups = Self::group(assistant, &asked, &features)?;
             ensure!(groups.iter().flatten().all(|ids| ids.len() == NEW_TOKENS));
             Ok(())
         })
@@ -419,7 +426,7 @@ impl Bench<'_> {
             );
             targets.push(vec![fit.learner.assistant.target(&text)?]);
         }
-        self.step("sft_lora", fit, &asked, &targets, &|spans: usize| vec![-1.0 / spans as f32; spans])
+        self.step("sft_lora", fit, &asked, None, &targets, &|spans: usize| vec![-1.0 / spans as f32; spans])
     }
 
     /// Log-probabilities of two groups of eight, the loss's slopes, an update.
@@ -428,12 +435,14 @@ impl Bench<'_> {
             return Ok(());
         }
         let asked = self.first(&fit.learner.frozen, 2)?;
-        let groups = Self::group(&fit.learner.frozen, &asked)?;
+        // A frozen tower has seen these images in the rollout: the update goes on from there, as `safemed train` does.
+        let features = policy::encode(&fit.learner.frozen, std::slice::from_ref(&asked.pixels))?;
+        let groups = Self::group(&fit.learner.frozen, &asked, &features)?;
         // On the policy that sampled, the surrogate's slope is minus the advantage over the number of tokens.
         let slopes = |count: usize| {
             (0..count).map(|token| -((token / NEW_TOKENS) as f32 * 0.7).sin() / count as f32).collect()
         };
-        self.step("grpo_update", fit, &asked, &groups, &slopes)
+        self.step("grpo_update", fit, &asked, Some(&features), &groups, &slopes)
     }
 
     fn step(
@@ -441,6 +450,7 @@ impl Bench<'_> {
         name: &str,
         fit: &mut Fit<Student>,
         asked: &Asked,
+        features: Option<&Features>,
         completions: &[Vec<Vec<u32>>],
         slopes: &dyn Fn(usize) -> Vec<f32>,
     ) -> Result<()> {
@@ -451,14 +461,17 @@ impl Bench<'_> {
             let pixels = [asked.pixels.clone()];
             let plan =
                 fit.learner.assistant.vlm.vision_plan(&policy::grids_of(&fit.learner.assistant, &pixels)?)?;
-            let mut stages: Vec<Stage<'_>> = fit.learner.assistant.vlm.vision_stages(&plan);
+            let (mut stages, inputs) = match features {
+                Some(features) => (Vec::new(), features.clone().into_state()),
+                None => (fit.learner.assistant.vlm.vision_stages(&plan), pixels.to_vec()),
+            };
             stages.extend(scoring.stages(&fit.learner.assistant));
             let loss = |state: &[Tensor]| {
                 let log_probs = scoring.log_probs(&fit.learner.assistant, &state[0], 1.0)?;
                 let slopes = Tensor::from_vec(slopes(log_probs.dims1()?), log_probs.dims1()?, &Device::Cpu)?;
                 (log_probs * slopes)?.sum_all()
             };
-            let (_, gradients) = loss_and_gradients(&stages, &pixels, loss, &fit.wanted(), memory)?;
+            let (_, gradients) = loss_and_gradients(&stages, &inputs, loss, &fit.wanted(), memory)?;
             drop(stages);
             fit.update(&gradients, &settings)?;
             Ok(())

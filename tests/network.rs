@@ -6,12 +6,14 @@ use rand::Rng as _;
 use safemed::backend::with_threads;
 use safemed::model::assistant::Assistant;
 use safemed::model::generate::{Completion, Prompt};
+use safemed::model::loader::{Adaptation, Precision};
 use safemed::model::sampling::SamplingConfig;
-use safemed::model::vlm::Batch;
+use safemed::model::vlm::{Batch, Features};
 use safemed::nn::attention::Layout;
 use safemed::nn::recompute::{Gradients, Memory, loss_and_gradients};
 use safemed::nn::rows;
 use safemed::rng;
+use safemed::roles::features::FeatureCache;
 use safemed::roles::policy::{self, Scoring};
 
 /// Questions of different lengths about images of different sizes: `(text, height, width)`.
@@ -175,10 +177,42 @@ fn outputs(assistant: &Assistant, which: &[usize]) -> Vec<(Vec<u32>, Vec<u32>)> 
     all
 }
 
+/// The model with layers that multiply in bfloat16.
+fn halved(assistant: &Assistant) -> Assistant {
+    let dir = tempfile::tempdir().unwrap();
+    assistant.save(dir.path()).unwrap();
+    let precision = Precision::HalfProducts;
+    Assistant::load_adapted(dir.path(), Adaptation::None, precision, &|_| false, assistant.vlm.device())
+        .unwrap()
+}
+
 #[test]
-fn neither_neighbours_nor_threads_change_a_bit_of_logits_or_pixel_gradients() {
+fn products_of_bfloat16_change_logits_and_pixel_gradients_by_its_rounding_and_no_more() {
     for kind in [Kind::Qwen3, Kind::Qwen25] {
         let assistant = assistant_of(kind, Weights::Loud, false);
+        let (single, half) = (outputs(&assistant, &[2]), outputs(&halved(&assistant), &[2]));
+        let floats =
+            |bits: &[u32]| bits.iter().map(|bits| f64::from(f32::from_bits(*bits))).collect::<Vec<_>>();
+        let (a, b) = (floats(&single[0].0), floats(&half[0].0));
+        assert_ne!(a, b);
+        for (a, b) in a.iter().zip(&b) {
+            assert!((a - b).abs() < 0.25, "{kind:?}: log-probabilities {a} and {b}");
+        }
+        let (a, b) = (floats(&single[0].1), floats(&half[0].1));
+        let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+        let cosine = dot(&a, &b) / (dot(&a, &a) * dot(&b, &b)).sqrt();
+        assert!(
+            cosine > 0.995 && b.iter().all(|value| *value != 0.0),
+            "{kind:?}: pixel gradients, cosine {cosine}"
+        );
+    }
+}
+
+#[test]
+fn neither_neighbours_nor_threads_change_a_bit_of_logits_or_pixel_gradients() {
+    let models = [Kind::Qwen3, Kind::Qwen25].map(|kind| (kind, assistant_of(kind, Weights::Loud, false)));
+    let in_half = models.each_ref().map(|(kind, assistant)| (*kind, halved(assistant)));
+    for (kind, assistant) in models.into_iter().chain(in_half) {
         let with = |threads, which: &[usize]| {
             with_threads(Some(threads), || Ok(outputs(&assistant, which))).unwrap()
         };
@@ -247,8 +281,11 @@ fn a_cache_changes_no_greedy_token() {
     for kind in [Kind::Qwen3, Kind::Qwen25] {
         let assistant = assistant_of(kind, Weights::Loud, false);
         let asked = asked(&assistant, &[0, 1, 2, 3, 4]);
-        let completions = policy::greedy_answers(&assistant, &asked.prompts, &asked.images, 6).unwrap();
         let decoding = assistant.decoding(6, SamplingConfig::default());
+        let features = policy::encode(&assistant, &asked.images).unwrap();
+        let seeds = vec![0; asked.prompts.len()];
+        let completions =
+            policy::answers(&assistant, &asked.prompts, Some(&features), &decoding, &seeds).unwrap();
         let mut tokens = 0;
         for ((prompt, image), completion) in asked.prompts.iter().zip(&asked.images).zip(&completions) {
             let mut prompt = prompt.clone();
@@ -273,14 +310,16 @@ fn a_group_is_what_its_members_would_be_alone() {
     let asked = asked(&assistant, &[0, 1, 3]);
     let decoding = assistant.decoding(6, SamplingConfig::at(1.0));
     let seeds = vec![vec![1, 2, 3, 4], vec![5, 6], vec![1, 7, 8]];
-    let together = policy::sample(&assistant, &asked.prompts, &asked.images, &seeds, &decoding).unwrap();
+    let features = policy::encode(&assistant, &asked.images).unwrap();
+    let together = policy::sample(&assistant, &asked.prompts, Some(&features), &seeds, &decoding).unwrap();
     let mut different: Vec<&Completion> = Vec::new();
     for (question, group) in together.iter().enumerate() {
         for (&seed, completion) in seeds[question].iter().zip(group) {
+            let features = policy::encode(&assistant, &asked.images[question..=question]).unwrap();
             let alone = policy::sample(
                 &assistant,
                 &asked.prompts[question..=question],
-                &asked.images[question..=question],
+                Some(&features),
                 &[vec![seed]],
                 &decoding,
             )
@@ -292,4 +331,38 @@ fn a_group_is_what_its_members_would_be_alone() {
         }
     }
     assert!(different.len() > 4, "{different:?}");
+}
+
+#[test]
+fn remembered_features_are_the_bytes_that_the_vision_tower_gives() {
+    for kind in [Kind::Qwen3, Kind::Qwen25] {
+        let assistant = assistant_of(kind, Weights::Loud, false);
+        let images = asked(&assistant, &[0, 1, 2, 3, 4]).images;
+        let all = policy::encode(&assistant, &images).unwrap();
+        let bits_of = |features: &Features| -> Vec<Vec<u32>> {
+            std::iter::once(&features.merged).chain(&features.deep).map(bits).collect()
+        };
+        // Room for everything, for about two images, and for none.
+        for capacity in [all.bytes(), all.bytes() / 2, 0] {
+            let cache = FeatureCache::new(capacity);
+            for which in [&[0, 1][..], &[1, 0, 1, 2, 3], &[4], &[0, 1, 2, 3, 4], &[3, 3]] {
+                let shown: Vec<Tensor> = which.iter().map(|&index| images[index].clone()).collect();
+                let (ours, expected) =
+                    (cache.encode(&assistant, &shown).unwrap(), policy::encode(&assistant, &shown).unwrap());
+                assert!(bits_of(&ours) == bits_of(&expected), "{kind:?}: {which:?} with room for {capacity}");
+            }
+        }
+    }
+}
+
+#[test]
+fn what_is_remembered_is_not_computed_again() {
+    let (assistant, other) =
+        (assistant_of(Kind::Qwen3, Weights::Loud, false), assistant_of(Kind::Qwen3, Weights::Fresh, false));
+    let images = asked(&assistant, &[0, 1]).images;
+    let cache = FeatureCache::new(1 << 20);
+    let first = cache.encode(&assistant, &images).unwrap();
+    // Another model would say something else, were it asked.
+    assert_eq!(bits(&cache.encode(&other, &images).unwrap().merged), bits(&first.merged));
+    assert_ne!(bits(&policy::encode(&other, &images).unwrap().merged), bits(&first.merged));
 }

@@ -363,6 +363,27 @@ fn threads_change_no_byte_of_training() {
 }
 
 #[test]
+fn remembering_images_changes_no_byte_of_training_on_a_frozen_tower() {
+    let dir = tempfile::tempdir().unwrap();
+    for recipe in ["sft", "grpo", "at_grpo"] {
+        let outs = ["0", "1"].map(|mib| {
+            let out = dir.path().join(format!("{recipe}-{mib}"));
+            let own = [
+                ("train.recipe", recipe),
+                ("train.parts.vision", "false"),
+                ("train.parts.merger", "false"),
+                ("train.grpo.kl_coef", "0.1"),
+                ("feature_cache_mib", mib),
+            ];
+            let more = [&SHORT[..], &own].concat();
+            run_as(Train, &settings(&material().loud, &out, &more), 2).unwrap();
+            out
+        });
+        check_same(&outs[0], &outs[1]);
+    }
+}
+
+#[test]
 fn passes_of_few_questions_add_up_to_the_whole_batch() {
     let dir = tempfile::tempdir().unwrap();
     for recipe in ["sft", "at_sft"] {

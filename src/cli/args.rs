@@ -132,6 +132,9 @@ pub(crate) struct CommonArgs {
     /// How weights are held: auto (as the checkpoint stores them), f32 or bf16 [default: auto].
     #[arg(long, value_name = "DTYPE", env = "SAFEMED_DTYPE", hide_env = true)]
     dtype: Option<String>,
+    /// What matrix products take: f32, or bf16, which is faster and another classifier [default: f32].
+    #[arg(long, value_name = "DTYPE", env = "SAFEMED_ARITHMETIC", hide_env = true)]
+    arithmetic: Option<String>,
     /// Threads [default: all]; changes no result.
     #[arg(long, value_name = "N", allow_hyphen_values = true, env = "SAFEMED_THREADS", hide_env = true)]
     threads: Option<String>,

@@ -6,10 +6,11 @@ use clap::ArgMatches;
 use clap::parser::ValueSource;
 
 /// Flags of the top level of the configuration.
-const TOP: [&str; 14] = [
+const TOP: [&str; 15] = [
     "seed",
     "device",
     "dtype",
+    "arithmetic",
     "threads",
     "model",
     "revision",

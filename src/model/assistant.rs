@@ -3,7 +3,7 @@
 use super::chat::{ChatTemplate, Message, RenderOptions};
 use super::config::VlmConfig;
 use super::generate::{Completion, Prompt};
-use super::loader::{self, Adaptation, Processor, Storage};
+use super::loader::{self, Adaptation, Precision, Processor};
 use super::parameters::Build;
 use super::positions::Grid;
 use super::processor::{ImageProcessorConfig, ProcessedImage};
@@ -35,7 +35,7 @@ impl Assistant {
     /// # Errors
     /// A data error for what is missing, damaged or does not fit; a non-finite error that names the weight.
     pub fn load(dir: &Path, trains: &dyn Fn(&str) -> bool, device: &Device) -> Result<Self> {
-        Self::load_adapted(dir, Adaptation::None, Storage::AsStored, trains, device)
+        Self::load_adapted(dir, Adaptation::None, Precision::AsStored, trains, device)
     }
 
     /// The same with a low-rank adapter over it, or in it, and frozen weights held in another type.
@@ -45,12 +45,12 @@ impl Assistant {
     pub fn load_adapted(
         dir: &Path,
         adaptation: Adaptation<'_>,
-        storage: Storage,
+        precision: Precision,
         trains: &dyn Fn(&str) -> bool,
         device: &Device,
     ) -> Result<Self> {
         let (vlm, Processor { tokenizer, chat, image_processor }) =
-            loader::load_vlm(dir, adaptation, storage, trains, device)?;
+            loader::load_vlm(dir, adaptation, precision, trains, device)?;
         Ok(Self { vlm, tokenizer, chat, image_processor })
     }
 

@@ -15,6 +15,7 @@ use super::tokenizer::Tokenizer;
 use super::vlm::Vlm;
 use super::weights::{Numbers, Weights};
 use crate::error::{Error, Result};
+use crate::nn::linear::Arithmetic;
 use candle_core::Device;
 use serde_json::Value;
 use std::cell::RefCell;
@@ -93,9 +94,9 @@ pub enum Adaptation<'a> {
     },
 }
 
-/// How frozen weights are held; arithmetic is float32 for all of them.
+/// How frozen weights are held, and multiplied: in float32 but for the last.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Storage {
+pub enum Precision {
     /// As the checkpoint holds them: float32, or bfloat16, which is widened exactly as it is used; float16 in float32.
     #[default]
     AsStored,
@@ -103,14 +104,24 @@ pub enum Storage {
     Single,
     /// Rounded to bfloat16.
     Half,
+    /// Rounded to bfloat16, and so are the rows that the layers between patch embedding and output layer multiply with them
+    /// ([`Arithmetic::Half`]).
+    HalfProducts,
 }
 
-impl Storage {
+impl Precision {
     fn apply(self, numbers: Numbers<'_>) -> Numbers<'_> {
         match self {
             Self::AsStored => numbers,
             Self::Single => numbers.widened(),
-            Self::Half => numbers.rounded(),
+            Self::Half | Self::HalfProducts => numbers.rounded(),
+        }
+    }
+
+    fn arithmetic(self) -> Arithmetic {
+        match self {
+            Self::AsStored | Self::Single | Self::Half => Arithmetic::Single,
+            Self::HalfProducts => Arithmetic::Half,
         }
     }
 }
@@ -123,7 +134,7 @@ impl Storage {
 pub fn load_vlm(
     dir: &Path,
     adaptation: Adaptation<'_>,
-    storage: Storage,
+    precision: Precision,
     trains: &dyn Fn(&str) -> bool,
     device: &Device,
 ) -> Result<(Vlm, Processor)> {
@@ -143,14 +154,16 @@ pub fn load_vlm(
             Adaptation::Merged(adapter) => adapter.merged(name, shape, base)?,
             Adaptation::None | Adaptation::New { .. } => base,
         };
-        Ok(storage.apply(numbers))
+        Ok(precision.apply(numbers))
     };
     let low_rank = |module: &str, shape: [usize; 2]| match adaptation {
         Adaptation::Active(adapter) => adapter.layer(module, shape),
         Adaptation::New { config, seed } => lora::new_layer(config, module, shape, seed),
         Adaptation::None | Adaptation::Merged(_) => Ok(None),
     };
-    let vlm = Vlm::new(&config, patchify, Build { source: &source, trains, low_rank: &low_rank }, device)?;
+    let arithmetic = precision.arithmetic();
+    let build = Build { source: &source, trains, low_rank: &low_rank, arithmetic };
+    let vlm = Vlm::new(&config, patchify, build, device)?;
     if let Adaptation::Active(adapter) | Adaptation::Merged(adapter) = adaptation {
         adapter.check_used()?;
     }
@@ -242,8 +255,8 @@ mod tests {
             })
             .collect();
         save_file(&path, &tensors, &[]).unwrap();
-        let error =
-            load_vlm(dir.path(), Adaptation::None, Storage::AsStored, &|_| false, &Device::Cpu).unwrap_err();
+        let error = load_vlm(dir.path(), Adaptation::None, Precision::AsStored, &|_| false, &Device::Cpu)
+            .unwrap_err();
         assert!(matches!(error, Error::NonFinite(_)), "{error}");
         assert!(
             error.to_string().contains("model.language_model.norm.weight") && error.to_string().contains('3')
@@ -256,7 +269,7 @@ mod tests {
         let (vlm, processor) = load_vlm(
             dir.path(),
             Adaptation::None,
-            Storage::AsStored,
+            Precision::AsStored,
             &|name| name == "lm_head.weight",
             &Device::Cpu,
         )

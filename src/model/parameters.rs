@@ -2,7 +2,7 @@
 
 use super::tensor_file::Numbers;
 use crate::error::{Error, Result};
-use crate::nn::linear::{Linear, LowRank, Reader};
+use crate::nn::linear::{Arithmetic, Linear, LowRank, Reader};
 use candle_core::{DType, Device, Tensor, Var};
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -22,6 +22,8 @@ pub struct Build<'a> {
     pub trains: &'a dyn Fn(&str) -> bool,
     /// Low-rank updates over linear layers; their tensors are named `LAYER.lora_A.weight` and `LAYER.lora_B.weight`.
     pub low_rank: LowRankSource<'a>,
+    /// What frozen weights of bfloat16 are multiplied with; patch embedding and output layer stay in float32.
+    pub arithmetic: Arithmetic,
 }
 
 impl std::fmt::Debug for Build<'_> {
@@ -33,7 +35,7 @@ impl std::fmt::Debug for Build<'_> {
 impl<'a> Build<'a> {
     /// Without low-rank updates.
     pub fn plain(source: Source<'a>, trains: &'a dyn Fn(&str) -> bool) -> Self {
-        Self { source, trains, low_rank: &|_, _| Ok(None) }
+        Self { source, trains, low_rank: &|_, _| Ok(None), arithmetic: Arithmetic::Single }
     }
 }
 
@@ -171,6 +173,8 @@ impl<'a> Builder<'a> {
         if prefix.ends_with("embed_tokens") {
             return Ok(linear);
         }
+        // Log-probabilities keep float32: the loss takes the output layer's products from a kernel of its own.
+        let linear = if prefix == "lm_head" { linear } else { linear.with_arithmetic(self.build.arithmetic) };
         let Some(low_rank) = (self.build.low_rank)(prefix, [out, input])? else { return Ok(linear) };
         if prefix == "lm_head" {
             return Err(Error::data(

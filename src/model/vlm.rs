@@ -68,6 +68,30 @@ impl Features {
         })
     }
 
+    /// Those of several lists of images as one.
+    ///
+    /// # Errors
+    /// When they are of different models, or there is none.
+    pub fn joined(parts: &[&Self]) -> candle_core::Result<Self> {
+        let [first, rest @ ..] = parts else { candle_core::bail!("no features to join") };
+        if rest.is_empty() {
+            return Ok((*first).clone());
+        }
+        let join = |of: &dyn Fn(&Self) -> &Tensor| {
+            let tensors: Vec<&Tensor> = parts.iter().map(|part| of(part)).collect();
+            Tensor::cat(&tensors, 0)
+        };
+        let deep =
+            (0..first.deep.len()).map(|i| join(&|part| &part.deep[i])).collect::<candle_core::Result<_>>()?;
+        Ok(Self { merged: join(&|part| &part.merged)?, deep })
+    }
+
+    /// Memory that the numbers take.
+    pub fn bytes(&self) -> usize {
+        let tensors = std::iter::once(&self.merged).chain(&self.deep);
+        tensors.map(|tensor| tensor.elem_count() * tensor.dtype().size_in_bytes()).sum()
+    }
+
     /// Without history: gradients do not flow below.
     #[must_use]
     pub fn detach(&self) -> Self {

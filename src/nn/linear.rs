@@ -3,11 +3,15 @@
 //! On the CPU a frozen weight is rearranged once into the panels that the matrix product reads, which serves one row
 //! of decoding as well as a thousand of prefill; its backward never computes a weight gradient.
 
-use super::kernel::gemm::{Packed, Right, Start, View, gemm, gemm_new, product, product_new};
+use super::kernel::gemm::{
+    Packed, Right, Start, View, gemm, gemm_new, half_product_new, product, product_new,
+};
 use super::kernel::{is_fused, slice, with_slice, zeros};
 use super::plain;
 use super::rows;
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Device, Layout, Result, Shape, Tensor, Var};
+use candle_core::{
+    CpuStorage, CustomOp1, CustomOp2, CustomOp3, DType, Device, Layout, Result, Shape, Tensor, Var,
+};
 use half::bf16;
 use std::ops::Range;
 use std::sync::{Arc, OnceLock};
@@ -18,6 +22,17 @@ pub struct Linear {
     weight: Weight,
     bias: Option<Tensor>,
     low_rank: Option<LowRank>,
+    arithmetic: Arithmetic,
+}
+
+/// What a frozen weight is multiplied with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Arithmetic {
+    /// float32 as it is.
+    #[default]
+    Single,
+    /// Rows, and gradients on their way back, rounded to bfloat16; sums are float32. For weights held in bfloat16.
+    Half,
 }
 
 /// Numbers of a weight, row-major, in either type that frozen weights are held in.
@@ -105,6 +120,10 @@ impl FrozenWeight {
 }
 
 impl Linear {
+    fn of_parts(weight: Weight, bias: Option<Tensor>) -> Self {
+        Self { weight, bias, low_rank: None, arithmetic: Arithmetic::default() }
+    }
+
     /// A layer whose weights never get a gradient.
     ///
     /// # Shapes
@@ -113,7 +132,7 @@ impl Linear {
         let (out, input) = weight.dims2()?;
         if !is_fused(weight) {
             let (weight, bias) = (Weight::Tensor(weight.detach()), bias.map(Tensor::detach));
-            return Ok(Self { weight, bias, low_rank: None });
+            return Ok(Self::of_parts(weight, bias));
         }
         with_slice(weight, |values| {
             Self::frozen_values(Values::Single(values), [out, input], bias, weight.device(), Reader::NONE)
@@ -149,18 +168,16 @@ impl Linear {
         if !device.is_cpu() {
             let tensor = match weight {
                 Values::Single(values) => Tensor::from_slice(values, (out, input), device)?,
-                Values::Half(values) => {
-                    Tensor::from_slice(values, (out, input), device)?.to_dtype(candle_core::DType::F32)?
-                }
+                Values::Half(values) => Tensor::from_slice(values, (out, input), device)?,
             };
-            return Ok(Self { weight: Weight::Tensor(tensor), bias, low_rank: None });
+            return Ok(Self::of_parts(Weight::Tensor(tensor), bias));
         }
         let forward = match weight {
             Values::Single(values) => Packed::of_rows(values, out, input, reader),
             Values::Half(values) => Packed::half_of_rows(values, out, input, reader),
         };
         let weight = Arc::new(FrozenWeight { forward, backward: OnceLock::new() });
-        Ok(Self { weight: Weight::Panels(weight), bias, low_rank: None })
+        Ok(Self::of_parts(Weight::Panels(weight), bias))
     }
 
     /// A layer whose weight and bias are trained.
@@ -173,7 +190,15 @@ impl Linear {
 
     /// A layer over tensors as they are: they get gradients if they are tracked.
     pub(crate) fn of_tensor(weight: &Tensor, bias: Option<&Tensor>) -> Self {
-        Self { weight: Weight::Tensor(weight.clone()), bias: bias.cloned(), low_rank: None }
+        Self::of_parts(Weight::Tensor(weight.clone()), bias.cloned())
+    }
+
+    /// The same layer multiplying in this arithmetic, where its weight is frozen and held in bfloat16; others go on in
+    /// float32.
+    #[must_use]
+    pub fn with_arithmetic(self, arithmetic: Arithmetic) -> Self {
+        let arithmetic = if self.is_half() { arithmetic } else { Arithmetic::Single };
+        Self { arithmetic, ..self }
     }
 
     /// The same layer with a low-rank update over it.
@@ -199,7 +224,7 @@ impl Linear {
     pub fn forward_added(&self, x: &Tensor, residual: &Tensor) -> Result<Tensor> {
         let y = match &self.weight {
             Weight::Panels(weight) => {
-                let op = FrozenLinear { weight: weight.clone(), bias: self.bias.clone() };
+                let op = self.frozen_op(weight);
                 x.contiguous()?.apply_op2(&residual.contiguous()?, op)?
             }
             Weight::Tensor(_) => (residual + self.base(x)?)?,
@@ -216,15 +241,20 @@ impl Linear {
 
     fn base(&self, x: &Tensor) -> Result<Tensor> {
         match (&self.weight, &self.bias) {
-            (Weight::Panels(weight), bias) => {
-                x.contiguous()?.apply_op1(FrozenLinear { weight: weight.clone(), bias: bias.clone() })
-            }
-            (Weight::Tensor(weight), bias) if !is_fused(x) => plain::linear(x, weight, bias.as_ref()),
+            (Weight::Panels(weight), _) => x.contiguous()?.apply_op1(self.frozen_op(weight)),
+            (Weight::Tensor(weight), bias) if !is_fused(x) => match self.arithmetic {
+                Arithmetic::Single => plain::linear(x, &weight.to_dtype(x.dtype())?, bias.as_ref()),
+                Arithmetic::Half => plain::half_linear(x, weight, bias.as_ref()),
+            },
             (Weight::Tensor(weight), None) => x.contiguous()?.apply_op2(&weight.contiguous()?, TrainedLinear),
             (Weight::Tensor(weight), Some(bias)) => {
                 x.contiguous()?.apply_op3(&weight.contiguous()?, bias, TrainedLinear)
             }
         }
+    }
+
+    fn frozen_op(&self, weight: &Arc<FrozenWeight>) -> FrozenLinear {
+        FrozenLinear { weight: weight.clone(), bias: self.bias.clone(), arithmetic: self.arithmetic }
     }
 
     /// Rows of the weight, in that order: the layer read as an embedding table.
@@ -236,7 +266,7 @@ impl Linear {
     /// When a row does not exist.
     pub fn weight_rows(&self, rows: &[u32]) -> Result<Tensor> {
         match &self.weight {
-            Weight::Tensor(weight) => rows::select(weight, rows),
+            Weight::Tensor(weight) => rows::select(weight, rows)?.to_dtype(DType::F32),
             Weight::Panels(weight) => {
                 let packed = weight.forward();
                 rows::check(rows, packed.n)?;
@@ -247,7 +277,10 @@ impl Linear {
 
     /// Whether its frozen weight is held in bfloat16.
     pub fn is_half(&self) -> bool {
-        matches!(&self.weight, Weight::Panels(weight) if weight.forward().is_half())
+        match &self.weight {
+            Weight::Panels(weight) => weight.forward().is_half(),
+            Weight::Tensor(weight) => weight.dtype() == DType::BF16,
+        }
     }
 
     /// The same layer over `f` of every tensor that may train; frozen weights are shared.
@@ -257,7 +290,12 @@ impl Linear {
             Weight::Panels(weight) => Weight::Panels(weight.clone()),
         };
         let low_rank = self.low_rank.as_ref().map(|low_rank| low_rank.map(f)).transpose()?;
-        Ok(Self { weight, bias: self.bias.as_ref().map(f).transpose()?, low_rank })
+        Ok(Self {
+            weight,
+            bias: self.bias.as_ref().map(f).transpose()?,
+            low_rank,
+            arithmetic: self.arithmetic,
+        })
     }
 
     /// The weight as a tensor `[out, in]` without its low-rank update, for export.
@@ -268,7 +306,7 @@ impl Linear {
                 let shape = (packed.n, packed.k);
                 Tensor::from_vec(packed.unpack_transposed(), shape, &Device::Cpu)
             }
-            Weight::Tensor(weight) => Ok(weight.clone()),
+            Weight::Tensor(weight) => weight.to_dtype(DType::F32),
         }
     }
 
@@ -323,6 +361,7 @@ impl CustomOp3 for AddScaled {
 struct FrozenLinear {
     weight: Arc<FrozenWeight>,
     bias: Option<Tensor>,
+    arithmetic: Arithmetic,
 }
 
 impl CustomOp1 for FrozenLinear {
@@ -346,7 +385,7 @@ impl FrozenLinear {
         let x = View::new(slice(x, layout)?, rows, packed.k);
         let product = |bias: Option<&[f32]>| {
             let start = added.map_or(Start::bias(bias), |added| Start::Added(added, bias));
-            product_new(x, Right::Packed(packed), start)
+            self.product(x, packed, start)
         };
         let y = match &self.bias {
             Some(bias) => with_slice(bias, |bias| product(Some(bias)))?,
@@ -358,10 +397,15 @@ impl FrozenLinear {
     fn input_gradient(&self, x: &Tensor, grad: &Tensor) -> Result<Tensor> {
         let (rows, width) = x.dims2()?;
         let packed = self.weight.backward();
-        let dx = with_slice(grad, |grad| {
-            product_new(View::new(grad, rows, packed.k), Right::Packed(packed), Start::Zero)
-        })?;
+        let dx = with_slice(grad, |grad| self.product(View::new(grad, rows, packed.k), packed, Start::Zero))?;
         Tensor::from_vec(dx, (rows, width), x.device())
+    }
+
+    fn product(&self, a: View<'_>, b: &Packed, start: Start<'_>) -> Vec<f32> {
+        match self.arithmetic {
+            Arithmetic::Single => product_new(a, Right::Packed(b), start),
+            Arithmetic::Half => half_product_new(a, b, start),
+        }
     }
 }
 

@@ -14,6 +14,13 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
     bias.map_or(Ok(y.clone()), |bias| y.broadcast_add(bias))
 }
 
+/// `x · weightᵀ + bias` with `x` rounded to the bfloat16 of `weight`, see [`super::linear::Arithmetic`]. The gradient passes the
+/// rounding unchanged, itself rounded.
+pub fn half_linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    let y = linear(&x.to_dtype(DType::BF16)?, weight, None)?.to_dtype(DType::F32)?;
+    bias.map_or(Ok(y.clone()), |bias| y.broadcast_add(bias))
+}
+
 /// See [`super::norm::rms_norm`].
 pub fn rms_norm(x: &Tensor, weight: &Tensor, rms_norm_eps: f64) -> Result<Tensor> {
     let width = weight.dims1()?;

@@ -4,10 +4,11 @@ use super::activation::{Activation, activate, gated};
 use super::attention::{Block, Heads, Layout, attention, joint_attention};
 use super::convolution::{Planes, convolve, neighbourhoods};
 use super::cross_entropy::log_probs_of;
-use super::linear::{Linear, LowRank};
+use super::linear::{Arithmetic, Linear, LowRank, Reader, Values};
 use super::{norm, plain, rotary, rows};
 use crate::rng;
-use candle_core::{Device, Result, Tensor, Var};
+use candle_core::{DType, Device, Result, Tensor, Var};
+use half::bf16;
 use std::sync::Arc;
 
 fn random(shape: &[usize], index: u64) -> Tensor {
@@ -76,6 +77,42 @@ fn linear_equals_its_composition_in_value_and_gradients() {
     check_op("frozen", &inputs[..1], &|t| Linear::frozen(&weight, Some(&bias))?.forward(&t[0]), &|t| {
         plain::linear(&t[0], &weight, Some(&bias))
     });
+}
+
+#[test]
+fn in_bfloat16_a_frozen_layer_rounds_rows_and_gradients_and_nothing_else() {
+    let (rows, input, out) = (37, 25, 40);
+    let half: Vec<bf16> = values(&random(&[out, input], 2)).into_iter().map(bf16::from_f32).collect();
+    let bias = random(&[out], 3);
+    let device = Device::Cpu;
+    let layer =
+        Linear::frozen_values(Values::Half(&half), [out, input], Some(&bias), &device, Reader::NONE).unwrap();
+    let single = layer.clone();
+    let layer = layer.with_arithmetic(Arithmetic::Half);
+    let rounded = |t: &Tensor| t.to_dtype(DType::BF16).unwrap().to_dtype(DType::F32).unwrap();
+    let x = Var::from_tensor(&random(&[rows, input], 1)).unwrap();
+    let residual = random(&[rows, out], 4);
+    let weights = random(&[rows, out], 5);
+    let weight = single.weight().unwrap();
+    for added in [false, true] {
+        let forward = |layer: &Linear, x: &Tensor| {
+            if added { layer.forward_added(x, &residual) } else { layer.forward(x) }.unwrap()
+        };
+        let ours = forward(&layer, x.as_tensor());
+        check_close("value", &ours, &forward(&single, &rounded(x.as_tensor())), 1e-6);
+        assert_ne!(values(&ours), values(&forward(&single, x.as_tensor())));
+        let gradients = (ours * &weights).unwrap().sum_all().unwrap().backward().unwrap();
+        let expected = rounded(&weights).matmul(&weight).unwrap();
+        check_close("gradient", gradients.get(&x).unwrap(), &expected, 1e-6);
+    }
+    let composed =
+        plain::half_linear(x.as_tensor(), &weight.to_dtype(DType::BF16).unwrap(), Some(&bias)).unwrap();
+    check_close("composition", &layer.forward(x.as_tensor()).unwrap(), &composed, 4e-3);
+    // Weights in float32 have nothing to gain from it.
+    let plain = Linear::frozen(&weight, None).unwrap();
+    let same = plain.clone().with_arithmetic(Arithmetic::Half);
+    let outputs = [plain, same].map(|layer| values(&layer.forward(x.as_tensor()).unwrap()));
+    assert_eq!(outputs[0], outputs[1]);
 }
 
 #[test]

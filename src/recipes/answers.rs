@@ -11,9 +11,11 @@ use crate::model::assistant::Assistant;
 use crate::model::generate::{Completion, Prompt};
 use crate::model::processor::ProcessedImage;
 use crate::model::sampling::SamplingConfig;
+use crate::model::vlm::Features;
 use crate::reward::answer::parse_answer;
 use crate::rng;
 use crate::roles::classifier::{Reading, most_likely};
+use crate::roles::features::FeatureCache;
 use crate::roles::policy;
 use candle_core::Tensor;
 use rand::RngCore;
@@ -89,6 +91,17 @@ impl Asking {
         samples: &[&Sample],
         pixels: &[Tensor],
     ) -> Result<Vec<Answer>> {
+        self.about(assistant, samples, pixels, None)
+    }
+
+    /// The same, with features that are remembered.
+    fn about(
+        &self,
+        assistant: &Assistant,
+        samples: &[&Sample],
+        pixels: &[Tensor],
+        cache: Option<&FeatureCache>,
+    ) -> Result<Vec<Answer>> {
         let grids = policy::grids_of(assistant, pixels)?;
         let prompts = samples
             .iter()
@@ -98,10 +111,14 @@ impl Asking {
                 prompt.map_err(|error| with_items(error, &[sample]))
             })
             .collect::<Result<Vec<Prompt>>>()?;
-        let answers = match self.scoring {
-            Scoring::Generate => self.generated(assistant, samples, &prompts, pixels),
-            Scoring::Likelihood => self.likeliest(assistant, samples, &prompts, pixels),
+        let features = match cache {
+            Some(cache) => cache.encode(assistant, pixels),
+            None => policy::encode(assistant, pixels),
         };
+        let answers = features.and_then(|features| match self.scoring {
+            Scoring::Generate => self.generated(assistant, samples, &prompts, &features),
+            Scoring::Likelihood => self.likeliest(assistant, samples, &prompts, &features),
+        });
         answers.map_err(|error| with_items(error, samples))
     }
 
@@ -110,13 +127,13 @@ impl Asking {
         assistant: &Assistant,
         samples: &[&Sample],
         prompts: &[Prompt],
-        pixels: &[Tensor],
+        features: &Features,
     ) -> Result<Vec<Answer>> {
         let decoding = assistant.decoding(self.max_new_tokens, self.sampling);
         // Of the item alone, so that neither its neighbours nor the order of items changes what is drawn.
         let seed = |sample: &&Sample| rng::stream(self.seed, "answer", &[rng::key_of(&sample.id)]).next_u64();
         let seeds: Vec<u64> = samples.iter().map(seed).collect();
-        let completions = policy::answers(assistant, prompts, pixels, &decoding, &seeds)?;
+        let completions = policy::answers(assistant, prompts, Some(features), &decoding, &seeds)?;
         let answer = |(tokens, sample): (Completion, &&Sample)| {
             let completion = assistant.text_of(&tokens)?;
             let prediction = parse_answer(&completion, sample.options.len());
@@ -131,7 +148,7 @@ impl Asking {
         assistant: &Assistant,
         samples: &[&Sample],
         prompts: &[Prompt],
-        pixels: &[Tensor],
+        features: &Features,
     ) -> Result<Vec<Answer>> {
         let texts: Vec<Vec<String>> = samples.iter().map(|sample| self.option_completions(sample)).collect();
         let completions = samples
@@ -139,8 +156,7 @@ impl Asking {
             .map(|sample| self.option_targets(assistant, sample))
             .collect::<Result<Vec<Vec<Vec<u32>>>>>()?;
         let scoring = policy::Scoring::new(assistant, prompts, &completions)?;
-        let features = policy::encode(assistant, pixels)?;
-        let log_probs = scoring.evaluate(assistant, Some(&features), 1.0)?;
+        let log_probs = scoring.evaluate(assistant, Some(features), 1.0)?;
         if let Some(bad) = log_probs.iter().find(|value| !value.is_finite()) {
             return Err(Error::NonFinite(format!(
                 "a log-probability is {bad} while scoring options\n   = help: the weights or the image's pixels hold numbers that are not finite"
@@ -204,7 +220,7 @@ fn shares(spans: &[Range<usize>], log_probs: &[f32]) -> Vec<f64> {
 }
 
 /// How a model answers that may be smoothed: by majority over noisy copies of the image.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub struct Asker<'a> {
     /// The model.
     pub assistant: &'a Assistant,
@@ -214,6 +230,8 @@ pub struct Asker<'a> {
     pub votes: Option<&'a NoiseBank>,
     /// Noisy copies in one pass.
     pub batch_size: usize,
+    /// Images seen before.
+    pub features: &'a FeatureCache,
 }
 
 impl Asker<'_> {
@@ -232,7 +250,7 @@ impl Asker<'_> {
     /// As [`Asking::about_pixels`].
     pub fn about_pixels(&self, samples: &[&Sample], pixels: &[Tensor]) -> Result<Vec<Answer>> {
         let Some(bank) = self.votes else {
-            return self.asking.about_pixels(self.assistant, samples, pixels);
+            return self.asking.about(self.assistant, samples, pixels, Some(self.features));
         };
         let mut answers = Vec::with_capacity(samples.len());
         let mut samples = samples.iter();

@@ -29,6 +29,7 @@ use crate::nn::recompute::Memory;
 use crate::pixels::{RgbImage8, decode};
 use crate::reward::answer::parse_answer;
 use crate::rng;
+use crate::roles::features::FeatureCache;
 use crate::roles::target::{Answers, Target};
 use crate::stats::interval;
 use candle_core::Tensor;
@@ -62,6 +63,8 @@ pub struct Setting<'a> {
     judge: Option<NoiseBank>,
     /// The noise of the answers that are reported: an attack that was chosen by its votes is counted by others.
     score: Option<NoiseBank>,
+    /// Images seen before.
+    features: Arc<FeatureCache>,
 }
 
 impl<'a> Setting<'a> {
@@ -83,13 +86,14 @@ impl<'a> Setting<'a> {
             noise: bank("attack_noise"),
             judge: bank("attack_judge"),
             score: bank("attack_score"),
+            features: Arc::new(FeatureCache::new(config.feature_bytes())),
         })
     }
 
     /// Who gives the answers that are reported.
     fn asker<'b>(&'b self, assistant: &'b Assistant) -> Asker<'b> {
         let votes = self.score.as_ref();
-        Asker { assistant, asking: self.asking, votes, batch_size: self.batch_size }
+        Asker { assistant, asking: self.asking, votes, batch_size: self.batch_size, features: &self.features }
     }
 
     fn template(&self) -> PromptTemplate {

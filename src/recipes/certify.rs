@@ -28,6 +28,7 @@ use crate::model::assistant::Assistant;
 use crate::model::sampling::SamplingConfig;
 use crate::rng;
 use crate::roles::classifier::QuestionClassifier;
+use crate::roles::features::FeatureCache;
 use draws::KeptDraws;
 use serde_json::{Map, Value, json};
 use std::fmt::Write as _;
@@ -49,6 +50,8 @@ pub struct Setting {
     pub cross_check: bool,
     /// Hash of the weights, for the records.
     pub model_sha256: String,
+    /// Images seen before.
+    pub features: Arc<FeatureCache>,
 }
 
 /// `safemed certify`.
@@ -145,6 +148,7 @@ fn setting_with(config: &RunConfig, model_sha256: String) -> Result<Setting> {
         asking: Asking::of(config)?,
         cross_check: config.certify.cross_check,
         model_sha256,
+        features: Arc::new(FeatureCache::new(config.feature_bytes())),
     })
 }
 
@@ -246,8 +250,13 @@ fn certify_one(
     let certificate = certify::certify(&mut draws, &setting.smoothing)?;
     let mut record = record_of(sample, &certificate, setting, original.sha256());
     let [from, to] = [&original, &processed.resized].map(|image| [image.height, image.width]);
-    let asker =
-        Asker { assistant, asking: setting.asking, votes: None, batch_size: setting.smoothing.batch_size };
+    let asker = Asker {
+        assistant,
+        asking: setting.asking,
+        votes: None,
+        batch_size: setting.smoothing.batch_size,
+        features: &setting.features,
+    };
     let controls = blind.controls(&asker, images, &[sample], std::slice::from_ref(&processed))?;
     record.more.insert("controls".to_owned(), json!(controls[0]));
     record.more.insert("values".to_owned(), json!(processed.resized.data.len()));

@@ -17,6 +17,7 @@ use crate::data::{Dataset, Sample, index_of_letter};
 use crate::error::{Error, Result};
 use crate::eval::accuracy::{self, Outcome as Judged};
 use crate::model::assistant::Assistant;
+use crate::roles::features::FeatureCache;
 use serde_json::{Value, json};
 use std::fmt::Write as _;
 use std::time::Instant;
@@ -30,6 +31,8 @@ pub struct EvalSettings {
     pub batch_size: usize,
     /// Seed of the pairing of items with others' images.
     pub seed: u64,
+    /// Room for features of images seen before, in bytes; changes no result.
+    pub feature_bytes: usize,
 }
 
 impl EvalSettings {
@@ -38,7 +41,12 @@ impl EvalSettings {
     /// # Errors
     /// A usage error when there is no such prompt.
     pub fn of(config: &RunConfig) -> Result<Self> {
-        Ok(Self { asking: Asking::of(config)?, batch_size: config.batch_size, seed: config.seed })
+        Ok(Self {
+            asking: Asking::of(config)?,
+            batch_size: config.batch_size,
+            seed: config.seed,
+            feature_bytes: config.feature_bytes(),
+        })
     }
 }
 
@@ -87,6 +95,7 @@ pub fn evaluate(
         asking: settings.asking,
         votes: None,
         batch_size: settings.batch_size,
+        features: &FeatureCache::new(settings.feature_bytes),
     };
     let samples = inputs::in_item_order(&dataset.samples);
     let work: Vec<&Sample> =

@@ -17,9 +17,10 @@ use super::lesson::{Lesson, Questions, attack_batch};
 use super::sft::StepReport;
 use crate::error::Result;
 use crate::model::assistant::Assistant;
-use crate::model::generate::Completion;
+use crate::model::generate::{Completion, Prompt};
 use crate::model::sampling::SamplingConfig;
-use crate::nn::recompute::{Memory, Stage, loss_and_gradients};
+use crate::model::vlm::Features;
+use crate::nn::recompute::{Memory, loss_and_gradients};
 use crate::reward::RewardConfig;
 use crate::rng;
 use crate::roles::policy::{self, Scoring};
@@ -68,13 +69,21 @@ pub fn step(
     report.phases.push(("attack", started.elapsed().as_secs_f64()));
 
     let started = Instant::now();
-    let groups = roll_out(lesson, &fit.learner.frozen, &questions, pixels, fit.step, max_new_tokens)?;
+    let is_new = is_adversarial || lesson.config.noise_sigma > 0.0;
+    let features = if is_new {
+        policy::encode(&fit.learner.frozen, pixels)?
+    } else {
+        lesson.features_of(&fit.learner.frozen, pixels)?
+    };
+    let groups = roll_out(lesson, &fit.learner.frozen, &questions, &features, fit.step, max_new_tokens)?;
     report.phases.push(("rollout", started.elapsed().as_secs_f64()));
 
     let started = Instant::now();
     let rewards: Vec<Vec<f64>> = groups.iter().map(|group| group.total.clone()).collect();
     let advantages = advantages_of(&rewards, settings)?;
-    let seen = Seen { pixels, clean: &clean, reference, max_new_tokens, memory };
+    // Of a vision tower that does not train they hold for the update too, and for the reference.
+    let features = lesson.features.is_some().then_some(features);
+    let seen = Seen { pixels, clean: &clean, features, reference, max_new_tokens, memory };
     let outcome = update(lesson, fit, &questions, &groups, &advantages, &seen)?;
     report.phases.push(("update", started.elapsed().as_secs_f64()));
 
@@ -104,7 +113,7 @@ fn roll_out(
     lesson: &Lesson<'_>,
     frozen: &Assistant,
     questions: &Questions,
-    pixels: &[Tensor],
+    features: &Features,
     step: u64,
     max_new_tokens: usize,
 ) -> Result<Vec<Group>> {
@@ -117,7 +126,7 @@ fn roll_out(
         })
         .collect();
     let decoding = frozen.decoding(max_new_tokens, SamplingConfig::at(settings.temperature));
-    let sampled = policy::sample(frozen, &questions.prompts, pixels, &seeds, &decoding)?;
+    let sampled = policy::sample(frozen, &questions.prompts, Some(features), &seeds, &decoding)?;
     let rewards = RewardConfig {
         accuracy_weight: settings.accuracy_weight,
         format_weight: settings.format_weight,
@@ -157,6 +166,8 @@ fn roll_out(
 struct Seen<'a> {
     pixels: &'a [Tensor],
     clean: &'a [Tensor],
+    /// What the vision tower says about `pixels`, where it does not train.
+    features: Option<Features>,
     reference: Option<&'a Assistant>,
     max_new_tokens: usize,
     memory: Memory,
@@ -201,13 +212,17 @@ fn update(
     let completions: Vec<Vec<Vec<u32>>> =
         keep.iter().map(|&g| groups[g].completions.iter().map(|c| c.ids.clone()).collect()).collect();
     let scoring = Scoring::new(&fit.learner.assistant, &prompts, &completions)?;
+    let features = match &seen.features {
+        Some(features) => Some(features.select(&image_rows(&questions.prompts, &keep))?),
+        None => None,
+    };
     let ref_log_probs = match seen.reference {
         Some(reference) => {
-            let images = match settings.kl_image {
-                KlImage::Adversarial => pixels.clone(),
-                KlImage::Clean => items::pick(seen.clean, &keep)?,
+            let features = match (settings.kl_image, &features) {
+                (KlImage::Adversarial, Some(features)) => features.clone(),
+                (KlImage::Adversarial, None) => policy::encode(reference, &pixels)?,
+                (KlImage::Clean, _) => lesson.features_of(reference, &items::pick(seen.clean, &keep)?)?,
             };
-            let features = policy::encode(reference, &images)?;
             Some(to_f64(&scoring.evaluate(reference, Some(&features), settings.temperature)?))
         }
         None => None,
@@ -234,7 +249,10 @@ fn update(
     for _ in 0..settings.num_updates {
         let plan =
             fit.learner.assistant.vlm.vision_plan(&policy::grids_of(&fit.learner.assistant, &pixels)?)?;
-        let mut stages: Vec<Stage<'_>> = fit.learner.assistant.vlm.vision_stages(&plan);
+        let (mut stages, inputs) = match &features {
+            Some(features) => (Vec::new(), features.clone().into_state()),
+            None => (fit.learner.assistant.vlm.vision_stages(&plan), pixels.clone()),
+        };
         stages.extend(scoring.stages(&fit.learner.assistant));
         let (result, refusal) = (RefCell::new(None), RefCell::new(None));
         let loss = |state: &[Tensor]| {
@@ -259,7 +277,7 @@ fn update(
             let slopes = Tensor::from_vec(slopes, log_probs.dims1()?, log_probs.device())?;
             (log_probs * slopes)?.sum_all()
         };
-        let gradients = loss_and_gradients(&stages, &pixels, loss, &fit.wanted(), memory);
+        let gradients = loss_and_gradients(&stages, &inputs, loss, &fit.wanted(), memory);
         drop(stages);
         // What the loss refused keeps its kind, and with it the exit status.
         if let Some(refusal) = refusal.into_inner() {
@@ -277,6 +295,19 @@ fn update(
         old_log_probs.get_or_insert(values);
     }
     Ok(outcome)
+}
+
+/// Where the image tokens of the prompts at `keep` stand among those of all prompts.
+fn image_rows(prompts: &[Prompt], keep: &[usize]) -> Vec<u32> {
+    let starts: Vec<u32> = prompts
+        .iter()
+        .scan(0, |next, prompt| {
+            let start = *next;
+            *next += prompt.image_rows.len() as u32;
+            Some(start)
+        })
+        .collect();
+    keep.iter().flat_map(|&g| (starts[g]..).take(prompts[g].image_rows.len())).collect()
 }
 
 fn advantages_of(rewards: &[Vec<f64>], settings: &GrpoSettings) -> Result<Vec<Vec<f64>>> {

@@ -129,7 +129,7 @@ pub fn open_model(job: &Job<'_>) -> Result<OpenModel> {
     let device = config.backend().device()?;
     let adapter = config.adapter.as_deref().map(Adapter::load).transpose()?;
     let adaptation = adapter.as_ref().map_or(Adaptation::None, Adaptation::Active);
-    let assistant = Assistant::load_adapted(&dir, adaptation, config.dtype.storage(), &|_| false, &device)?;
+    let assistant = Assistant::load_adapted(&dir, adaptation, config.precision(), &|_| false, &device)?;
     let adapter_sha256 = config.adapter.as_deref().map(adapter_sha256).transpose()?;
     let denoiser_sha256 = config.denoiser.as_deref().map(denoiser_sha256).transpose()?;
     let mut sha256 = model_sha256(&dir)?;

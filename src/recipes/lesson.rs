@@ -10,8 +10,11 @@ use crate::error::{Error, Result};
 use crate::model::assistant::Assistant;
 use crate::model::generate::Prompt;
 use crate::model::processor::ProcessedImage;
+use crate::model::vlm::Features;
 use crate::nn::recompute::Memory;
 use crate::rng;
+use crate::roles::features::FeatureCache;
+use crate::roles::policy;
 use crate::roles::target::{Aim, Target};
 use candle_core::Tensor;
 use rand::seq::SliceRandom;
@@ -30,6 +33,8 @@ pub struct Lesson<'a> {
     pub config: &'a TrainConfig,
     /// Seed of every stream.
     pub seed: u64,
+    /// What a vision tower that does not train said about clean images; none when it trains.
+    pub features: Option<FeatureCache>,
 }
 
 /// The questions of one step.
@@ -115,6 +120,17 @@ impl Lesson<'_> {
             picked.push(order.1[(at % count as u64) as usize]);
         }
         picked
+    }
+
+    /// Features of images that come back, remembered where the vision tower does not train.
+    ///
+    /// # Errors
+    /// When a size does not fit.
+    pub fn features_of(&self, assistant: &Assistant, pixels: &[Tensor]) -> Result<Features> {
+        match &self.features {
+            Some(cache) => cache.encode(assistant, pixels),
+            None => policy::encode(assistant, pixels),
+        }
     }
 
     /// Adds to an error of data or numbers which step (from 0) and questions it is about.

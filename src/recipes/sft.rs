@@ -47,7 +47,8 @@ pub fn step(
     report.phases.push(("attack", started.elapsed().as_secs_f64()));
 
     let started = Instant::now();
-    let (loss, gradients) = loss_of(lesson, fit, &questions, &pixels, memory)?;
+    let is_new = is_adversarial || lesson.config.noise_sigma > 0.0;
+    let (loss, gradients) = loss_of(lesson, fit, &questions, &pixels, is_new, memory)?;
     if !loss.is_finite() {
         return Err(Error::NonFinite(format!("the loss is {loss}")));
     }
@@ -73,16 +74,19 @@ pub fn step(
 }
 
 /// The loss of all questions and its gradients, added up over passes of `micro_batch_size` questions. Each pass has
-/// the weight of its target tokens, so that the sum is the mean over all of them.
+/// the weight of its target tokens, so that the sum is the mean over all of them. `is_new`: the pixels were made for this step.
 fn loss_of(
     lesson: &Lesson<'_>,
     fit: &Fit<Student>,
     questions: &Questions,
     pixels: &[Tensor],
+    is_new: bool,
     memory: Memory,
 ) -> Result<(f64, Gradients)> {
     let vlm = &fit.learner.assistant.vlm;
     let num_targets: usize = questions.targets.iter().map(Vec::len).sum();
+    // Pixels that never come back are not worth remembering.
+    let cache = lesson.features.as_ref().filter(|_| !is_new);
     let (mut total, mut gradients) = (0.0, Gradients::default());
     let all: Vec<usize> = (0..questions.prompts.len()).collect();
     for part in all.chunks(lesson.micro_batch_size()) {
@@ -93,7 +97,11 @@ fn loss_of(
         let scoring = Scoring::new(&fit.learner.assistant, prompts, &completions)?;
         let plan = vlm.vision_plan(&policy::grids_of(&fit.learner.assistant, &pixels)?)?;
         let mut stages: Vec<Stage<'_>> = Vec::new();
-        if !pixels.is_empty() {
+        let inputs = match cache {
+            Some(cache) if !pixels.is_empty() => cache.encode(&fit.learner.frozen, &pixels)?.into_state(),
+            _ => pixels,
+        };
+        if cache.is_none() && !inputs.is_empty() {
             stages.extend(vlm.vision_stages(&plan));
         }
         stages.extend(scoring.stages(&fit.learner.assistant));
@@ -101,7 +109,7 @@ fn loss_of(
             scoring.log_probs(&fit.learner.assistant, &state[0], 1.0)?.sum_all()?
                 * (-1.0 / num_targets as f64)
         };
-        let (loss, own) = loss_and_gradients(&stages, &pixels, loss, &fit.wanted(), memory)?;
+        let (loss, own) = loss_and_gradients(&stages, &inputs, loss, &fit.wanted(), memory)?;
         total += f64::from(loss.to_scalar::<f32>()?);
         gradients.add(own)?;
     }

@@ -20,6 +20,8 @@ use crate::model::denoiser::{Denoiser, DenoiserConfig};
 use crate::model::hub::Location;
 use crate::model::lora::LoraConfig;
 use crate::nn::recompute::Memory;
+use crate::roles::features::FeatureCache;
+use candle_core::Var;
 use serde_json::{Value, json};
 use std::path::PathBuf;
 
@@ -81,8 +83,8 @@ fn material(config: &RunConfig, stop: &Stop, progress: &dyn Progress) -> Result<
     } else {
         let model = inputs::locate_model(model, config.revision.as_deref(), stop, progress)?;
         let trains = |name: &str| chosen.trains(name, trains);
-        let (adaptation, storage) = (chosen.adaptation(config.seed), config.dtype.storage());
-        let assistant = Assistant::load_adapted(&model.dir, adaptation, storage, &trains, &device)?;
+        let (adaptation, precision) = (chosen.adaptation(config.seed), config.precision());
+        let assistant = Assistant::load_adapted(&model.dir, adaptation, precision, &trains, &device)?;
         (Some(model), assistant)
     };
     let assistant = inputs::behind_denoiser(config, assistant)?;
@@ -113,12 +115,15 @@ fn learn(material: Material, config: &RunConfig, run: &mut Run, progress: &dyn P
     inputs::note_denoiser(run, config)?;
     let settings = &config.train;
     let images = Images::new(&dataset);
+    let is_visual = |(name, _): &(String, Var)| name.starts_with(VISION);
+    let sees_alike = !assistant.vlm.parameters().trained().iter().any(is_visual);
     let lesson = Lesson {
         samples: &dataset.samples,
         images: &images,
         template: config.prompt.parse()?,
         config: settings,
         seed: config.seed,
+        features: sees_alike.then(|| FeatureCache::new(config.feature_bytes())),
     };
     let checkpoint = if settings.recipe == RecipeName::Denoiser {
         let DenoiserSettings { width, depth, .. } = settings.denoiser;
@@ -154,9 +159,12 @@ fn learn(material: Material, config: &RunConfig, run: &mut Run, progress: &dyn P
     Ok(summary)
 }
 
+/// What the names of the vision tower's parameters begin with, those of its merger too.
+const VISION: &str = "model.visual.";
+
 /// Which parameters a choice of parts trains.
 pub fn trains(name: &str, vision: bool, merger: bool, text: bool) -> bool {
-    if name.starts_with("model.visual.") {
+    if name.starts_with(VISION) {
         let is_merger = name.contains("merger");
         (is_merger && merger) || (!is_merger && vision)
     } else {

@@ -66,13 +66,14 @@ impl BaseClassifier for QuestionClassifier<'_> {
     fn classify(&self, noisy: &Tensor, draws: Range<u64>) -> Result<Vec<usize>> {
         let count = noisy.dim(0)?;
         let prompts = vec![self.prompt.clone(); count];
-        let images = [noisy.clone()];
+        let features = policy::encode(self.assistant, std::slice::from_ref(noisy))?;
         match &self.reading {
             Reading::Generation { max_new_tokens, sampling, seed: [seed, item], parse } => {
                 let decoding = self.assistant.decoding(*max_new_tokens, *sampling);
                 let seed_of = |draw| rng::stream(*seed, "smoothed answer", &[*item, draw]).next_u64();
                 let seeds: Vec<u64> = draws.map(seed_of).collect();
-                let completions = policy::answers(self.assistant, &prompts, &images, &decoding, &seeds)?;
+                let completions =
+                    policy::answers(self.assistant, &prompts, Some(&features), &decoding, &seeds)?;
                 completions
                     .iter()
                     .map(|completion| {
@@ -83,7 +84,6 @@ impl BaseClassifier for QuestionClassifier<'_> {
             }
             Reading::Likelihood { completions } => {
                 let scoring = Scoring::new(self.assistant, &prompts, &vec![completions.clone(); count])?;
-                let features = policy::encode(self.assistant, &images)?;
                 let log_probs = scoring.evaluate(self.assistant, Some(&features), 1.0)?;
                 Ok(scoring.spans.iter().map(|spans| most_likely(spans, &log_probs)).collect())
             }

@@ -3,7 +3,7 @@
 use crate::error::Result;
 use crate::model::assistant::Assistant;
 use crate::model::generate::{Completion, Prompt, PromptRows, generate};
-use crate::model::sampling::{Decoding, SamplingConfig};
+use crate::model::sampling::Decoding;
 use crate::model::vlm::{Batch, Features};
 use crate::nn::attention::{Block, Layout};
 use crate::nn::recompute::Stage;
@@ -42,33 +42,20 @@ pub fn grids_of(assistant: &Assistant, pixels: &[Tensor]) -> Result<Vec<[usize; 
     Ok(grids)
 }
 
-/// Greedy answers, one for each prompt; images in the order of the prompts.
-///
-/// # Errors
-/// When a logit is not a number.
-pub fn greedy_answers(
-    assistant: &Assistant,
-    prompts: &[Prompt],
-    pixels: &[Tensor],
-    max_new_tokens: usize,
-) -> Result<Vec<Completion>> {
-    let decoding = assistant.decoding(max_new_tokens, SamplingConfig::default());
-    answers(assistant, prompts, pixels, &decoding, &vec![0; prompts.len()])
-}
-
-/// Answers, one for each prompt; images in the order of the prompts. `seeds[p]` matters only where tokens are drawn.
+/// Answers, one for each prompt; `features` of the prompts' images, in order. `seeds[p]` matters only where tokens are
+/// drawn.
 ///
 /// # Errors
 /// When a logit is not a number.
 pub fn answers(
     assistant: &Assistant,
     prompts: &[Prompt],
-    pixels: &[Tensor],
+    features: Option<&Features>,
     decoding: &Decoding,
     seeds: &[u64],
 ) -> Result<Vec<Completion>> {
     let seeds: Vec<Vec<u64>> = seeds.iter().map(|&seed| vec![seed]).collect();
-    Ok(sample(assistant, prompts, pixels, &seeds, decoding)?.into_iter().flatten().collect())
+    Ok(sample(assistant, prompts, features, &seeds, decoding)?.into_iter().flatten().collect())
 }
 
 /// Sampled completions, `seeds[p].len()` for prompt `p`.
@@ -78,12 +65,11 @@ pub fn answers(
 pub fn sample(
     assistant: &Assistant,
     prompts: &[Prompt],
-    pixels: &[Tensor],
+    features: Option<&Features>,
     seeds: &[Vec<u64>],
     decoding: &Decoding,
 ) -> Result<Vec<Vec<Completion>>> {
-    let features = if pixels.is_empty() { None } else { Some(encode(assistant, pixels)?) };
-    generate(&assistant.vlm, prompts, features.as_ref(), seeds, decoding)
+    generate(&assistant.vlm, prompts, features, seeds, decoding)
 }
 
 /// Prompts with their completions laid out so that each prompt's rows are computed once and seen by all of its

@@ -6,9 +6,11 @@
 #![expect(unsafe_code, reason = "vector kernels on raw pointers; bounds are checked once at the entrance")]
 
 use super::super::linear::Reader;
+use super::math::for_each_isa;
 use super::{Isa, isa};
 use half::bf16;
 use rayon::prelude::*;
+use std::ops::Range;
 
 /// Columns of a packed panel.
 const PANEL: usize = 32;
@@ -79,12 +81,25 @@ pub(crate) struct Packed {
     data: Panels,
 }
 
-/// What panels are made of. Products are the same bytes for either, given the same values: a bfloat16 is widened, which
-/// is exact, on its way into a register.
+/// What panels are made of.
 #[derive(Debug, Clone)]
 enum Panels {
     Single(Vec<f32>),
-    Half(Vec<bf16>),
+    /// bfloat16, two rows (along `k`) woven together: see [`pair`]. Of an odd number of rows the last is woven with zeros.
+    ///
+    /// Widened, which is exact, on the way into a register they give the bytes that the same values in float32 would;
+    /// woven they are what instructions for inner products of bfloat16 take.
+    Half(Vec<u32>),
+}
+
+/// Two adjacent bfloat16 numbers of a column, the first in the low half.
+fn pair(first: bf16, second: bf16) -> u32 {
+    u32::from(first.to_bits()) | u32::from(second.to_bits()) << 16
+}
+
+/// The `p`-th number of the pair.
+fn of_pair(pair: u32, p: usize) -> bf16 {
+    bf16::from_bits(if p.is_multiple_of(2) { pair as u16 } else { (pair >> 16) as u16 })
 }
 
 impl Default for Packed {
@@ -109,7 +124,20 @@ impl Packed {
 
     /// The same, kept in bfloat16.
     pub(crate) fn half_of_rows(rows: &[bf16], n: usize, k: usize, reader: Reader<'_>) -> Self {
-        Self { k, n, data: Panels::Half(panels_of_rows(rows, n, k, reader)) }
+        let as_stored = bytemuck::try_cast_slice::<bf16, u32>(rows).ok();
+        let as_stored = as_stored.filter(|_| k.is_multiple_of(2) && cfg!(target_endian = "little"));
+        let panels = if let Some(pairs) = as_stored {
+            let numbers = |pairs: Range<usize>| 2 * pairs.start..2 * pairs.end;
+            let before = |pairs| (reader.before)(numbers(pairs));
+            let after = |pairs| (reader.after)(numbers(pairs));
+            panels_of_rows(pairs, n, k / 2, Reader { before: &before, after: &after })
+        } else {
+            (reader.before)(0..rows.len());
+            let pairs = woven(rows, k);
+            (reader.after)(0..rows.len());
+            panels_of_rows(&pairs, n, k.div_ceil(2), Reader::NONE)
+        };
+        Self { k, n, data: Panels::Half(panels) }
     }
 
     /// Packs into the memory already held.
@@ -130,24 +158,23 @@ impl Packed {
 
     /// Columns `columns` of the matrix (rows of a checkpoint's weight), one after another, `k` numbers each.
     pub(crate) fn gather(&self, columns: &[u32]) -> Vec<f32> {
-        fn rows<T: Copy + Sync>(
-            packed: &Packed,
-            data: &[T],
-            columns: &[u32],
-            widen: impl Fn(T) -> f32 + Sync,
-        ) -> Vec<f32> {
-            super::computed(columns.len() * packed.k, packed.k.max(1), |i, row| {
-                let j = columns[i] as usize;
-                let panel = &data[j / PANEL * packed.k * PANEL..];
-                for (p, value) in row.iter_mut().enumerate() {
-                    *value = widen(panel[p * PANEL + j % PANEL]);
+        super::computed(columns.len() * self.k, self.k.max(1), |i, row| {
+            let (panel, lane) = (columns[i] as usize / PANEL, columns[i] as usize % PANEL);
+            match &self.data {
+                Panels::Single(data) => {
+                    let panel = &data[panel * self.k * PANEL..];
+                    for (p, value) in row.iter_mut().enumerate() {
+                        *value = panel[p * PANEL + lane];
+                    }
                 }
-            })
-        }
-        match &self.data {
-            Panels::Single(data) => rows(self, data, columns, |value| value),
-            Panels::Half(data) => rows(self, data, columns, bf16::to_f32),
-        }
+                Panels::Half(data) => {
+                    let panel = &data[panel * self.k.div_ceil(2) * PANEL..];
+                    for (p, value) in row.iter_mut().enumerate() {
+                        *value = of_pair(panel[p / 2 * PANEL + lane], p).to_f32();
+                    }
+                }
+            }
+        })
     }
 
     /// Undoes the packing: `[n, k]` row-major, the layout of a checkpoint's weight.
@@ -160,17 +187,18 @@ impl Packed {
     pub(crate) fn transposed(&self) -> Self {
         let data = match &self.data {
             Panels::Single(data) => Panels::Single(transposed_panels(data, self.k, self.n)),
-            Panels::Half(data) => Panels::Half(transposed_panels(data, self.k, self.n)),
+            Panels::Half(data) => Panels::Half(transposed_pairs(data, self.k, self.n)),
         };
         Self { k: self.n, n: self.k, data }
     }
 
-    /// Where panel `panel` begins at depth `p0`.
+    /// Where panel `panel` begins at depth `p0`, which is even.
     fn start(&self, panel: usize, p0: usize) -> Elements {
-        let at = panel * self.k * PANEL + p0 * PANEL;
         match &self.data {
-            Panels::Single(data) => Elements::Single(data[at..].as_ptr()),
-            Panels::Half(data) => Elements::Half(data[at..].as_ptr().cast()),
+            Panels::Single(data) => Elements::Single(data[(panel * self.k + p0) * PANEL..].as_ptr()),
+            Panels::Half(data) => {
+                Elements::Half(data[(panel * self.k.div_ceil(2) + p0 / 2) * PANEL..].as_ptr())
+            }
         }
     }
 }
@@ -237,12 +265,87 @@ fn transposed_panels<T: Copy + Default + Send + Sync>(source: &[T], k: usize, n:
     data
 }
 
+/// As [`transposed_panels`] for woven ones.
+fn transposed_pairs(source: &[u32], k: usize, n: usize) -> Vec<u32> {
+    let panel_len = n.div_ceil(2) * PANEL;
+    let mut data = vec![0; k.div_ceil(PANEL) * panel_len];
+    if panel_len > 0 {
+        data.par_chunks_mut(panel_len).enumerate().for_each(|(panel, out)| {
+            let first = panel * PANEL;
+            let width = PANEL.min(k - first);
+            // Rows of a column of `source`, from the panel's first on.
+            let column =
+                |j: usize| &source[j / PANEL * k.div_ceil(2) * PANEL + first / 2 * PANEL + j % PANEL..];
+            for (j, row) in out.chunks_exact_mut(PANEL).enumerate() {
+                let low = column(2 * j);
+                let high = (2 * j + 1 < n).then(|| column(2 * j + 1));
+                for (p, value) in row[..width].iter_mut().enumerate() {
+                    let second = high.map_or(bf16::ZERO, |high| of_pair(high[p / 2 * PANEL], p));
+                    *value = pair(of_pair(low[p / 2 * PANEL], p), second);
+                }
+            }
+        });
+    }
+    data
+}
+
+/// Rows of `k` numbers each as rows of pairs.
+fn woven(rows: &[bf16], k: usize) -> Vec<u32> {
+    let width = k.div_ceil(2);
+    let mut pairs = vec![0; rows.len().checked_div(k).unwrap_or(0) * width];
+    if width > 0 {
+        pairs.par_chunks_mut(width).zip(rows.par_chunks(k)).for_each(|(pairs, row)| {
+            for (out, numbers) in pairs.iter_mut().zip(row.chunks(2)) {
+                *out = pair(numbers[0], numbers.get(1).copied().unwrap_or(bf16::ZERO));
+            }
+        });
+    }
+    pairs
+}
+
+for_each_isa! {
+/// A row of float32 numbers as pairs of bfloat16, each rounded to the nearest, to even where two are as near.
+fn weave_row(row: &[f32], pairs: &mut [u32]) {
+    let half = |value: f32| {
+        let bits = value.to_bits();
+        let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
+        // What is no number stays none: rounding must not carry it into infinity.
+        if value.is_nan() { bits | 0x0040_0000 } else { rounded }
+    };
+    let (whole, rest) = row.as_chunks::<2>();
+    for (out, [first, second]) in pairs.iter_mut().zip(whole) {
+        *out = half(*first) >> 16 | (half(*second) & 0xffff_0000);
+    }
+    if let (Some(out), [last]) = (pairs.last_mut(), rest) {
+        *out = half(*last) >> 16;
+    }
+}
+}
+
+/// The rows of `a` as pairs of bfloat16.
+fn rounded_rows(a: View<'_>) -> Vec<u32> {
+    assert_eq!(a.column_stride, 1, "rows to be rounded must be contiguous");
+    let width = a.columns.div_ceil(2);
+    let mut pairs = vec![0; a.rows * width];
+    if width == 0 {
+        return pairs;
+    }
+    a.check();
+    let rows_at_a_time = (16 * 1024 / width).max(1);
+    pairs.par_chunks_mut(rows_at_a_time * width).enumerate().for_each(|(chunk, pairs)| {
+        for (row, pairs) in (chunk * rows_at_a_time..).zip(pairs.chunks_exact_mut(width)) {
+            weave_row(&a.data[row * a.row_stride..][..a.columns], pairs);
+        }
+    });
+    pairs
+}
+
 /// Where a tile finds its right-hand side.
 #[derive(Debug, Clone, Copy)]
 enum Elements {
     Single(*const f32),
-    /// The bits of bfloat16 numbers.
-    Half(*const u16),
+    /// Woven bfloat16 numbers.
+    Half(*const u32),
 }
 
 impl Elements {
@@ -379,6 +482,34 @@ impl Right<'_> {
     }
 }
 
+/// A left-hand side, `[m, k]`.
+#[derive(Debug, Clone, Copy)]
+enum Left<'a> {
+    /// As it is.
+    Single(View<'a>),
+    /// Rows of pairs of bfloat16, for a right-hand side in bfloat16: products of bfloat16, summed in float32.
+    Pairs(View<'a, u32>),
+}
+
+impl Left<'_> {
+    fn rows(&self) -> usize {
+        match self {
+            Self::Single(view) => view.rows,
+            Self::Pairs(view) => view.rows,
+        }
+    }
+
+    /// Where row `row` begins at depth `p0`, and how far it is to the next row and the next column.
+    fn start(&self, row: usize, p0: usize) -> (*const f32, usize, usize) {
+        match self {
+            Self::Single(a) => {
+                (a.data[row * a.row_stride + p0 * a.column_stride..].as_ptr(), a.row_stride, a.column_stride)
+            }
+            Self::Pairs(a) => (a.data[row * a.row_stride + p0 / 2..].as_ptr().cast(), a.row_stride, 1),
+        }
+    }
+}
+
 /// Whether a view can be read in place.
 pub(crate) fn is_direct(b: &View<'_>) -> bool {
     b.column_stride == 1 && b.columns.is_multiple_of(LANES)
@@ -406,7 +537,24 @@ pub(crate) fn product_new(a: View<'_>, b: Right<'_>, start: Start<'_>) -> Vec<f3
     let mut c = Vec::with_capacity(len);
     let out = Output::of_spare(&mut c, len);
     // SAFETY: nothing else knows the new memory; it has room for `len` elements.
-    unsafe { product_into(a, b, out, columns, start, true) };
+    unsafe { product_into(Left::Single(a), b, out, columns, start, true) };
+    // SAFETY: the product wrote every element.
+    unsafe { c.set_len(len) };
+    c
+}
+
+/// As [`product_new`] with the rows of `a` rounded to bfloat16, which `b` is in: each product is exact, and is added in
+/// float32, for every two of them along `k` the second first (the order of the instruction there is for it).
+pub(crate) fn half_product_new(a: View<'_>, b: &Packed, start: Start<'_>) -> Vec<f32> {
+    assert!(b.is_half() && a.columns == b.k, "a product of bfloat16 needs bfloat16 of the same depth");
+    assert!(!matches!(start, Start::Result), "new memory holds nothing to start from");
+    let pairs = rounded_rows(a);
+    let a = Left::Pairs(View::new(&pairs, a.rows, a.columns.div_ceil(2)));
+    let len = a.rows() * b.n;
+    let mut c = Vec::with_capacity(len);
+    let out = Output::of_spare(&mut c, len);
+    // SAFETY: nothing else knows the new memory; it has room for `len` elements.
+    unsafe { product_into(a, Right::Packed(b), out, b.n, start, true) };
     // SAFETY: the product wrote every element.
     unsafe { c.set_len(len) };
     c
@@ -503,7 +651,7 @@ impl Output {
             Right::Packed(scratch)
         };
         // SAFETY: the caller's promise.
-        unsafe { product_into(a, b, self, row_stride, start_of(accumulate), false) };
+        unsafe { product_into(Left::Single(a), b, self, row_stride, start_of(accumulate), false) };
     }
 }
 
@@ -517,7 +665,7 @@ pub(crate) fn product(
     parallel: bool,
 ) {
     // SAFETY: `c` is borrowed for the whole call.
-    unsafe { product_into(a, b, Output::new(c), row_stride, start_of(accumulate), parallel) }
+    unsafe { product_into(Left::Single(a), b, Output::new(c), row_stride, start_of(accumulate), parallel) }
 }
 
 fn start_of(accumulate: bool) -> Start<'static> {
@@ -527,7 +675,7 @@ fn start_of(accumulate: bool) -> Start<'static> {
 /// # Safety
 /// No other thread touches the result's elements meanwhile.
 unsafe fn product_into(
-    a: View<'_>,
+    a: Left<'_>,
     b: Right<'_>,
     out: Output,
     row_stride: usize,
@@ -535,12 +683,21 @@ unsafe fn product_into(
     parallel: bool,
 ) {
     let (k, n) = b.dims();
-    let m = a.rows;
-    assert_eq!(a.columns, k, "inner dimensions of a matrix product differ");
+    let m = a.rows();
     if m == 0 || n == 0 {
         return;
     }
-    a.check();
+    match a {
+        Left::Single(a) => {
+            assert_eq!(a.columns, k, "inner dimensions of a matrix product differ");
+            a.check();
+        }
+        Left::Pairs(a) => {
+            assert_eq!(a.columns, k.div_ceil(2), "inner dimensions of a matrix product differ");
+            assert!(matches!(b, Right::Packed(b) if b.is_half()), "pairs meet something else");
+            a.check();
+        }
+    }
     assert!((m - 1) * row_stride + n <= out.len, "result of a matrix product does not fit");
     if let Right::Direct(view) = b {
         view.check();
@@ -578,19 +735,23 @@ unsafe fn product_into(
 
 /// One thread's share: `rows` x `panels`, blocked for the caches.
 fn block(
-    a: View<'_>,
+    a: Left<'_>,
     b: Right<'_>,
     out: Output,
     row_stride: usize,
     start: Start<'_>,
-    rows: std::ops::Range<usize>,
-    panels: std::ops::Range<usize>,
+    rows: Range<usize>,
+    panels: Range<usize>,
 ) {
     let (k, n) = b.dims();
     let tile_rows = tile_rows();
     let block_rows = BLOCK_ROWS / tile_rows * tile_rows;
-    for p0 in (0..k).step_by(DEPTH) {
-        let depth = DEPTH.min(k - p0);
+    let depth = match a {
+        Left::Single(_) => DEPTH,
+        Left::Pairs(_) => 2 * DEPTH,
+    };
+    for p0 in (0..k).step_by(depth) {
+        let depth = depth.min(k - p0);
         for r0 in rows.clone().step_by(block_rows) {
             let r1 = (r0 + block_rows).min(rows.end);
             for panel in panels.clone() {
@@ -618,11 +779,13 @@ fn block(
                             (matrix[r * n + column..].as_ptr(), n, bias)
                         }
                     };
+                    let (a_start, a_row, a_column) = a.start(r, p0);
                     let tile = Tile {
                         k: depth,
-                        a: a.data[r * a.row_stride + p0 * a.column_stride..].as_ptr(),
-                        a_row: a.row_stride,
-                        a_column: a.column_stride,
+                        a: a_start,
+                        a_row,
+                        a_column,
+                        pairs: matches!(a, Left::Pairs(_)),
                         b: b_start,
                         b_row: b_stride,
                         c,
@@ -648,8 +811,10 @@ struct Tile {
     a: *const f32,
     a_row: usize,
     a_column: usize,
+    /// Whether `a` is pairs of bfloat16, and not what its type says.
+    pairs: bool,
     b: Elements,
-    /// Elements from one row to the next.
+    /// Elements from one row to the next; of woven numbers from one pair of rows to the next.
     b_row: usize,
     c: *mut f32,
     c_row: usize,
@@ -661,25 +826,33 @@ struct Tile {
     bias: *const f32,
 }
 
+/// What a kernel multiplies: float32 with float32,
+const SINGLE: u8 = 0;
+/// float32 with widened bfloat16,
+const WIDENED: u8 = 1;
+/// or bfloat16 with bfloat16.
+const HALF: u8 = 2;
+
 macro_rules! by_rows {
     ($tile:expr, $count:expr, $kernel:ident, $vectors:literal) => {
-        match $tile.b {
-            Elements::Single(_) => by_rows!($tile, $count, $kernel, $vectors, false),
-            Elements::Half(_) => by_rows!($tile, $count, $kernel, $vectors, true),
+        match ($tile.b, $tile.pairs) {
+            (Elements::Single(_), _) => by_rows!($tile, $count, $kernel, $vectors, SINGLE),
+            (Elements::Half(_), false) => by_rows!($tile, $count, $kernel, $vectors, WIDENED),
+            (Elements::Half(_), true) => by_rows!($tile, $count, $kernel, $vectors, HALF),
         }
     };
-    ($tile:expr, $count:expr, $kernel:ident, $vectors:literal, $half:literal) => {
+    ($tile:expr, $count:expr, $kernel:ident, $vectors:literal, $what:ident) => {
         // SAFETY: the caller of `Tile::run` vouches for pointers and instructions.
         unsafe {
             match $count {
-                1 => $kernel::<1, $vectors, $half>($tile),
-                2 => $kernel::<2, $vectors, $half>($tile),
-                3 => $kernel::<3, $vectors, $half>($tile),
-                4 => $kernel::<4, $vectors, $half>($tile),
-                5 => $kernel::<5, $vectors, $half>($tile),
-                6 => $kernel::<6, $vectors, $half>($tile),
-                7 => $kernel::<7, $vectors, $half>($tile),
-                _ => $kernel::<8, $vectors, $half>($tile),
+                1 => $kernel::<1, $vectors, $what>($tile),
+                2 => $kernel::<2, $vectors, $what>($tile),
+                3 => $kernel::<3, $vectors, $what>($tile),
+                4 => $kernel::<4, $vectors, $what>($tile),
+                5 => $kernel::<5, $vectors, $what>($tile),
+                6 => $kernel::<6, $vectors, $what>($tile),
+                7 => $kernel::<7, $vectors, $what>($tile),
+                _ => $kernel::<8, $vectors, $what>($tile),
             }
         }
     };
@@ -690,6 +863,14 @@ impl Tile {
     /// All elements the tile names exist, and nobody else writes those of `c`.
     unsafe fn run(&self, count: usize) {
         match isa() {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 if self.pairs && has_inner_products() => {
+                if self.columns > LANES {
+                    by_rows!(self, count, tile_inner, 2, HALF);
+                } else {
+                    by_rows!(self, count, tile_inner, 1, HALF);
+                }
+            }
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => {
                 if self.columns > LANES {
@@ -730,62 +911,113 @@ fn right(data: *const f32, count: usize) -> *const f32 {
     if data.is_null() { data } else { data.wrapping_add(count) }
 }
 
+/// Whether the processor multiplies pairs of bfloat16.
+#[cfg(target_arch = "x86_64")]
+fn has_inner_products() -> bool {
+    is_x86_feature_detected!("avx512bf16")
+}
+
+/// The sums of a tile of at most [`PANEL`] columns before and after its products.
+#[cfg(target_arch = "x86_64")]
+mod sums {
+    use super::{LANES, Tile};
+    use std::arch::x86_64::{
+        __m512, _mm512_add_ps, _mm512_loadu_ps, _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps,
+        _mm512_setzero_ps, _mm512_storeu_ps,
+    };
+
+    /// The columns that the last of `VECTORS` vectors has.
+    fn mask<const VECTORS: usize>(t: &Tile) -> u16 {
+        let last = t.columns - (VECTORS - 1) * LANES;
+        if last == LANES { u16::MAX } else { (1u16 << last) - 1 }
+    }
+
+    /// What the sums start from.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    pub(super) unsafe fn load<const ROWS: usize, const VECTORS: usize>(
+        t: &Tile,
+    ) -> [[__m512; VECTORS]; ROWS] {
+        let mask = mask::<VECTORS>(t);
+        // SAFETY: see `Tile::run`; partial vectors are masked.
+        unsafe {
+            let load = |from: *const f32, v: usize| {
+                if v + 1 == VECTORS && mask != u16::MAX {
+                    _mm512_maskz_loadu_ps(mask, from.add(v * LANES))
+                } else {
+                    _mm512_loadu_ps(from.add(v * LANES))
+                }
+            };
+            let mut acc = [[_mm512_setzero_ps(); VECTORS]; ROWS];
+            if !t.from.is_null() {
+                for (i, row) in acc.iter_mut().enumerate() {
+                    let from = t.from.add(i * t.from_row);
+                    for (v, value) in row.iter_mut().enumerate() {
+                        *value = load(from, v);
+                    }
+                }
+            }
+            if !t.bias.is_null() {
+                for row in &mut acc {
+                    for (v, value) in row.iter_mut().enumerate() {
+                        *value = _mm512_add_ps(*value, load(t.bias, v));
+                    }
+                }
+            }
+            acc
+        }
+    }
+
+    /// Writes the sums.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    pub(super) unsafe fn store<const ROWS: usize, const VECTORS: usize>(
+        t: &Tile,
+        acc: &[[__m512; VECTORS]; ROWS],
+    ) {
+        let mask = mask::<VECTORS>(t);
+        // SAFETY: as above.
+        unsafe {
+            for (i, row) in acc.iter().enumerate() {
+                let c = t.c.add(i * t.c_row);
+                for (v, value) in row.iter().enumerate() {
+                    if v + 1 == VECTORS && mask != u16::MAX {
+                        _mm512_mask_storeu_ps(c.add(v * LANES), mask, *value);
+                    } else {
+                        _mm512_storeu_ps(c.add(v * LANES), *value);
+                    }
+                }
+            }
+        }
+    }
+}
+
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f")]
-unsafe fn tile_avx512<const ROWS: usize, const VECTORS: usize, const HALF: bool>(t: &Tile) {
-    use std::arch::x86_64::{
-        __m512, _mm256_loadu_si256, _mm512_add_ps, _mm512_castsi512_ps, _mm512_cvtepu16_epi32,
-        _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps, _mm512_set1_ps,
-        _mm512_setzero_ps, _mm512_slli_epi32, _mm512_storeu_ps,
-    };
-    let width = if HALF { 2 } else { 4 };
-    let stride = t.b_row * width;
-    // SAFETY: see `Tile::run`; partial vectors are masked.
+unsafe fn tile_avx512<const ROWS: usize, const VECTORS: usize, const WHAT: u8>(t: &Tile) {
+    use std::arch::x86_64::{__m512, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_set1_ps, _mm512_setzero_ps};
+    // SAFETY: see `Tile::run`.
     unsafe {
-        let full = VECTORS * LANES == t.columns;
-        let last = t.columns - (VECTORS - 1) * LANES;
-        let mask: u16 = if last == LANES { u16::MAX } else { (1u16 << last) - 1 };
-        let mut acc = [[_mm512_setzero_ps(); VECTORS]; ROWS];
-        let load = |from: *const f32, v: usize| {
-            if v + 1 == VECTORS && !full {
-                _mm512_maskz_loadu_ps(mask, from.add(v * LANES))
-            } else {
-                _mm512_loadu_ps(from.add(v * LANES))
-            }
-        };
-        if !t.from.is_null() {
-            for (i, row) in acc.iter_mut().enumerate() {
-                let from = t.from.add(i * t.from_row);
-                for (v, value) in row.iter_mut().enumerate() {
-                    *value = load(from, v);
-                }
-            }
+        if WHAT != SINGLE {
+            return tile_avx512_woven::<ROWS, VECTORS, WHAT>(t);
         }
-        if !t.bias.is_null() {
-            for row in &mut acc {
-                for (v, value) in row.iter_mut().enumerate() {
-                    *value = _mm512_add_ps(*value, load(t.bias, v));
-                }
-            }
-        }
+        let mut acc = sums::load::<ROWS, VECTORS>(t);
         let mut b_row = t.b.address();
+        let stride = t.b_row * 4;
+        let b_at = |row: *const u8| {
+            let mut b = [_mm512_setzero_ps(); VECTORS];
+            for (v, value) in b.iter_mut().enumerate() {
+                *value = _mm512_loadu_ps(row.add(v * LANES * 4).cast());
+            }
+            b
+        };
         if t.a_column == 1 {
             let mut a_rows = [t.a; ROWS];
             for (i, row) in a_rows.iter_mut().enumerate() {
                 *row = t.a.add(i * t.a_row);
             }
             for p in 0..t.k {
-                let mut b = [_mm512_setzero_ps(); VECTORS];
-                for (v, value) in b.iter_mut().enumerate() {
-                    let at = b_row.add(v * LANES * width);
-                    *value = if HALF {
-                        // The bits of a bfloat16 are the upper half of a float32's.
-                        let bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(at.cast()));
-                        _mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits))
-                    } else {
-                        _mm512_loadu_ps(at.cast())
-                    };
-                }
+                let b = b_at(b_row);
                 for i in 0..ROWS {
                     let x: __m512 = _mm512_set1_ps(*a_rows[i].add(p));
                     for v in 0..VECTORS {
@@ -797,17 +1029,7 @@ unsafe fn tile_avx512<const ROWS: usize, const VECTORS: usize, const HALF: bool>
         } else {
             let mut a_column = t.a;
             for _ in 0..t.k {
-                let mut b = [_mm512_setzero_ps(); VECTORS];
-                for (v, value) in b.iter_mut().enumerate() {
-                    let at = b_row.add(v * LANES * width);
-                    *value = if HALF {
-                        // The bits of a bfloat16 are the upper half of a float32's.
-                        let bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(at.cast()));
-                        _mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits))
-                    } else {
-                        _mm512_loadu_ps(at.cast())
-                    };
-                }
+                let b = b_at(b_row);
                 for i in 0..ROWS {
                     let x: __m512 = _mm512_set1_ps(*a_column.add(i * t.a_row));
                     for v in 0..VECTORS {
@@ -818,26 +1040,109 @@ unsafe fn tile_avx512<const ROWS: usize, const VECTORS: usize, const HALF: bool>
                 b_row = b_row.wrapping_add(stride);
             }
         }
-        for (i, row) in acc.iter().enumerate() {
-            let c = t.c.add(i * t.c_row);
-            for (v, value) in row.iter().enumerate() {
-                if v + 1 == VECTORS && !full {
-                    _mm512_mask_storeu_ps(c.add(v * LANES), mask, *value);
-                } else {
-                    _mm512_storeu_ps(c.add(v * LANES), *value);
+        sums::store(t, &acc);
+    }
+}
+
+/// Woven bfloat16 numbers, two rows at a time: the bits of a bfloat16 are the upper half of a float32's.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn tile_avx512_woven<const ROWS: usize, const VECTORS: usize, const WHAT: u8>(t: &Tile) {
+    use std::arch::x86_64::{
+        __m512i, _mm512_and_si512, _mm512_castsi512_ps, _mm512_fmadd_ps, _mm512_loadu_si512,
+        _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_si512, _mm512_slli_epi32,
+    };
+    // SAFETY: see `Tile::run`.
+    unsafe {
+        let mut acc = sums::load::<ROWS, VECTORS>(t);
+        let mut b_row = t.b.address();
+        let mut a_rows = [t.a; ROWS];
+        for (i, row) in a_rows.iter_mut().enumerate() {
+            *row = t.a.add(i * t.a_row);
+        }
+        let upper = _mm512_set1_epi32(0xffff_0000_u32 as i32);
+        let mut step = 0;
+        for p in (0..t.k).step_by(2) {
+            let mut words = [_mm512_setzero_si512(); VECTORS];
+            for (v, value) in words.iter_mut().enumerate() {
+                *value = _mm512_loadu_si512(b_row.add(v * LANES * 4).cast());
+            }
+            let first = |word: __m512i| _mm512_castsi512_ps(_mm512_slli_epi32::<16>(word));
+            let second = |word: __m512i| _mm512_castsi512_ps(_mm512_and_si512(word, upper));
+            if WHAT == HALF {
+                for i in 0..ROWS {
+                    let x = _mm512_set1_epi32((*a_rows[i].add(step)).to_bits() as i32);
+                    for v in 0..VECTORS {
+                        acc[i][v] = _mm512_fmadd_ps(second(x), second(words[v]), acc[i][v]);
+                        acc[i][v] = _mm512_fmadd_ps(first(x), first(words[v]), acc[i][v]);
+                    }
+                }
+                step += 1;
+            } else {
+                for i in 0..ROWS {
+                    let x = _mm512_set1_ps(*a_rows[i].add(step));
+                    for v in 0..VECTORS {
+                        acc[i][v] = _mm512_fmadd_ps(x, first(words[v]), acc[i][v]);
+                    }
+                }
+                if p + 1 < t.k {
+                    for i in 0..ROWS {
+                        let x = _mm512_set1_ps(*a_rows[i].add(step + t.a_column));
+                        for v in 0..VECTORS {
+                            acc[i][v] = _mm512_fmadd_ps(x, second(words[v]), acc[i][v]);
+                        }
+                    }
+                }
+                step += 2 * t.a_column;
+            }
+            b_row = b_row.wrapping_add(t.b_row * 4);
+        }
+        sums::store(t, &acc);
+    }
+}
+
+/// Pairs of bfloat16 with woven ones, by the instruction for them.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bf16")]
+unsafe fn tile_inner<const ROWS: usize, const VECTORS: usize, const WHAT: u8>(t: &Tile) {
+    use std::arch::x86_64::{
+        __m512bh, __m512i, _mm512_dpbf16_ps, _mm512_loadu_si512, _mm512_set1_epi32, _mm512_setzero_si512,
+    };
+    // SAFETY: see `Tile::run`; both types are 512 bits.
+    unsafe {
+        let halves = |bits: __m512i| std::mem::transmute::<__m512i, __m512bh>(bits);
+        let mut acc = sums::load::<ROWS, VECTORS>(t);
+        let mut b_row = t.b.address();
+        let mut a_rows = [t.a.cast::<i32>(); ROWS];
+        for (i, row) in a_rows.iter_mut().enumerate() {
+            *row = row.add(i * t.a_row);
+        }
+        for q in 0..t.k.div_ceil(2) {
+            let mut b = [halves(_mm512_setzero_si512()); VECTORS];
+            for (v, value) in b.iter_mut().enumerate() {
+                *value = halves(_mm512_loadu_si512(b_row.add(v * LANES * 4).cast()));
+            }
+            for i in 0..ROWS {
+                let x = halves(_mm512_set1_epi32(*a_rows[i].add(q)));
+                for v in 0..VECTORS {
+                    acc[i][v] = _mm512_dpbf16_ps(acc[i][v], x, b[v]);
                 }
             }
+            b_row = b_row.wrapping_add(t.b_row * 4);
         }
+        sums::store(t, &acc);
     }
 }
 
 /// At most [`LANES`] columns, in two vectors of 256 bits.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
-unsafe fn tile_avx2<const ROWS: usize, const UNUSED: usize, const HALF: bool>(t: &Tile) {
+unsafe fn tile_avx2<const ROWS: usize, const UNUSED: usize, const WHAT: u8>(t: &Tile) {
     use std::arch::x86_64::{
-        __m256, _mm_loadu_si128, _mm256_add_ps, _mm256_castsi256_ps, _mm256_cvtepu16_epi32, _mm256_fmadd_ps,
-        _mm256_loadu_ps, _mm256_set1_ps, _mm256_setzero_ps, _mm256_slli_epi32, _mm256_storeu_ps,
+        __m256, __m256i, _mm256_add_ps, _mm256_and_si256, _mm256_castsi256_ps, _mm256_fmadd_ps,
+        _mm256_loadu_ps, _mm256_loadu_si256, _mm256_set1_epi32, _mm256_set1_ps, _mm256_setzero_ps,
+        _mm256_slli_epi32, _mm256_storeu_ps,
     };
     const WIDTH: usize = LANES / 2;
     // SAFETY: see `Tile::run`; rows that end within the vectors go through memory of their own.
@@ -863,31 +1168,58 @@ unsafe fn tile_avx2<const ROWS: usize, const UNUSED: usize, const HALF: bool>(t:
                 *row = [_mm256_add_ps(row[0], bias[0]), _mm256_add_ps(row[1], bias[1])];
             }
         }
-        let width = if HALF { 2 } else { 4 };
         let mut b_row = t.b.address();
         let mut a_rows = [t.a; ROWS];
         for (i, row) in a_rows.iter_mut().enumerate() {
             *row = t.a.add(i * t.a_row);
         }
-        let mut step = 0;
-        for _ in 0..t.k {
-            let b: [__m256; 2] = std::array::from_fn(|v| {
-                let at = b_row.add(v * WIDTH * width);
-                if HALF {
-                    // The bits of a bfloat16 are the upper half of a float32's.
-                    let bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(at.cast()));
-                    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits))
-                } else {
-                    _mm256_loadu_ps(at.cast())
+        let upper = _mm256_set1_epi32(0xffff_0000_u32 as i32);
+        // The bits of a bfloat16 are the upper half of a float32's.
+        let of_word = |word: __m256i, is_second: bool| {
+            let bits = if is_second { _mm256_and_si256(word, upper) } else { _mm256_slli_epi32::<16>(word) };
+            _mm256_castsi256_ps(bits)
+        };
+        macro_rules! multiply {
+            ($b:expr, $x:expr) => {
+                let b = $b;
+                for i in 0..ROWS {
+                    let x = $x(i);
+                    acc[i][0] = _mm256_fmadd_ps(x, b[0], acc[i][0]);
+                    acc[i][1] = _mm256_fmadd_ps(x, b[1], acc[i][1]);
                 }
-            });
-            for i in 0..ROWS {
-                let x = _mm256_set1_ps(*a_rows[i].add(step));
-                acc[i][0] = _mm256_fmadd_ps(x, b[0], acc[i][0]);
-                acc[i][1] = _mm256_fmadd_ps(x, b[1], acc[i][1]);
+            };
+        }
+        let mut step = 0;
+        if WHAT == SINGLE {
+            for _ in 0..t.k {
+                let b: [__m256; 2] =
+                    std::array::from_fn(|v| _mm256_loadu_ps(b_row.add(v * WIDTH * 4).cast()));
+                multiply!(b, |i: usize| _mm256_set1_ps(*a_rows[i].add(step)));
+                step += t.a_column;
+                b_row = b_row.wrapping_add(t.b_row * 4);
             }
-            step += t.a_column;
-            b_row = b_row.wrapping_add(t.b_row * width);
+        } else {
+            for p in (0..t.k).step_by(2) {
+                let words: [__m256i; 2] =
+                    std::array::from_fn(|v| _mm256_loadu_si256(b_row.add(v * WIDTH * 4).cast()));
+                let halves = |is_second: bool| words.map(|word| of_word(word, is_second));
+                if WHAT == HALF {
+                    let x = |i: usize, is_second: bool| {
+                        of_word(_mm256_set1_epi32((*a_rows[i].add(step)).to_bits() as i32), is_second)
+                    };
+                    multiply!(halves(true), |i: usize| x(i, true));
+                    multiply!(halves(false), |i: usize| x(i, false));
+                    step += 1;
+                } else {
+                    multiply!(halves(false), |i: usize| _mm256_set1_ps(*a_rows[i].add(step)));
+                    if p + 1 < t.k {
+                        let second = step + t.a_column;
+                        multiply!(halves(true), |i: usize| _mm256_set1_ps(*a_rows[i].add(second)));
+                    }
+                    step += 2 * t.a_column;
+                }
+                b_row = b_row.wrapping_add(t.b_row * 4);
+            }
         }
         for (i, row) in acc.iter().enumerate() {
             let c = t.c.add(i * t.c_row);
@@ -904,14 +1236,14 @@ unsafe fn tile_avx2<const ROWS: usize, const UNUSED: usize, const HALF: bool>(t:
     }
 }
 
-unsafe fn tile_portable<const ROWS: usize, const UNUSED: usize, const HALF: bool>(t: &Tile) {
+unsafe fn tile_portable<const ROWS: usize, const UNUSED: usize, const WHAT: u8>(t: &Tile) {
     // SAFETY: see `Tile::run`.
-    unsafe { tile_lanes::<ROWS, { cfg!(any(target_feature = "fma", target_arch = "aarch64")) }, HALF>(t) }
+    unsafe { tile_lanes::<ROWS, { cfg!(any(target_feature = "fma", target_arch = "aarch64")) }, WHAT>(t) }
 }
 
 /// The kernel in plain Rust, left to the compiler's vectoriser; `FUSED` needs hardware fused multiply-add.
 #[inline(always)]
-unsafe fn tile_lanes<const ROWS: usize, const FUSED: bool, const HALF: bool>(t: &Tile) {
+unsafe fn tile_lanes<const ROWS: usize, const FUSED: bool, const WHAT: u8>(t: &Tile) {
     // SAFETY: see `Tile::run`. A right-hand side is readable to its full vector: panels are padded, and rows read in
     // place have a multiple of `LANES` columns.
     unsafe {
@@ -931,18 +1263,32 @@ unsafe fn tile_lanes<const ROWS: usize, const FUSED: bool, const HALF: bool>(t: 
                 }
             }
         }
-        for p in 0..t.k {
-            let b: [f32; LANES] = if HALF {
-                let bits: [u16; LANES] = *start.add(p * t.b_row * 2).cast();
-                bits.map(|bits| f32::from_bits(u32::from(bits) << 16))
-            } else {
-                *start.add(p * t.b_row * 4).cast()
-            };
-            for i in 0..ROWS {
-                let x = *t.a.add(i * t.a_row + p * t.a_column);
-                for j in 0..LANES {
-                    acc[i][j] = if FUSED { x.mul_add(b[j], acc[i][j]) } else { x * b[j] + acc[i][j] };
+        let multiply = |acc: &mut [[f32; LANES]; ROWS], i: usize, x: f32, b: &[f32; LANES]| {
+            for j in 0..LANES {
+                acc[i][j] = if FUSED { x.mul_add(b[j], acc[i][j]) } else { x * b[j] + acc[i][j] };
+            }
+        };
+        // The bits of a bfloat16 are the upper half of a float32's.
+        let widened = |word: u32, p: usize| of_pair(word, p).to_f32();
+        let steps = if WHAT == HALF { t.k.next_multiple_of(2) } else { t.k };
+        for p in 0..steps {
+            if WHAT == SINGLE {
+                let b: [f32; LANES] = *start.add(p * t.b_row * 4).cast();
+                for i in 0..ROWS {
+                    multiply(&mut acc, i, *t.a.add(i * t.a_row + p * t.a_column), &b);
                 }
+                continue;
+            }
+            // Of a pair of bfloat16 the second comes first.
+            let p = if WHAT == HALF { p ^ 1 } else { p };
+            let words: [u32; LANES] = *start.add(p / 2 * t.b_row * 4).cast();
+            let b = words.map(|word| widened(word, p));
+            for i in 0..ROWS {
+                let x = match WHAT {
+                    HALF => widened((*t.a.add(i * t.a_row + p / 2)).to_bits(), p),
+                    _ => *t.a.add(i * t.a_row + p * t.a_column),
+                };
+                multiply(&mut acc, i, x, &b);
             }
         }
         for (i, row) in acc.iter().enumerate() {
@@ -957,7 +1303,6 @@ unsafe fn tile_lanes<const ROWS: usize, const FUSED: bool, const HALF: bool>(t: 
 mod tests {
     use super::*;
     use crate::rng;
-    use std::ops::Range;
     use std::sync::Mutex;
 
     fn random(len: usize, index: u64) -> Vec<f32> {
@@ -1114,21 +1459,68 @@ mod tests {
     }
 
     #[test]
+    fn products_of_bfloat16_sum_exact_products_in_single_precision_the_second_of_a_pair_first() {
+        for (index, &(m, n, k)) in SHAPES.iter().chain([&(9, 40, 2111)]).enumerate() {
+            let a = random(m * k, index as u64);
+            let rows: Vec<bf16> = random(n * k, 60 + index as u64).into_iter().map(bf16::from_f32).collect();
+            let packed = Packed::half_of_rows(&rows, n, k, Reader::NONE);
+            let matrix = random(m * n, 61);
+            let ours = half_product_new(View::new(&a, m, k), &packed, Start::Added(&matrix, None));
+            let rounded: Vec<f32> = a.iter().map(|&value| bf16::from_f32(value).to_f32()).collect();
+            for (i, j) in (0..m).step_by(3).flat_map(|i| (0..n).step_by(5).map(move |j| (i, j))) {
+                let term = |sum: f32, p: usize| {
+                    if p < k { rounded[i * k + p].mul_add(rows[j * k + p].to_f32(), sum) } else { sum }
+                };
+                let start = matrix[i * n + j];
+                let expected = (0..k).step_by(2).fold(start, |sum, p| term(term(sum, p + 1), p));
+                assert_eq!(ours[i * n + j], expected, "{m} x {n} x {k} at {i}, {j}");
+            }
+            let rest = half_product_new(View::new(&a[(m - 1) * k..], 1, k), &packed, Start::Zero);
+            let whole = half_product_new(View::new(&a, m, k), &packed, Start::Zero);
+            assert_eq!(rest, whole[(m - 1) * n..]);
+        }
+    }
+
+    #[test]
+    fn rounding_to_bfloat16_is_to_the_nearest_even_and_keeps_what_is_no_number() {
+        let values = [1.0, 1.003_906_2, 1.011_718_8, -2.5e-3, f32::MAX, f32::INFINITY, f32::NAN, 1e-40, 0.1];
+        let pairs = rounded_rows(View::new(&values, 1, values.len()));
+        let ours: Vec<u16> = pairs.iter().flat_map(|pair| [*pair as u16, (pair >> 16) as u16]).collect();
+        assert_eq!(ours.len(), 10);
+        for (ours, value) in ours.iter().zip(values) {
+            let expected = bf16::from_f32(value);
+            assert!(
+                *ours == expected.to_bits() || (value.is_nan() && bf16::from_bits(*ours).is_nan()),
+                "{value}"
+            );
+        }
+        let quiet_only_below = f32::from_bits(0x7f80_0001);
+        assert!(of_pair(rounded_rows(View::new(&[quiet_only_below], 1, 1))[0], 0).is_nan());
+    }
+
+    #[test]
     fn the_lesser_kernels_agree_with_the_best() {
-        let (m, n, k) = (8, 29, 200);
+        let (m, n, k) = (8, 29, 201);
         let (a, b) = (random(m * k, 8), random(k * n, 9));
         let single = Packed::new(View::new(&b, k, n));
         let rows: Vec<bf16> = single.unpack_transposed().into_iter().map(bf16::from_f32).collect();
-        let panels = [single, Packed::half_of_rows(&rows, n, k, Reader::NONE)];
-        for packed in panels {
-            let mut expected = vec![0.0; m * n];
-            product(View::new(&a, m, k), Right::Packed(&packed), &mut expected, n, false, false);
+        let half = Packed::half_of_rows(&rows, n, k, Reader::NONE);
+        let pairs = rounded_rows(View::new(&a, m, k));
+        let wholes = [(&single, false), (&half, false), (&half, true)];
+        for (packed, of_pairs) in wholes {
+            let left = View::new(&a, m, k);
+            let expected = if of_pairs {
+                half_product_new(left, packed, Start::Zero)
+            } else {
+                product_new(left, Right::Packed(packed), Start::Zero)
+            };
             let mut plain = vec![0.0; m * n];
             let tile = Tile {
                 k,
-                a: a.as_ptr(),
-                a_row: k,
+                a: if of_pairs { pairs.as_ptr().cast() } else { a.as_ptr() },
+                a_row: if of_pairs { k.div_ceil(2) } else { k },
                 a_column: 1,
+                pairs: of_pairs,
                 b: packed.start(0, 0),
                 b_row: PANEL,
                 c: plain.as_mut_ptr(),
@@ -1154,6 +1546,12 @@ mod tests {
                     by_rows!(&half, 8, tile_avx2, 0);
                 }
                 check(&plain);
+            }
+            #[cfg(target_arch = "x86_64")]
+            if crate::backend::isa() >= Isa::Avx512 {
+                plain.fill(f32::NAN);
+                by_rows!(&tile, 8, tile_avx512, 2);
+                assert_eq!(plain, expected);
             }
         }
     }

@@ -4,7 +4,7 @@
 
 use crate::error::{Error, Result};
 use crate::model::generate::prompt_batch;
-use crate::model::loader::{Adaptation, Storage, load_vlm};
+use crate::model::loader::{Adaptation, Precision, load_vlm};
 use crate::model::lora::Adapter;
 use crate::model::tokenizer::write_json;
 use crate::model::weights::save_file;
@@ -66,7 +66,7 @@ pub fn dump_logits(
 ) -> Result<()> {
     let adapter = adapter.map(Adapter::load).transpose()?;
     let adaptation = adapter.as_ref().map_or(Adaptation::None, Adaptation::Active);
-    let (vlm, processor) = load_vlm(model, adaptation, Storage::AsStored, &|_| false, device)?;
+    let (vlm, processor) = load_vlm(model, adaptation, Precision::AsStored, &|_| false, device)?;
     let (mut grids, mut pixels, mut patches, mut paths) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for path in images {
         let picture = processor.image_processor.process(&decode_file(path)?)?;

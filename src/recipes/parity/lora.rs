@@ -5,7 +5,7 @@ use super::network::{
 };
 use crate::error::{Error, Result};
 use crate::model::generate::prompt_batch;
-use crate::model::loader::{Adaptation, Storage, load_vlm};
+use crate::model::loader::{Adaptation, Precision, load_vlm};
 use crate::model::lora::{Adapter, ROOT};
 use crate::model::weights::TensorFile;
 use crate::nn::recompute::{Memory, Stage, loss_and_gradients};
@@ -41,16 +41,16 @@ pub fn check(dir: &Path, device: &Device) -> Result<Vec<Check>> {
             .ok_or_else(|| Error::data(format!("lora.json names the unknown case `{case}`")))?;
         let wanted = Wanted { key, kind, row, numbers: &numbers };
         let (active, _) =
-            load_vlm(&reference.dir, Adaptation::Active(&adapter), Storage::AsStored, &|_| false, device)?;
+            load_vlm(&reference.dir, Adaptation::Active(&adapter), Precision::AsStored, &|_| false, device)?;
         wanted.check_logits(&Subject { reference: &reference, vlm: &active }, case, "active", &mut checks)?;
         drop(active);
         let (merged, _) =
-            load_vlm(&reference.dir, Adaptation::Merged(&adapter), Storage::AsStored, &|_| false, device)?;
+            load_vlm(&reference.dir, Adaptation::Merged(&adapter), Precision::AsStored, &|_| false, device)?;
         wanted.check_logits(&Subject { reference: &reference, vlm: &merged }, case, "merged", &mut checks)?;
         drop(merged);
         let trains = |name: &str| name.contains(".lora_");
         let (trained, _) =
-            load_vlm(&reference.dir, Adaptation::Active(&adapter), Storage::AsStored, &trains, device)?;
+            load_vlm(&reference.dir, Adaptation::Active(&adapter), Precision::AsStored, &trains, device)?;
         wanted.check_gradients(&Subject { reference: &reference, vlm: &trained }, case, &mut checks)?;
     }
     Ok(checks)

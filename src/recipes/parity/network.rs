@@ -6,7 +6,7 @@
 
 use crate::error::{Error, Result};
 use crate::model::generate::{Prompt, generate, prompt_batch};
-use crate::model::loader::{Adaptation, Storage, load_vlm};
+use crate::model::loader::{Adaptation, Precision, load_vlm};
 use crate::model::positions::Grid;
 use crate::model::sampling::{Decoding, SamplingConfig};
 use crate::model::tokenizer::Tokenizer;
@@ -38,7 +38,8 @@ pub(super) const SMALL_NORM: f64 = 1e-3;
 /// # Errors
 /// A data error when the checkpoint or its reference cannot be read.
 pub fn check(reference: &ReferenceCheckpoint, device: &Device) -> Result<Vec<Check>> {
-    let (vlm, processor) = load_vlm(&reference.dir, Adaptation::None, Storage::AsStored, &|_| false, device)?;
+    let (vlm, processor) =
+        load_vlm(&reference.dir, Adaptation::None, Precision::AsStored, &|_| false, device)?;
     let subject = Subject { reference, vlm: &vlm };
     let mut checks = Vec::new();
     for case in &reference.cases {
@@ -50,7 +51,8 @@ pub fn check(reference: &ReferenceCheckpoint, device: &Device) -> Result<Vec<Che
     }
     if let Some(case) = subject.trained_case()? {
         subject.check_loss(case, Memory::Recompute, &mut checks)?;
-        let (trained, _) = load_vlm(&reference.dir, Adaptation::None, Storage::AsStored, &|_| true, device)?;
+        let (trained, _) =
+            load_vlm(&reference.dir, Adaptation::None, Precision::AsStored, &|_| true, device)?;
         Subject { reference, vlm: &trained }.check_loss(case, Memory::Keep, &mut checks)?;
     }
     Ok(checks)

@@ -8,7 +8,7 @@ use super::network::share_of_pixels;
 use crate::attack::{AttackConfig, Fraction, Method, Norm, Objective, PgdOutput, Problem, pgd};
 use crate::error::{Error, Result};
 use crate::model::generate::{Prompt, prompt_batch};
-use crate::model::loader::{Adaptation, Storage, load_vlm};
+use crate::model::loader::{Adaptation, Precision, load_vlm};
 use crate::model::positions::Grid;
 use crate::model::vision::VisionPlan;
 use crate::model::vlm::{Batch, Vlm};
@@ -93,7 +93,7 @@ pub fn check(dir: &Path, device: &Device) -> Result<Vec<Check>> {
     let case: String = typed(&report["case"], "case")?;
     let reference = ReferenceCheckpoint::load(dir, &name)?
         .ok_or_else(|| Error::data(format!("pgd.json names the unknown checkpoint `{name}`")))?;
-    let (vlm, _) = load_vlm(&reference.dir, Adaptation::None, Storage::AsStored, &|_| false, device)?;
+    let (vlm, _) = load_vlm(&reference.dir, Adaptation::None, Precision::AsStored, &|_| false, device)?;
     let objective = TokenLoss::new(&vlm, &report)?;
     let levels: Vec<f32> = tensors.bytes_u8("x0_u8")?.iter().map(|&level| f32::from(level) / 255.0).collect();
     let clean = Tensor::from_vec(levels, tensors.shape("x0_u8").unwrap_or_default(), device)?.unsqueeze(0)?;

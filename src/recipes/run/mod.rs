@@ -307,6 +307,7 @@ impl Run {
                 "seed": config.seed,
                 "device": provenance::device_name(config.backend()),
                 "dtype": config.dtype.word(),
+                "arithmetic": config.arithmetic.word(),
                 "threads": config.threads.unwrap_or_else(all_threads),
                 "architecture": std::env::consts::ARCH,
                 "instruction_sets": provenance::instruction_sets(),
