@@ -4,7 +4,8 @@
     python scripts/bench/versus_torch.py --peer PEER_DIR --python VENV/bin/python --checkpoint DIR --data DIR
 
 PEER_DIR holds `peer.py`, the PyTorch side, which prints one JSON line for each workload; `--python` is a Python that has
-its requirements. `stock` is torch as pip installs it, `tuned` has MKL on AVX-512 and an allocator that keeps its memory.
+its requirements. `stock` is torch as pip installs it, `tuned` has MKL on AVX-512 and an allocator that keeps its memory,
+`torch_bf16` is that in bfloat16, compiled where it helps; `ours_bf16` multiplies in bfloat16 and adds in float32.
 Prints a Markdown table of medians over all rounds, ratios and peak resident memory; the raw lines go to `--out`.
 """
 import argparse
@@ -31,8 +32,28 @@ WORK = {
     "GRPO rollout, 2 x 8 x 64 tokens": ("grpo_rollout", ["grpo", "--engine", "loop"], "grpo_rollout_loop"),
     "GRPO update": ("grpo_update", ["grpo", "--engine", "loop"], "grpo_update"),
     "GRPO attack, PGD-5": ("grpo_attack_pgd5", ["grpo", "--engine", "loop"], "grpo_attack_pgd5"),
+    "start to first answer": ("startup", ["startup"], "startup"),
 }
-STOCK = ["--tune", "stock", "--vision", "hf"]
+# Sums of rows, as a training step is.
+STEPS = {
+    "GRPO step": ["GRPO rollout, 2 x 8 x 64 tokens", "GRPO update"],
+    "AT-GRPO step": ["GRPO attack, PGD-5", "GRPO rollout, 2 x 8 x 64 tokens", "GRPO update"],
+}
+STARTUP = "start to first answer"
+COMPILED = ("forward", "certify", "pgd")
+OURS = {"ours": [], "ours_bf16": ["--bf16"]}
+SIDES = ["ours", "ours_bf16", "tuned", "stock", "torch_bf16"]
+# What is divided by what.
+RATIOS = [("ours", "tuned"), ("ours", "stock"), ("ours_bf16", "torch_bf16")]
+
+
+def words_of(side, words):
+    """What the PyTorch program is told: torch in bfloat16 is compiled where that was found to help."""
+    if side == "stock":
+        return ["--tune", "stock", "--vision", "hf"]
+    if side == "torch_bf16":
+        return ["--dtype", "bf16", *(["--compile"] if words[0] in COMPILED else [])]
+    return []
 
 
 def parse():
@@ -45,29 +66,47 @@ def parse():
     ap.add_argument("--repeats", type=int, default=3)
     ap.add_argument("--threads", type=int, default=2)
     ap.add_argument("--only", nargs="+", default=[], help="our names of workloads")
-    ap.add_argument("--sides", nargs="+", default=["ours", "tuned", "stock"], choices=["ours", "tuned", "stock"])
+    ap.add_argument("--sides", nargs="+", default=SIDES, choices=SIDES)
     ap.add_argument("--out", type=Path, default=Path("versus_torch.jsonl"))
     return ap.parse_args()
 
 
-def our_program():
-    """The benchmark's executable, as cargo names it."""
-    out = subprocess.run(["cargo", "bench", "--no-run", "--bench", "workloads", "--message-format", "json"],
+def our_program(name, *words):
+    """An executable, as cargo names it."""
+    out = subprocess.run(["cargo", *words, "--message-format", "json"],
                          cwd=ROOT, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
     for line in out.splitlines():
         message = json.loads(line)
-        if message.get("executable") and message["target"]["name"] == "workloads":
+        if message.get("executable") and message["target"]["name"] == name:
             return message["executable"]
-    raise SystemExit("cargo built no `workloads` benchmark")
+    raise SystemExit(f"cargo built no `{name}`")
+
+
+def start_up(a, program, side):
+    """Seconds from the start of a process to its answer about one image, for each repeat."""
+    questions = next(Path(a.data, "QA_information").rglob("*.json"))
+    row = json.loads(questions.read_text())[0]
+    options = [word for c in "ABCD" for word in ("--option", row[f"option_{c}"])]
+    command = [program, "predict", "--model", a.checkpoint, "--image", str(Path(a.data, row["image_path"])),
+               "--question", row["question"], *options, "--scoring", "likelihood", "--threads", str(a.threads), "--quiet",
+               *(["--arithmetic", "bf16"] if side == "ours_bf16" else [])]
+    seconds = []
+    for _ in range(a.repeats + 1):
+        started = time.perf_counter()
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        seconds.append(time.perf_counter() - started)
+    return {"workload": "startup", "all_s": seconds[1:], "median_s": statistics.median(seconds[1:]), "peak_rss_mb": 0}
 
 
 def run(a, side, ours, work):
     common = ["--checkpoint", a.checkpoint, "--data", a.data, "--repeats", str(a.repeats), "--threads", str(a.threads)]
     name, words, _ = WORK[work]
-    if side == "ours":
-        command = [ours, *common, "--only", name]
+    if side in OURS:
+        if work == STARTUP:
+            return {name: start_up(a, ours["safemed"], side)}
+        command = [ours["workloads"], *common, "--only", name, *OURS[side]]
     else:
-        command = [a.python, str(a.peer / "peer.py"), *words, *common, *(STOCK if side == "stock" else [])]
+        command = [a.python, str(a.peer / "peer.py"), *words, *common, *words_of(side, words)]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
@@ -76,7 +115,8 @@ def run(a, side, ours, work):
 
 def main():
     a = parse()
-    ours = our_program()
+    ours = {"workloads": our_program("workloads", "bench", "--no-run", "--bench", "workloads"),
+            "safemed": our_program("safemed", "build", "--release")}
     chosen = {work: WORK[work] for work in WORK if not a.only or WORK[work][0] in a.only}
     seconds, memory = {}, {}
     with a.out.open("a") as raw:
@@ -84,10 +124,10 @@ def main():
             for side in a.sides:
                 cache = {}
                 for work, (name, words, line_name) in chosen.items():
-                    key = (name,) if side == "ours" else tuple(words)
+                    key = (name,) if side in OURS else tuple(words)
                     if key not in cache:
                         cache[key] = run(a, side, ours, work)
-                    line = cache[key][name if side == "ours" else line_name]
+                    line = cache[key][name if side in OURS else line_name]
                     # The other side maps its weights and reads them later: its line says what reading them takes too.
                     read = line.get("seconds_with_every_weight_read")
                     seconds.setdefault((work, side), []).extend([read] if read else line["all_s"])
@@ -95,16 +135,22 @@ def main():
                     raw.write(json.dumps({"round": round_, "side": side, "time": time.time(), **line}) + "\n")
                     raw.flush()
                     print(f"round {round_} {side} {work}: {line['median_s']:.4g} s", file=sys.stderr, flush=True)
-    others = [side for side in a.sides if side != "ours"]
     print(f"{a.threads} threads, {os.cpu_count()} cores, {cpu_name()}, {time.strftime('%Y-%m-%d')}, {a.rounds} rounds of {a.repeats}\n")
-    print("| work | " + " | ".join(f"{s}, s" for s in a.sides) + " | " + " | ".join(f"ours / {s}" for s in others)
-          + " | " + " | ".join(f"{s}, MiB" for s in a.sides) + " |")
-    print("|---" * (1 + 2 * len(a.sides) + len(others)) + "|")
-    for work in chosen:
-        median = {s: statistics.median(seconds[work, s]) for s in a.sides}
-        peak = {s: statistics.median(memory[work, s]) for s in a.sides}
-        cells = [f"{median[s]:.4g}" for s in a.sides] + [f"{median['ours'] / median[s]:.2f}" for s in others]
-        print(f"| {work} | " + " | ".join(cells + [f"{peak[s]:.0f}" for s in a.sides]) + " |")
+    ratios = [(above, below) for above, below in RATIOS if above in a.sides and below in a.sides]
+    heads = [f"{s}, s" for s in a.sides] + [f"{above} / {below}" for above, below in ratios] + [f"{s}, MiB" for s in a.sides]
+    print("| work | " + " | ".join(heads) + " |")
+    print("|---" * (1 + len(heads)) + "|")
+    median = {key: statistics.median(values) for key, values in seconds.items()}
+    peak = {key: statistics.median(values) for key, values in memory.items()}
+    for step, parts in STEPS.items():
+        if all(part in chosen for part in parts):
+            for side in a.sides:
+                median[step, side] = sum(median[part, side] for part in parts)
+                peak[step, side] = max(peak[part, side] for part in parts)
+    for work in [*chosen, *(step for step in STEPS if (step, a.sides[0]) in median)]:
+        cells = [f"{median[work, s]:.4g}" for s in a.sides]
+        cells += [f"{median[work, above] / median[work, below]:.2f}" for above, below in ratios]
+        print(f"| {work} | " + " | ".join(cells + [f"{peak[work, s]:.0f}" for s in a.sides]) + " |")
 
 
 def cpu_name():
