@@ -412,6 +412,74 @@ fn passes_of_few_questions_add_up_to_the_whole_batch() {
 }
 
 #[test]
+fn passes_of_few_groups_add_up_to_the_whole_step_of_every_policy_loss() {
+    let dir = tempfile::tempdir().unwrap();
+    let losses = [
+        ("grpo", "token"),
+        ("bnpo", "token"),
+        ("dr_grpo", "token"),
+        ("dapo", "token"),
+        ("cispo", "token"),
+        ("sapo", "token"),
+        ("luspo", "sequence"),
+        ("grpo", "sequence"),
+    ];
+    for (loss_type, level) in losses {
+        let numbers = ["8", "3", "1"].map(|micro| {
+            let out = dir.path().join(format!("{loss_type}-{level}-{micro}"));
+            let own = [
+                ("train.recipe", "grpo"),
+                ("train.batch_size", "8"),
+                ("train.num_steps", "1"),
+                ("train.micro_batch_size", micro),
+                ("train.grpo.loss_type", loss_type),
+                ("train.grpo.importance_level", level),
+                ("train.grpo.clip_high", "1.5"),
+                ("train.grpo.num_updates", "2"),
+                ("train.grpo.kl_coef", "0.1"),
+                ("train.grpo.kl_bias_correction", "true"),
+            ];
+            let more = [&SHORT[..], &own].concat();
+            run_as(Train, &settings(&material().loud, &out, &more), 2).unwrap();
+            let step = &lines(&out, "metrics.jsonl")[0];
+            ["loss", "grad_norm", "kl", "num_tokens", "entropy", "groups_updated"]
+                .map(|key| step[key].as_f64().unwrap())
+        });
+        assert!(numbers[0][1] > 0.0 && numbers[0][5] == 8.0, "{loss_type}: {numbers:?}");
+        for other in &numbers[1..] {
+            for (whole, parts) in numbers[0].iter().zip(other) {
+                assert!(
+                    (whole - parts).abs() < 2e-5 * (1e-3 + whole.abs()),
+                    "{loss_type} {level}: {numbers:?}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn completions_that_never_end_can_be_left_out_and_flat_groups_sampled_anew() {
+    let dir = tempfile::tempdir().unwrap();
+    let step = |name: &str, own: &[(&str, &str)]| {
+        let out = dir.path().join(name);
+        let base = [("train.recipe", "grpo"), ("train.num_steps", "1"), ("train.batch_size", "8")];
+        run_as(Train, &settings(&material().loud, &out, &[&SHORT[..], &base, own].concat()), 2).unwrap();
+        lines(&out, "metrics.jsonl").remove(0)
+    };
+    let number = |step: &serde_json::Value, key: &str| step[key].as_f64().unwrap();
+    // Nobody ends within one token, so nothing is learnt.
+    let cut = step("cut", &[("max_new_tokens", "1"), ("train.grpo.mask_truncated", "true")]);
+    assert_eq!(number(&cut, "completions/clipped_ratio"), 1.0);
+    assert_eq!((number(&cut, "groups_updated"), number(&cut, "grad_norm")), (0.0, 0.0));
+    let (once, again) = (step("once", &[]), step("again", &[("train.grpo.max_resamples", "3")]));
+    assert!(once["groups_resampled"].is_null());
+    let (before, after) = (number(&once, "frac_reward_zero_std"), number(&again, "frac_reward_zero_std"));
+    let replaced = number(&again, "groups_resampled");
+    assert!(before > 0.0 && replaced > 0.0, "{before} {replaced}");
+    assert!((before - after - replaced / 8.0).abs() < 1e-12, "{before} {after} {replaced}");
+}
+
+#[test]
 fn noise_in_training_is_fresh_at_each_step_and_the_same_on_any_number_of_threads() {
     let dir = tempfile::tempdir().unwrap();
     for recipe in ["sft", "at_sft", "at_grpo"] {
@@ -666,7 +734,18 @@ fn what_cannot_be_done_is_refused_before_anything_is_written() {
             "the largest that a unanimous vote reaches",
         ),
         (Certify, &[("certify.sigma", "0.25"), ("certify.alpha", "1")], "out of range"),
-        (Train, &[("train.recipe", "grpo"), ("train.micro_batch_size", "2")], "whole batch"),
+        (Train, &[("train.recipe", "grpo"), ("train.grpo.loss_type", "cispo")], "caps the ratio itself"),
+        (Train, &[("train.recipe", "grpo"), ("train.grpo.loss_type", "luspo")], "ratios of sequences"),
+        (Train, &[("train.recipe", "grpo"), ("train.grpo.delta", "1.1")], "must exceed 1 + clip_high"),
+        (
+            Train,
+            &[
+                ("train.recipe", "grpo"),
+                ("train.grpo.accuracy_weight", "0"),
+                ("train.grpo.format_weight", "0"),
+            ],
+            "worth the same",
+        ),
         (Train, &[("train.recipe", "at_sft"), ("train.captions", "true")], "needs images"),
         (
             Train,

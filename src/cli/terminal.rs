@@ -128,7 +128,7 @@ impl Terminal {
             self.line(&format!("{phase}: {done}/{total}, {rate}/s, eta {eta}"));
             return;
         }
-        let pace = if done == 0 { String::new() } else { format!(", {rate:.2}/s, eta {eta}") };
+        let pace = if done <= self.begun.get() { String::new() } else { format!(", {rate:.2}/s, eta {eta}") };
         self.line(&format!("{phase}: {done}/{total}{pace}{figures}"));
     }
 
@@ -183,13 +183,13 @@ fn figures_text(figures: &[(&str, f64)]) -> String {
 }
 
 impl Progress for Terminal {
-    fn start(&self, total: usize, what: &str) {
+    fn start(&self, total: usize, done: usize, what: &str) {
         self.in_bytes.set(false);
         let template =
             "{prefix:<22} {bar:24.cyan/black.bright} {pos}/{len} {per_sec:.dim} eta {eta:.dim}{msg}";
-        self.begin(what, total, 0, template);
+        self.begin(what, total, done, template);
         if self.bar.lock().is_none() && self.loudness != Loudness::Quiet {
-            self.plain(0, "");
+            self.plain(done, "");
         }
     }
 

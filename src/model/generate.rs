@@ -45,12 +45,14 @@ impl Prompt {
 }
 
 /// One sampled completion.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Default)]
 pub struct Completion {
     /// Tokens, the stop token included when there is one.
     pub ids: Vec<u32>,
     /// Whether a stop token ended it.
     pub is_finished: bool,
+    /// Entropy, in nats, of the distribution that each token was drawn from, before any filter; empty when greedy.
+    pub entropies: Vec<f32>,
 }
 
 /// The rows of several prompts one after another. What all begin with, before any image, stands first and once: its keys
@@ -202,8 +204,10 @@ struct Sequence {
 impl Sequence {
     fn choose(&mut self, logits: &[f32], prompt: &[u32], decoding: &Decoding) -> Result<()> {
         let seen = prompt.iter().chain(&self.completion.ids);
-        let token = self.sampler.choose(logits.to_vec(), seen.copied())?;
+        let chosen = self.sampler.choose(logits.to_vec(), seen.copied())?;
+        let token = chosen.token;
         self.completion.ids.push(token);
+        self.completion.entropies.extend(chosen.entropy);
         self.completion.is_finished = decoding.stop_ids.contains(&token);
         Ok(())
     }

@@ -85,6 +85,14 @@ impl Decoding {
     }
 }
 
+/// A token, and how open the choice was.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Chosen {
+    pub(super) token: u32,
+    /// Entropy of the distribution at the temperature, in nats; none when greedy.
+    pub(super) entropy: Option<f32>,
+}
+
 /// Chooses the tokens of one completion.
 #[derive(Debug, Clone)]
 pub(super) struct Sampler {
@@ -98,18 +106,20 @@ impl Sampler {
     }
 
     /// A token of finite `logits` (or minus infinity for one that is never chosen); `seen` stand in the prompt or before.
-    pub(super) fn choose(&mut self, mut logits: Vec<f32>, seen: impl Iterator<Item = u32>) -> Result<u32> {
+    pub(super) fn choose(&mut self, mut logits: Vec<f32>, seen: impl Iterator<Item = u32>) -> Result<Chosen> {
         let config = self.config;
         if config.repetition_penalty != 1.0 {
             penalize(&mut logits, seen, config.repetition_penalty as f32);
         }
         if config.temperature <= 0.0 {
-            return Ok(most_likely(&logits));
+            return Ok(Chosen { token: most_likely(&logits), entropy: None });
         }
-        let probabilities = kept(softmax(&logits, config.temperature), &config);
+        let probabilities = softmax(&logits, config.temperature);
+        let entropy = entropy(&logits, config.temperature, &probabilities);
+        let probabilities = kept(probabilities, &config);
         let drawn = WeightedIndex::new(&probabilities)
             .map_err(|error| Error::NonFinite(format!("no token can be drawn: {error}")))?;
-        Ok(drawn.sample(&mut self.stream) as u32)
+        Ok(Chosen { token: drawn.sample(&mut self.stream) as u32, entropy: Some(entropy) })
     }
 }
 
@@ -143,6 +153,17 @@ fn softmax(logits: &[f32], temperature: f64) -> Vec<f32> {
         *share /= total;
     }
     shares
+}
+
+/// Entropy, in nats, of the softmax `probabilities` of `logits`: the logarithm of its sum less the mean exponent.
+fn entropy(logits: &[f32], temperature: f64, probabilities: &[f32]) -> f32 {
+    let inverse = 1.0 / temperature;
+    let largest = f64::from(logits.iter().fold(f32::NEG_INFINITY, |a, b| a.max(*b)));
+    let most = f64::from(probabilities.iter().fold(0f32, |a, b| a.max(*b)));
+    let term = |(p, logit): (&f32, &f32)| {
+        if *p > 0.0 { f64::from(*p) * (f64::from(*logit) - largest) * inverse } else { 0.0 }
+    };
+    (-most.ln() - probabilities.iter().zip(logits).map(term).sum::<f64>()) as f32
 }
 
 /// Probabilities with those of filtered tokens at zero, not normalised again: each filter looks at shares of what the
@@ -227,7 +248,7 @@ mod tests {
     #[test]
     fn tokens_are_drawn_as_often_as_they_are_likely_and_a_seed_repeats_them() {
         let drawn = |config: SamplingConfig, seed: u64| {
-            Sampler::new(config, seed).choose(logits(), std::iter::empty()).unwrap()
+            Sampler::new(config, seed).choose(logits(), std::iter::empty()).unwrap().token
         };
         let mut counts = [0u32; 5];
         for seed in 0..4000 {
@@ -249,7 +270,11 @@ mod tests {
         assert_eq!(drawn(SamplingConfig::default(), 3), 1);
         let penalised = SamplingConfig { repetition_penalty: 2.0, ..SamplingConfig::default() };
         let token = Sampler::new(penalised, 0).choose(vec![1.0, 3.0, 2.0], [1].into_iter()).unwrap();
-        assert_eq!(token, 2);
+        assert_eq!(token.token, 2);
+        assert_eq!(token.entropy, None);
+        let drawn = Sampler::new(SamplingConfig::at(1.0), 0).choose(logits(), std::iter::empty()).unwrap();
+        let expected: f32 = [0.1f32, 0.4, 0.2, 0.3].iter().map(|p| -p * p.ln()).sum();
+        assert!((drawn.entropy.unwrap() - expected).abs() < 1e-6, "{drawn:?}");
     }
 
     #[test]

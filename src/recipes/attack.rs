@@ -211,7 +211,7 @@ pub fn under_attack(
     let samples = inputs::in_item_order(&dataset.samples);
     let todo: Vec<&Sample> =
         samples.iter().copied().filter(|sample| !run.done_ids().contains(&sample.id)).collect();
-    progress.start(samples.len(), "attack");
+    progress.start(samples.len(), samples.len() - todo.len(), "attack");
     let (mut done, mut clean, mut robust) = (0, 0, 0);
     for record in run.records()? {
         check_finished(&record, &samples, &images, assistant, setting, run)?;

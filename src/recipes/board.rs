@@ -61,7 +61,7 @@ pub(super) fn run_all(parts: &[Part<'_>], workers: usize, listener: &dyn Progres
         changed: Condvar::new(),
         listener,
     };
-    listener.start(STEPS, what);
+    listener.start(STEPS, 0, what);
     std::thread::scope(|scope| {
         for _ in 0..workers.max(1) {
             scope.spawn(|| {
@@ -136,8 +136,10 @@ struct Listener<'a> {
 }
 
 impl Progress for Listener<'_> {
-    fn start(&self, total: usize, _what: &str) {
-        self.board.lock().total[self.index] = total.max(1);
+    fn start(&self, total: usize, done: usize, _what: &str) {
+        let mut state = self.board.lock();
+        state.total[self.index] = total.max(1);
+        state.share[self.index] = (done as f64 / total.max(1) as f64).min(1.0);
     }
 
     fn tick(&self, done: usize, figures: &[(&str, f64)]) {

@@ -171,7 +171,7 @@ pub fn smoothed(
     let samples = inputs::in_item_order(&dataset.samples);
     let mut kept = KeptDraws::recover(run)?;
     let stop = run.stop().clone();
-    progress.start(samples.len(), "certify");
+    progress.start(samples.len(), run.done_ids().len(), "certify");
     let (mut done, mut certified) = (0, 0);
     for record in run.records()? {
         check_finished(&record, &samples, setting)?;

@@ -35,7 +35,7 @@ pub fn check(job: &Job<'_>) -> Result<Outcome> {
     let images: BTreeSet<&PathBuf> = dataset.samples.iter().map(|sample| &sample.image).collect();
     let images: Vec<&PathBuf> = images.into_iter().collect();
     let mut problems = dataset.skipped.clone();
-    job.progress.start(images.len(), "decode images");
+    job.progress.start(images.len(), 0, "decode images");
     for (done, chunk) in images.chunks(256).enumerate() {
         job.stop.check()?;
         let found: Vec<Problem> = chunk.par_iter().filter_map(|image| damage(&dataset.root, image)).collect();
@@ -223,7 +223,7 @@ pub fn phantom(config: &PhantomConfig, out: &Path, progress: &dyn Progress) -> R
     let mut started = false;
     phantom::generate(config, out, &mut |done, total| {
         if !started {
-            progress.start(total, "draw phantoms");
+            progress.start(total, 0, "draw phantoms");
             started = true;
         }
         progress.tick(done, &[]);
@@ -380,7 +380,7 @@ fn take_images(dataset: &Dataset, out: &Path, progress: &dyn Progress) -> Result
         .map(|sample| &sample.image)
         .filter(|image| !missing.contains(*image))
         .collect();
-    progress.start(images.len(), "images");
+    progress.start(images.len(), 0, "images");
     for (done, image) in images.iter().enumerate() {
         link_or_copy(&dataset.root.join(image), &out.join(image))?;
         progress.tick(done + 1, &[]);

@@ -209,7 +209,7 @@ impl Demo<'_> {
     fn make_data(&self) -> Result<()> {
         let config = &self.plan.data;
         let progress = self.job.progress;
-        progress.start(config.train + config.validation + config.test, "phantoms");
+        progress.start(config.train + config.validation + config.test, 0, "phantoms");
         phantom::generate(config, &self.out.join("data"), &mut |done, _| progress.tick(done, &[]))?;
         progress.finish();
         Ok(())

@@ -104,7 +104,7 @@ pub fn evaluate(
 
     let mut correct = run.records()?.iter().filter(|record| record["correct"] == true).count();
     let mut done = samples.len() - work.len();
-    progress.start(samples.len(), "eval");
+    progress.start(samples.len(), done, "eval");
     for batch in work.chunks(settings.batch_size.max(1)) {
         run.check_stop()?;
         let started = Instant::now();

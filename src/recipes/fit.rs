@@ -186,7 +186,7 @@ impl<L: Learner> Fit<L> {
     ///
     /// # Errors
     /// When a file cannot be written; the last checkpoint is untouched then.
-    pub fn save(&self, root: &Path, keep: usize) -> Result<PathBuf> {
+    pub fn save(&self, root: &Path) -> Result<PathBuf> {
         let dir = root.join(format!("step-{}", self.step));
         let partial = root.join(format!(".step-{}.partial", self.step));
         let io = |what: &str, path: &Path| {
@@ -214,14 +214,6 @@ impl<L: Learner> Fit<L> {
             fs::remove_dir_all(&dir).map_err(io("cannot remove", &dir))?;
         }
         fs::rename(&partial, &dir).map_err(io("cannot complete", &dir))?;
-        if keep > 0 {
-            let mut steps = saved_steps(root);
-            steps.sort_unstable();
-            for old in steps.iter().rev().skip(keep) {
-                let old = root.join(format!("step-{old}"));
-                fs::remove_dir_all(&old).map_err(io("cannot remove", &old))?;
-            }
-        }
         Ok(dir)
     }
 
@@ -265,6 +257,24 @@ impl<L: Learner> Fit<L> {
         }
         Ok(true)
     }
+}
+
+/// Removes checkpoints that are no longer wanted at step `step`: of those that were `is_due` all but the newest `keep` (0: all
+/// stay), and those that were not, left by a run that was told to stop, once training has gone on to another. What is left
+/// is what an uninterrupted run leaves.
+///
+/// # Errors
+/// When a directory cannot be removed.
+pub fn rotate(root: &Path, step: u64, keep: usize, is_due: &dyn Fn(u64) -> bool) -> Result<()> {
+    let mut steps = saved_steps(root);
+    steps.sort_unstable_by(|a, b| b.cmp(a));
+    let (due, others): (Vec<u64>, Vec<u64>) = steps.into_iter().partition(|&saved| is_due(saved));
+    let old = due.into_iter().skip(if keep == 0 { usize::MAX } else { keep });
+    for old in old.chain(others.into_iter().filter(|&other| other != step)) {
+        let dir = root.join(format!("step-{old}"));
+        fs::remove_dir_all(&dir).map_err(|error| Error::io("cannot remove", &dir, error))?;
+    }
+    Ok(())
 }
 
 fn saved_steps(root: &Path) -> Vec<u64> {
@@ -318,4 +328,28 @@ pub fn learning_rate_at(config: &TrainConfig, step: u64) -> f64 {
         final_fraction: config.min_learning_rate_ratio,
     };
     config.learning_rate * schedule.factor(step, config.num_steps as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_that_was_stopped_keeps_the_checkpoints_of_one_that_was_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let is_due = |step: u64| step.is_multiple_of(10);
+        let reach = |step: u64, keep: usize| {
+            fs::create_dir_all(dir.path().join(format!("step-{step}"))).unwrap();
+            rotate(dir.path(), step, keep, &is_due).unwrap();
+            let mut left = saved_steps(dir.path());
+            left.sort_unstable();
+            left
+        };
+        assert_eq!(reach(10, 2), [10]);
+        assert_eq!(reach(20, 2), [10, 20]);
+        // Stopped between two that are due: nothing else goes.
+        assert_eq!(reach(24, 2), [10, 20, 24]);
+        assert_eq!(reach(30, 2), [20, 30]);
+        assert_eq!(reach(40, 0), [20, 30, 40]);
+    }
 }

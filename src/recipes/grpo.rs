@@ -8,24 +8,25 @@
 //! policy sees; each is an option here.
 //! Deviation: groups whose rewards are all equal carry no gradient and, without a KL term, are not run through the
 //! update; they count in every denominator, so the result is the same.
-//! Deviation: `entropy` is estimated by minus the mean log-probability of the sampled tokens.
+//! Deviation: `entropy` is that of the distribution each token was sampled from, so of the policy before the update.
 
-use super::config::{GrpoSettings, KlImage, ScaleRewards};
+use super::config::{GrpoSettings, KlImage, LossType, ScaleRewards};
 use super::fit::{Fit, Student};
 use super::items;
 use super::lesson::{Lesson, Questions, attack_batch};
 use super::sft::StepReport;
+use crate::data::Sample;
 use crate::error::Result;
 use crate::model::assistant::Assistant;
 use crate::model::generate::{Completion, Prompt};
 use crate::model::sampling::SamplingConfig;
+use crate::model::vision::VisionPlan;
 use crate::model::vlm::Features;
-use crate::nn::recompute::{Memory, loss_and_gradients};
-use crate::reward::RewardConfig;
+use crate::nn::recompute::{Gradients, Memory, Stage, loss_and_gradients};
 use crate::rng;
 use crate::roles::policy::{self, Scoring};
 use crate::train::advantage::{self, AdvantageConfig};
-use crate::train::grpo::{Accumulation, Completions, GrpoConfig, LossType, grpo_loss};
+use crate::train::grpo::{Accumulation, Completions, GrpoLoss, GrpoStats, grpo_loss};
 use candle_core::Tensor;
 use rand::RngCore;
 use serde_json::json;
@@ -75,7 +76,11 @@ pub fn step(
     } else {
         lesson.features_of(&fit.learner.frozen, pixels)?
     };
-    let groups = roll_out(lesson, &fit.learner.frozen, &questions, &features, fit.step, max_new_tokens)?;
+    let places: Vec<usize> = (0..questions.prompts.len()).collect();
+    let round = Round { places: &places, step: fit.step, attempt: 0, max_new_tokens };
+    let frozen = &fit.learner.frozen;
+    let mut groups = roll_out(lesson, frozen, &questions, &features, round)?;
+    let num_resampled = resample(lesson, frozen, &questions, &features, &mut groups, round)?;
     report.phases.push(("rollout", started.elapsed().as_secs_f64()));
 
     let started = Instant::now();
@@ -87,7 +92,14 @@ pub fn step(
     let outcome = update(lesson, fit, &questions, &groups, &advantages, &seen)?;
     report.phases.push(("update", started.elapsed().as_secs_f64()));
 
-    describe(&mut report, lesson, &groups, &rewards, &outcome);
+    describe(&mut report, lesson, &groups, &outcome);
+    let prompt_tokens: usize = questions.prompts.iter().map(|prompt| prompt.ids.len()).sum();
+    let completion_tokens: usize =
+        groups.iter().flat_map(|group| &group.completions).map(|c| c.ids.len()).sum();
+    report.num_tokens = (prompt_tokens * settings.group_size + completion_tokens) as u64;
+    if settings.max_resamples > 0 {
+        report.metrics.insert("groups_resampled".into(), json!(num_resampled));
+    }
     let num_attacked = attacked.as_ref().map_or(0, |_| lesson.num_attacked(groups.len()));
     let share = |groups: &[Group]| mean(groups.iter().flat_map(|group| group.accuracy.iter().copied()));
     let metrics = &mut report.metrics;
@@ -109,57 +121,126 @@ pub fn step(
     Ok(report)
 }
 
+/// Samples the groups at `places`, a pass of `micro_batch_size` questions at a time; `attempt` counts how often they were
+/// sampled before in this step.
 fn roll_out(
     lesson: &Lesson<'_>,
     frozen: &Assistant,
     questions: &Questions,
     features: &Features,
-    step: u64,
-    max_new_tokens: usize,
+    round: Round<'_>,
 ) -> Result<Vec<Group>> {
     let settings = &lesson.config.grpo;
-    let seeds: Vec<Vec<u64>> = (0..questions.prompts.len() as u64)
-        .map(|q| {
-            (0..settings.group_size as u64)
-                .map(|g| rng::stream(lesson.seed, "rollout", &[step, q, g]).next_u64())
-                .collect()
-        })
-        .collect();
-    let decoding = frozen.decoding(max_new_tokens, SamplingConfig::at(settings.temperature));
-    let sampled = policy::sample(frozen, &questions.prompts, Some(features), &seeds, &decoding)?;
-    let rewards = RewardConfig {
-        accuracy_weight: settings.accuracy_weight,
-        format_weight: settings.format_weight,
-        graded: settings.graded,
-    };
-    sampled
-        .into_iter()
-        .zip(&questions.samples)
-        .map(|(completions, sample)| {
-            let texts = completions
-                .iter()
-                .map(|completion| frozen.text_of(completion))
-                .collect::<Result<Vec<_>>>()?;
-            let scores: Vec<_> = texts
-                .iter()
-                .zip(&completions)
-                .map(|(text, completion)| {
-                    let score = rewards.score(text, sample.answer, sample.options.len(), lesson.is_cot());
-                    // A completion that never ended is not well-formed, whatever its text.
-                    let format = if completion.is_finished { score.format } else { 0.0 };
-                    let total = settings.accuracy_weight * score.accuracy + settings.format_weight * format;
-                    (score.accuracy, format, total)
-                })
-                .collect();
-            Ok(Group {
-                accuracy: scores.iter().map(|s| s.0).collect(),
-                format: scores.iter().map(|s| s.1).collect(),
-                total: scores.iter().map(|s| s.2).collect(),
-                completions,
-                texts,
+    let decoding = frozen.decoding(round.max_new_tokens, SamplingConfig::at(settings.temperature));
+    let mut groups = Vec::with_capacity(round.places.len());
+    for part in round.places.chunks(lesson.micro_batch_size()) {
+        let seeds: Vec<Vec<u64>> = part.iter().map(|&q| round.seeds(lesson, q)).collect();
+        let prompts: Vec<Prompt> = part.iter().map(|&q| questions.prompts[q].clone()).collect();
+        let features = features.select(&image_rows(&questions.prompts, part))?;
+        let sampled = policy::sample(frozen, &prompts, Some(&features), &seeds, &decoding)?;
+        for (completions, &q) in sampled.into_iter().zip(part) {
+            groups.push(Group::judged(lesson, frozen, &questions.samples[q], completions)?);
+        }
+    }
+    Ok(groups)
+}
+
+/// Which groups are sampled, and for which time.
+#[derive(Clone, Copy)]
+struct Round<'a> {
+    places: &'a [usize],
+    step: u64,
+    attempt: u64,
+    max_new_tokens: usize,
+}
+
+impl Round<'_> {
+    /// One for each completion of question `q`.
+    fn seeds(&self, lesson: &Lesson<'_>, q: usize) -> Vec<u64> {
+        let named = |g: u64| match self.attempt {
+            0 => rng::stream(lesson.seed, "rollout", &[self.step, q as u64, g]).next_u64(),
+            attempt => {
+                rng::stream(lesson.seed, "rollout again", &[self.step, q as u64, g, attempt]).next_u64()
+            }
+        };
+        (0..lesson.config.grpo.group_size as u64).map(named).collect()
+    }
+}
+
+impl Group {
+    fn judged(
+        lesson: &Lesson<'_>,
+        frozen: &Assistant,
+        sample: &Sample,
+        completions: Vec<Completion>,
+    ) -> Result<Self> {
+        let rewards = lesson.config.grpo.rewards();
+        let texts =
+            completions.iter().map(|completion| frozen.text_of(completion)).collect::<Result<Vec<_>>>()?;
+        let scores: Vec<_> = texts
+            .iter()
+            .zip(&completions)
+            .map(|(text, completion)| {
+                let score = rewards.score(text, sample.answer, sample.options.len(), lesson.format());
+                // A completion that never ended is not well-formed, whatever its text.
+                let format = if completion.is_finished { score.format } else { 0.0 };
+                (
+                    score.accuracy,
+                    format,
+                    rewards.accuracy_weight * score.accuracy + rewards.format_weight * format,
+                )
             })
+            .collect();
+        Ok(Self {
+            accuracy: scores.iter().map(|s| s.0).collect(),
+            format: scores.iter().map(|s| s.1).collect(),
+            total: scores.iter().map(|s| s.2).collect(),
+            completions,
+            texts,
         })
-        .collect()
+    }
+
+    /// Whether all completions are worth the same, so that none is better than its group.
+    fn is_flat(&self) -> bool {
+        self.total.iter().all(|total| *total == self.total[0])
+    }
+
+    /// Whether completion `c` takes part in the loss.
+    fn counts(&self, c: usize, settings: &GrpoSettings) -> bool {
+        self.completions[c].is_finished || !settings.mask_truncated
+    }
+
+    /// Tokens that take part in the loss.
+    fn num_tokens(&self, settings: &GrpoSettings) -> usize {
+        let counted = (0..self.completions.len()).filter(|&c| self.counts(c, settings));
+        counted.map(|c| self.completions[c].ids.len()).sum()
+    }
+}
+
+/// Samples groups that teach nothing anew, each until it does or the limit is reached; returns how many were replaced.
+fn resample(
+    lesson: &Lesson<'_>,
+    frozen: &Assistant,
+    questions: &Questions,
+    features: &Features,
+    groups: &mut [Group],
+    first: Round<'_>,
+) -> Result<usize> {
+    let mut replaced = 0;
+    for attempt in 1..=lesson.config.grpo.max_resamples as u64 {
+        let flat: Vec<usize> = (0..groups.len()).filter(|&g| groups[g].is_flat()).collect();
+        if flat.is_empty() {
+            break;
+        }
+        let round = Round { places: &flat, attempt, ..first };
+        for (group, &place) in roll_out(lesson, frozen, questions, features, round)?.into_iter().zip(&flat) {
+            if !group.is_flat() {
+                groups[place] = group;
+                replaced += 1;
+            }
+        }
+    }
+    Ok(replaced)
 }
 
 /// The images the policies see, and how completions are bounded and activations kept.
@@ -177,13 +258,157 @@ struct Seen<'a> {
 #[derive(Default)]
 struct UpdateOutcome {
     loss: f64,
-    kl: f64,
-    entropy: f64,
     grad_norm: f64,
     learning_rate: f64,
-    clip_low: f64,
-    clip_high: f64,
     num_groups_updated: usize,
+    /// Over the tokens of all passes of the last update; none when no group was updated.
+    stats: Option<GrpoStats>,
+}
+
+/// Groups of one forward and backward pass.
+struct Pass {
+    scoring: Scoring,
+    /// Tokens of each completion.
+    lengths: Vec<usize>,
+    /// Whether each token takes part; none when all do.
+    mask: Option<Vec<bool>>,
+    advantages: Vec<f64>,
+    /// What the stages begin with.
+    inputs: Vec<Tensor>,
+    /// Of the vision tower, where it trains.
+    vision: Option<VisionPlan>,
+    ref_log_probs: Option<Vec<f64>>,
+    /// Under the policy that sampled, known after the first update.
+    old_log_probs: Option<Vec<f64>>,
+    /// What the loss of these groups alone counts for in the loss of the step.
+    share: f64,
+}
+
+fn passes_of(
+    lesson: &Lesson<'_>,
+    assistant: &Assistant,
+    questions: &Questions,
+    groups: &[Group],
+    advantages: &[Vec<f64>],
+    seen: &Seen<'_>,
+) -> Result<Vec<Pass>> {
+    let settings = &lesson.config.grpo;
+    let is_useful = |&g: &usize| seen.reference.is_some() || advantages[g].iter().any(|a| *a != 0.0);
+    let keep: Vec<usize> =
+        (0..groups.len()).filter(is_useful).filter(|&g| groups[g].num_tokens(settings) > 0).collect();
+    let all_tokens: usize = groups.iter().map(|group| group.num_tokens(settings)).sum();
+    let all_completions = groups.len() * settings.group_size;
+    keep.chunks(lesson.micro_batch_size())
+        .map(|part| {
+            let pixels = items::pick(seen.pixels, part)?;
+            let prompts: Vec<Prompt> = part.iter().map(|&g| questions.prompts[g].clone()).collect();
+            let ids = |g: usize| groups[g].completions.iter().map(|c| c.ids.clone()).collect();
+            let completions: Vec<Vec<Vec<u32>>> = part.iter().map(|&g| ids(g)).collect();
+            let scoring = Scoring::new(assistant, &prompts, &completions)?;
+            let features = match &seen.features {
+                Some(features) => Some(features.select(&image_rows(&questions.prompts, part))?),
+                None => None,
+            };
+            let ref_log_probs = match seen.reference {
+                Some(reference) => {
+                    let features = match (settings.kl_image, &features) {
+                        (KlImage::Adversarial, Some(features)) => features.clone(),
+                        (KlImage::Adversarial, None) => policy::encode(reference, &pixels)?,
+                        (KlImage::Clean, _) => {
+                            lesson.features_of(reference, &items::pick(seen.clean, part)?)?
+                        }
+                    };
+                    Some(to_f64(&scoring.evaluate(reference, Some(&features), settings.temperature)?))
+                }
+                None => None,
+            };
+            let mask = settings.mask_truncated.then(|| {
+                let of = |g: usize| {
+                    let group = &groups[g];
+                    let tokens = |c: usize| vec![group.counts(c, settings); group.completions[c].ids.len()];
+                    (0..group.completions.len()).flat_map(tokens).collect::<Vec<bool>>()
+                };
+                part.iter().flat_map(|&g| of(g)).collect()
+            });
+            let lengths: Vec<usize> = scoring.spans.iter().flatten().map(ExactSizeIterator::len).collect();
+            let own_tokens: usize = part.iter().map(|&g| groups[g].num_tokens(settings)).sum();
+            // Groups of other passes, and those without a gradient, are left out of the pass, not out of the denominators.
+            let share = match settings.loss_type {
+                LossType::Dapo | LossType::Cispo => 1.0,
+                LossType::Bnpo => own_tokens as f64 / all_tokens as f64,
+                _ => lengths.len() as f64 / all_completions as f64,
+            };
+            let (vision, inputs) = match features {
+                Some(features) => (None, features.into_state()),
+                None => (Some(assistant.vlm.vision_plan(&policy::grids_of(assistant, &pixels)?)?), pixels),
+            };
+            Ok(Pass {
+                lengths,
+                mask,
+                advantages: part.iter().flat_map(|&g| advantages[g].iter().copied()).collect(),
+                inputs,
+                vision,
+                ref_log_probs,
+                old_log_probs: None,
+                share,
+                scoring,
+            })
+        })
+        .collect()
+}
+
+impl Pass {
+    /// The loss, already multiplied by its share, its statistics and gradients.
+    fn run(
+        &mut self,
+        lesson: &Lesson<'_>,
+        fit: &Fit<Student>,
+        accumulation: &Accumulation,
+        memory: Memory,
+    ) -> Result<(GrpoLoss, Gradients)> {
+        let settings = &lesson.config.grpo;
+        let assistant = &fit.learner.assistant;
+        let config = settings.loss();
+        let mut stages: Vec<Stage<'_>> =
+            self.vision.as_ref().map(|plan| assistant.vlm.vision_stages(plan)).unwrap_or_default();
+        stages.extend(self.scoring.stages(assistant));
+        let (result, refusal) = (RefCell::new(None), RefCell::new(None));
+        let loss = |state: &[Tensor]| {
+            let log_probs = self.scoring.log_probs(assistant, &state[0], settings.temperature)?;
+            let values = to_f64(&log_probs.to_vec1::<f32>()?);
+            let batch = Completions {
+                lengths: &self.lengths,
+                completion_mask: self.mask.as_deref(),
+                log_probs: &values,
+                old_log_probs: self.old_log_probs.as_deref(),
+                ref_log_probs: self.ref_log_probs.as_deref(),
+                advantages: &self.advantages,
+            };
+            let mut loss = grpo_loss(&batch, &config, accumulation).map_err(|error| {
+                let text = error.to_string();
+                *refusal.borrow_mut() = Some(error);
+                candle_core::Error::msg(text)
+            })?;
+            loss.loss *= self.share;
+            let slopes: Vec<f32> = loss.d_log_probs.iter().map(|d| (*d * self.share) as f32).collect();
+            *result.borrow_mut() = Some((loss, values));
+            // The surrogate's own gradient, in closed form, is the slope of this sum.
+            let slopes = Tensor::from_vec(slopes, log_probs.dims1()?, log_probs.device())?;
+            (log_probs * slopes)?.sum_all()
+        };
+        let gradients = loss_and_gradients(&stages, &self.inputs, loss, &fit.wanted(), memory);
+        drop(stages);
+        // What the loss refused keeps its kind, and with it the exit status.
+        if let Some(refusal) = refusal.into_inner() {
+            return Err(refusal);
+        }
+        let (_, gradients) = gradients?;
+        let (loss, values) = result
+            .into_inner()
+            .ok_or_else(|| anyhow::anyhow!("a pass of the policy ended without a loss"))?;
+        self.old_log_probs.get_or_insert(values);
+        Ok((loss, gradients))
+    }
 }
 
 fn update(
@@ -194,105 +419,35 @@ fn update(
     advantages: &[Vec<f64>],
     seen: &Seen<'_>,
 ) -> Result<UpdateOutcome> {
-    let (max_new_tokens, memory) = (seen.max_new_tokens, seen.memory);
     let settings = &lesson.config.grpo;
-    let keep: Vec<usize> = (0..groups.len())
-        .filter(|&g| seen.reference.is_some() || advantages[g].iter().any(|a| *a != 0.0))
-        .collect();
+    let mut passes = passes_of(lesson, &fit.learner.assistant, questions, groups, advantages, seen)?;
+    let num_completions: usize = passes.iter().map(|pass| pass.lengths.len()).sum();
     let mut outcome = UpdateOutcome {
-        num_groups_updated: keep.len(),
+        num_groups_updated: num_completions / settings.group_size,
         learning_rate: super::fit::learning_rate_at(lesson.config, fit.step),
         ..UpdateOutcome::default()
     };
-    if keep.is_empty() {
+    if passes.is_empty() {
         return Ok(outcome);
     }
-    let pixels = items::pick(seen.pixels, &keep)?;
-    let prompts: Vec<_> = keep.iter().map(|&g| questions.prompts[g].clone()).collect();
-    let completions: Vec<Vec<Vec<u32>>> =
-        keep.iter().map(|&g| groups[g].completions.iter().map(|c| c.ids.clone()).collect()).collect();
-    let scoring = Scoring::new(&fit.learner.assistant, &prompts, &completions)?;
-    let features = match &seen.features {
-        Some(features) => Some(features.select(&image_rows(&questions.prompts, &keep))?),
-        None => None,
-    };
-    let ref_log_probs = match seen.reference {
-        Some(reference) => {
-            let features = match (settings.kl_image, &features) {
-                (KlImage::Adversarial, Some(features)) => features.clone(),
-                (KlImage::Adversarial, None) => policy::encode(reference, &pixels)?,
-                (KlImage::Clean, _) => lesson.features_of(reference, &items::pick(seen.clean, &keep)?)?,
-            };
-            Some(to_f64(&scoring.evaluate(reference, Some(&features), settings.temperature)?))
-        }
-        None => None,
-    };
-    let lengths: Vec<usize> = scoring.spans.iter().flatten().map(ExactSizeIterator::len).collect();
-    let kept_advantages: Vec<f64> = keep.iter().flat_map(|&g| advantages[g].iter().copied()).collect();
-    let config = grpo_config(settings);
-    let kept_tokens: usize = lengths.iter().sum();
-    let all_tokens: usize = groups.iter().flat_map(|g| &g.completions).map(|c| c.ids.len()).sum();
-    let all_completions = groups.len() * settings.group_size;
-    // Groups without a gradient are left out of the pass, not out of the denominators.
-    let share = match config.loss_type {
-        LossType::Dapo | LossType::Cispo => 1.0,
-        LossType::Bnpo => kept_tokens as f64 / all_tokens as f64,
-        _ => lengths.len() as f64 / all_completions as f64,
-    };
     let accumulation = Accumulation {
         gradient_accumulation_steps: 1,
         steps_per_generation: 1,
-        num_items_in_batch: all_tokens,
-        max_completion_length: max_new_tokens,
+        num_items_in_batch: groups.iter().map(|group| group.num_tokens(settings)).sum(),
+        max_completion_length: seen.max_new_tokens,
     };
-    let mut old_log_probs: Option<Vec<f64>> = None;
     for _ in 0..settings.num_updates {
-        let plan =
-            fit.learner.assistant.vlm.vision_plan(&policy::grids_of(&fit.learner.assistant, &pixels)?)?;
-        let (mut stages, inputs) = match &features {
-            Some(features) => (Vec::new(), features.clone().into_state()),
-            None => (fit.learner.assistant.vlm.vision_stages(&plan), pixels.clone()),
-        };
-        stages.extend(scoring.stages(&fit.learner.assistant));
-        let (result, refusal) = (RefCell::new(None), RefCell::new(None));
-        let loss = |state: &[Tensor]| {
-            let log_probs = scoring.log_probs(&fit.learner.assistant, &state[0], settings.temperature)?;
-            let values = to_f64(&log_probs.to_vec1::<f32>()?);
-            let batch = Completions {
-                lengths: &lengths,
-                completion_mask: None,
-                log_probs: &values,
-                old_log_probs: old_log_probs.as_deref(),
-                ref_log_probs: ref_log_probs.as_deref(),
-                advantages: &kept_advantages,
-            };
-            let loss = grpo_loss(&batch, &config, &accumulation).map_err(|error| {
-                let text = error.to_string();
-                *refusal.borrow_mut() = Some(error);
-                candle_core::Error::msg(text)
-            })?;
-            let slopes: Vec<f32> = loss.d_log_probs.iter().map(|d| (*d * share) as f32).collect();
-            *result.borrow_mut() = Some((loss, values));
-            // The surrogate's own gradient, in closed form, is the slope of this sum.
-            let slopes = Tensor::from_vec(slopes, log_probs.dims1()?, log_probs.device())?;
-            (log_probs * slopes)?.sum_all()
-        };
-        let gradients = loss_and_gradients(&stages, &inputs, loss, &fit.wanted(), memory);
-        drop(stages);
-        // What the loss refused keeps its kind, and with it the exit status.
-        if let Some(refusal) = refusal.into_inner() {
-            return Err(refusal);
+        let mut gradients = Gradients::default();
+        let (mut loss, mut stats) = (0.0, Vec::with_capacity(passes.len()));
+        for pass in &mut passes {
+            let (own, own_gradients) = pass.run(lesson, fit, &accumulation, seen.memory)?;
+            gradients.add(own_gradients)?;
+            loss += own.loss;
+            stats.push(own.stats);
         }
-        let (_, gradients) = gradients?;
-        let Some((loss, values)) = result.into_inner() else { continue };
-        outcome.loss = loss.loss * share;
-        outcome.kl = loss.stats.kl.unwrap_or(0.0);
-        outcome.clip_low = loss.stats.clip_low_mean;
-        outcome.clip_high = loss.stats.clip_high_mean;
-        outcome.entropy = -mean(values.iter().copied());
-        let applied = fit.update(&gradients, lesson.config)?;
-        outcome.grad_norm = applied.grad_norm;
-        old_log_probs.get_or_insert(values);
+        outcome.loss = loss;
+        outcome.stats = Some(GrpoStats::joined(&stats));
+        outcome.grad_norm = fit.update(&gradients, lesson.config)?.grad_norm;
     }
     Ok(outcome)
 }
@@ -325,38 +480,13 @@ fn advantages_of(rewards: &[Vec<f64>], settings: &GrpoSettings) -> Result<Vec<Ve
     Ok(advantages.chunks(settings.group_size).map(<[f64]>::to_vec).collect())
 }
 
-fn grpo_config(settings: &GrpoSettings) -> GrpoConfig {
-    use super::config::LossType as Name;
-    GrpoConfig {
-        loss_type: match settings.loss_type {
-            Name::Grpo => LossType::Grpo,
-            Name::Bnpo => LossType::Bnpo,
-            Name::DrGrpo => LossType::DrGrpo,
-            Name::Dapo => LossType::Dapo,
-            Name::Cispo => LossType::Cispo,
-        },
-        clip_low: settings.clip_low,
-        clip_high: settings.clip_high,
-        kl_coef: settings.kl_coef,
-        ..GrpoConfig::default()
-    }
-}
-
-fn describe(
-    report: &mut StepReport,
-    lesson: &Lesson<'_>,
-    groups: &[Group],
-    rewards: &[Vec<f64>],
-    outcome: &UpdateOutcome,
-) {
+fn describe(report: &mut StepReport, lesson: &Lesson<'_>, groups: &[Group], outcome: &UpdateOutcome) {
     let all = |part: fn(&Group) -> &Vec<f64>| -> Vec<f64> {
         groups.iter().flat_map(|group| part(group).iter().copied()).collect()
     };
     let (accuracy, format, total) = (all(|g| &g.accuracy), all(|g| &g.format), all(|g| &g.total));
-    let lengths: Vec<f64> =
-        groups.iter().flat_map(|g| &g.completions).map(|completion| completion.ids.len() as f64).collect();
-    let clipped = groups.iter().flat_map(|g| &g.completions).filter(|c| !c.is_finished).count();
-    let zero_variance = rewards.iter().filter(|group| group.iter().all(|r| *r == group[0])).count();
+    let completions = || groups.iter().flat_map(|group| &group.completions);
+    let num_flat = groups.iter().filter(|group| group.is_flat()).count();
     let mut put = |key: &str, value: f64| {
         report.metrics.insert(key.to_owned(), json!(value));
     };
@@ -369,17 +499,35 @@ fn describe(
     put("rewards/accuracy/std", standard_deviation(&accuracy));
     put("rewards/format/mean", mean(format.iter().copied()));
     put("rewards/format/std", standard_deviation(&format));
-    put("frac_reward_zero_std", zero_variance as f64 / groups.len() as f64);
+    put("frac_reward_zero_std", num_flat as f64 / groups.len() as f64);
     put("groups_updated", outcome.num_groups_updated as f64);
-    if lesson.config.grpo.kl_coef > 0.0 {
-        put("kl", outcome.kl);
+    put("entropy", mean(completions().flat_map(|c| c.entropies.iter().map(|h| f64::from(*h)))));
+    if let Some(stats) = &outcome.stats {
+        if let Some(kl) = stats.kl {
+            put("kl", kl);
+        }
+        if lesson.config.grpo.loss_type == LossType::Cispo {
+            put("cispo_clip_ratio", stats.clip_high_mean);
+        } else {
+            put("clip_ratio/low_mean", stats.clip_low_mean);
+            put("clip_ratio/low_min", stats.clip_low_min);
+            put("clip_ratio/high_mean", stats.clip_high_mean);
+            put("clip_ratio/high_max", stats.clip_high_max);
+            put("clip_ratio/region_mean", stats.clip_region_mean);
+        }
     }
-    put("entropy", outcome.entropy);
-    put("clip_ratio/low_mean", outcome.clip_low);
-    put("clip_ratio/high_mean", outcome.clip_high);
-    put("completions/mean_length", mean(lengths.iter().copied()));
-    put("completions/max_length", lengths.iter().copied().fold(0.0, f64::max));
-    put("completions/clipped_ratio", clipped as f64 / lengths.len() as f64);
+    let lengths = |only_finished: bool| -> Vec<f64> {
+        let counted = completions().filter(|c| c.is_finished || !only_finished);
+        counted.map(|c| c.ids.len() as f64).collect()
+    };
+    let (all_lengths, terminated) = (lengths(false), lengths(true));
+    for (words, lengths) in [("length", &all_lengths), ("terminated_length", &terminated)] {
+        put(&format!("completions/mean_{words}"), mean(lengths.iter().copied()));
+        let least = lengths.iter().copied().reduce(f64::min).unwrap_or(0.0);
+        put(&format!("completions/min_{words}"), least);
+        put(&format!("completions/max_{words}"), lengths.iter().copied().fold(0.0, f64::max));
+    }
+    put("completions/clipped_ratio", 1.0 - terminated.len() as f64 / all_lengths.len() as f64);
 }
 
 fn write_down(

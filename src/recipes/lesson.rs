@@ -12,6 +12,7 @@ use crate::model::generate::Prompt;
 use crate::model::processor::ProcessedImage;
 use crate::model::vlm::Features;
 use crate::nn::recompute::Memory;
+use crate::reward::Format;
 use crate::rng;
 use crate::roles::features::FeatureCache;
 use crate::roles::policy;
@@ -54,6 +55,16 @@ impl Lesson<'_> {
     /// Whether completions carry a reasoning.
     pub fn is_cot(&self) -> bool {
         self.config.target == TargetName::Cot
+    }
+
+    /// The form of a right completion.
+    pub fn format(&self) -> Format {
+        match (self.template, self.is_cot()) {
+            (PromptTemplate::Plain, false) => Format::Letter,
+            (_, false) => Format::AnswerOnly,
+            (PromptTemplate::ThinkAfter, true) => Format::AnswerThenThink,
+            (_, true) => Format::ThinkThenAnswer,
+        }
     }
 
     /// The questions of step `step` (from 0): each epoch is a permutation of its own, so that a step is a function of

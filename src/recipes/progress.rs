@@ -4,13 +4,12 @@ use std::sync::Mutex;
 
 /// A listener for the progress of one run. All methods take `&self`, so that closures deep in a recipe can report.
 pub trait Progress: Sync {
-    /// A phase of `total` items or steps begins.
-    fn start(&self, total: usize, what: &str);
+    /// A phase of `total` items or steps begins, of which `done` were done before.
+    fn start(&self, total: usize, done: usize, what: &str);
 
     /// The transfer of a file of `total` bytes begins, a phase whose unit is bytes; `done` are there already.
     fn start_transfer(&self, file: &str, total: u64, done: u64) {
-        self.start(total as usize, file);
-        self.tick(done as usize, &[]);
+        self.start(total as usize, done as usize, file);
     }
 
     /// `done` of the phase are done; `figures` are running numbers such as `("accuracy", 0.93)`.
@@ -31,7 +30,7 @@ pub trait Progress: Sync {
 pub struct Silent;
 
 impl Progress for Silent {
-    fn start(&self, _total: usize, _what: &str) {}
+    fn start(&self, _total: usize, _done: usize, _what: &str) {}
     fn tick(&self, _done: usize, _figures: &[(&str, f64)]) {}
     fn note(&self, _text: &str) {}
     fn row(&self, _cells: &[String]) {}
@@ -47,7 +46,7 @@ pub struct Kept {
 }
 
 impl Progress for Kept {
-    fn start(&self, _total: usize, _what: &str) {}
+    fn start(&self, _total: usize, _done: usize, _what: &str) {}
     fn tick(&self, _done: usize, _figures: &[(&str, f64)]) {}
     fn note(&self, text: &str) {
         self.notes.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(text.to_owned());

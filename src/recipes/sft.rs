@@ -18,6 +18,8 @@ use std::time::Instant;
 pub struct StepReport {
     /// One object of `metrics.jsonl`, without the step's number.
     pub metrics: Map<String, Value>,
+    /// Tokens that went through the model: prompts, image tokens and completions.
+    pub num_tokens: u64,
     /// Completions to write down.
     pub completions: Vec<Value>,
     /// Seconds by phase.
@@ -60,8 +62,8 @@ pub fn step(
     metrics.insert("learning_rate".into(), json!(update.learning_rate));
     metrics.insert("grad_norm".into(), json!(update.grad_norm));
     let num_tokens = questions.prompts.iter().map(|prompt| prompt.ids.len()).sum::<usize>()
-        + questions.targets.iter().map(|target| target.len() - 1).sum::<usize>();
-    metrics.insert("num_tokens".into(), json!(num_tokens));
+        + questions.targets.iter().map(Vec::len).sum::<usize>();
+    report.num_tokens = num_tokens as u64;
     if let Some(attacked) = attacked {
         metrics.insert("epsilon".into(), json!(attacked.epsilon));
         if let Some((clean, adversarial)) = attacked.losses {

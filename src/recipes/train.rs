@@ -2,7 +2,7 @@
 
 use super::adapter::Chosen;
 use super::config::{DenoiserSettings, RecipeName, RunConfig};
-use super::fit::{Fit, Learner, Student};
+use super::fit::{self, Fit, Learner, Student};
 use super::inputs;
 use super::items::{self, Images};
 use super::job::{Job, Outcome};
@@ -136,12 +136,13 @@ fn learn(material: Material, config: &RunConfig, run: &mut Run, progress: &dyn P
             progress.note(&text);
         }
         let is_adversarial = settings.recipe.is_adversarial();
+        let memory = if settings.recompute { Memory::Recompute } else { Memory::Keep };
         let step = |fit: &mut Fit<Student>| {
             if settings.recipe.is_grpo() {
                 let reference = reference.as_ref();
-                grpo::step(&lesson, fit, reference, config.max_new_tokens, is_adversarial, Memory::Keep)
+                grpo::step(&lesson, fit, reference, config.max_new_tokens, is_adversarial, memory)
             } else {
-                sft::step(&lesson, fit, is_adversarial, Memory::Keep)
+                sft::step(&lesson, fit, is_adversarial, memory)
             }
         };
         train_steps(&lesson, Fit::new(Student::new(assistant, adapter)?)?, &step, run, progress)?
@@ -187,13 +188,24 @@ fn train_steps<L: Learner>(
     let checkpoints = run.path("checkpoints");
     fit.resume(&checkpoints)?;
     run.rewind_to(fit.step)?;
-    progress.start(settings.num_steps, settings.recipe.word());
+    let is_due = |step: u64| {
+        let every = settings.save_every as u64;
+        step == settings.num_steps as u64 || (every > 0 && step.is_multiple_of(every))
+    };
+    fit::rotate(&checkpoints, fit.step, settings.keep_checkpoints, &is_due)?;
+    let logged = run.read_metrics()?;
+    let mut num_tokens = logged.last().and_then(|line| line["num_tokens"].as_u64()).unwrap_or(0);
+    progress.start(settings.num_steps, fit.step as usize, settings.recipe.word());
     let mut saved = None;
     while fit.step < settings.num_steps as u64 {
         let report = step(&mut fit).map_err(|error| lesson.located(error, fit.step))?;
         fit.step += 1;
         let mut metrics = serde_json::Map::new();
         metrics.insert("step".into(), json!(fit.step));
+        let seen = fit.step as f64 * settings.batch_size as f64;
+        metrics.insert("epoch".into(), json!(seen / lesson.samples.len() as f64));
+        num_tokens += report.num_tokens;
+        metrics.insert("num_tokens".into(), json!(num_tokens));
         metrics.extend(report.metrics);
         for completion in report.completions {
             let mut line = serde_json::Map::new();
@@ -210,10 +222,10 @@ fn train_steps<L: Learner>(
         let seconds: f64 = report.phases.iter().map(|(_, seconds)| seconds).sum();
         run.timing("step", seconds, &report.phases)?;
         let is_last = fit.step == settings.num_steps as u64;
-        let is_due = settings.save_every > 0 && fit.step.is_multiple_of(settings.save_every as u64);
         let is_stopping = run.stop_requested();
-        if is_last || is_due || is_stopping {
-            saved = Some(fit.save(&checkpoints, settings.keep_checkpoints)?);
+        if is_due(fit.step) || is_stopping {
+            saved = Some(fit.save(&checkpoints)?);
+            fit::rotate(&checkpoints, fit.step, settings.keep_checkpoints, &is_due)?;
         }
         if is_stopping && !is_last {
             return Err(Error::Stopped);

@@ -15,6 +15,8 @@ pub enum Format {
     AnswerOnly,
     /// `<answer>...</answer><think>...</think>`
     AnswerThenThink,
+    /// The bare letter.
+    Letter,
 }
 
 impl From<bool> for Format {
@@ -31,6 +33,7 @@ impl Format {
             Self::ThinkThenAnswer => &["<think>", "</think>", "<answer>", "</answer>"],
             Self::AnswerOnly => &["<answer>", "</answer>"],
             Self::AnswerThenThink => &["<answer>", "</answer>", "<think>", "</think>"],
+            Self::Letter => return matches!(completion.trim().as_bytes(), [b'A'..=b'Z']),
         };
         let mut rest = completion.trim();
         for (position, tag) in tags.iter().enumerate() {
@@ -60,10 +63,14 @@ mod tests {
         let think = "<think>why\nso</think>\n <answer> B </answer>";
         let plain = " <answer>B</answer>\n";
         let after = "<answer>B</answer><think>why</think>";
-        for (form, own) in
-            [(Format::ThinkThenAnswer, think), (Format::AnswerOnly, plain), (Format::AnswerThenThink, after)]
-        {
-            for text in [think, plain, after] {
+        let letter = " B\n";
+        for (form, own) in [
+            (Format::ThinkThenAnswer, think),
+            (Format::AnswerOnly, plain),
+            (Format::AnswerThenThink, after),
+            (Format::Letter, letter),
+        ] {
+            for text in [think, plain, after, letter, "B.", "AB", ""] {
                 assert_eq!(form.matches(text), text == own, "{form:?}: {text}");
             }
         }

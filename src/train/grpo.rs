@@ -458,6 +458,32 @@ impl Tally {
 }
 
 impl GrpoStats {
+    /// Of several micro-batches as one: means weigh them by tokens.
+    pub fn joined(parts: &[Self]) -> Self {
+        let total: usize = parts.iter().map(|part| part.num_tokens).sum();
+        let parts = || parts.iter().filter(|part| part.num_tokens > 0);
+        if total == 0 {
+            return Self::empty();
+        }
+        let mean = |value: fn(&Self) -> f64| {
+            parts().map(|part| value(part) * part.num_tokens as f64).sum::<f64>() / total as f64
+        };
+        let least = |value: fn(&Self) -> f64| parts().map(value).fold(f64::INFINITY, f64::min);
+        let most = |value: fn(&Self) -> f64| parts().map(value).fold(f64::NEG_INFINITY, f64::max);
+        Self {
+            num_tokens: total,
+            kl: parts().all(|part| part.kl.is_some()).then(|| mean(|part| part.kl.unwrap_or(0.0))),
+            ratio_mean: mean(|part| part.ratio_mean),
+            ratio_min: least(|part| part.ratio_min),
+            ratio_max: most(|part| part.ratio_max),
+            clip_low_mean: mean(|part| part.clip_low_mean),
+            clip_low_min: least(|part| part.clip_low_min),
+            clip_high_mean: mean(|part| part.clip_high_mean),
+            clip_high_max: most(|part| part.clip_high_max),
+            clip_region_mean: mean(|part| part.clip_region_mean),
+        }
+    }
+
     /// Of a micro-batch without any unmasked token: nothing measured, nothing clipped.
     fn empty() -> Self {
         Self {

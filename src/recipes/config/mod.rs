@@ -19,6 +19,8 @@ use crate::error::{ConfigError, Error, Result};
 use crate::model::loader::Precision;
 use crate::model::sampling::SamplingConfig;
 use crate::pixels::gray::{GrayReading, GrayRule, Window};
+use crate::reward::RewardConfig;
+use crate::train::grpo::{self, GrpoConfig};
 use keys::{Key, Node, Range, Setting, section, words};
 use std::path::{Path, PathBuf};
 
@@ -218,6 +220,20 @@ words! {
         Dapo = "dapo",
         /// Clipped importance weights times log-probabilities (MiniMax 2025).
         Cispo = "cispo",
+        /// A smooth gate in place of the clip; added up as `grpo`.
+        Sapo = "sapo",
+        /// Sum over each completion's tokens, mean over completions; needs ratios of sequences.
+        Luspo = "luspo",
+    }
+}
+
+words! {
+    /// What an importance ratio belongs to.
+    pub enum ImportanceName = Token {
+        /// Each token.
+        Token = "token",
+        /// A whole completion: the mean over its tokens (GSPO, Zheng et al. 2025).
+        Sequence = "sequence",
     }
 }
 
@@ -458,6 +474,9 @@ section! {
         lora_target_modules: Option<String> = None,
         /// Linear layers without one all the same; names or a regular expression.
         lora_exclude_modules: Option<String> = None,
+        /// Whether activations are computed again for the backward pass in place of being kept: memory no longer grows with
+        /// depth, and a step takes about half as long again.
+        recompute: bool = false,
         /// Which parts of the model train.
         parts: TrainParts = TrainParts::default(),
         /// GRPO, for the recipes `grpo` and `at_grpo`.
@@ -502,10 +521,17 @@ section! {
         temperature: f64 = 1.0 => Range::above(0.0),
         /// The ratio is clipped below 1 - `clip_low`.
         clip_low: f64 = 0.2 => Range::closed(0.0, 1.0),
-        /// The ratio is clipped above 1 + `clip_high`.
+        /// The ratio is clipped above 1 + `clip_high`; of `cispo` it is the cap of the ratio itself, 5 for example.
         clip_high: f64 = 0.2 => Range::at_least(0.0),
+        /// Cap of the ratio where the clip leaves it free (a negative advantage), above 1 + `clip_high`; absent: none
+        /// (two-sided clipping).
+        delta: Option<f64> = None => Range::above(1.0),
+        /// What a ratio belongs to: a token, or a whole completion (GSPO).
+        importance_level: ImportanceName = ImportanceName::Token,
         /// Weight of the k3 estimate of the divergence from the reference policy; 0: no reference is kept.
         kl_coef: f64 = 0.0 => Range::at_least(0.0),
+        /// Whether that estimate is multiplied by the ratio, which makes it unbiased off policy.
+        kl_bias_correction: bool = false,
         /// The image that the reference policy sees.
         kl_image: KlImage = KlImage::Adversarial,
         /// How token losses become one number.
@@ -514,6 +540,11 @@ section! {
         scale_rewards: ScaleRewards = ScaleRewards::Group,
         /// Optimiser steps on one set of completions.
         num_updates: usize = 1 => Range::at_least(1.0),
+        /// Whether completions that were cut off before they ended take no part in the loss.
+        mask_truncated: bool = false,
+        /// How often a group whose rewards are all equal, which teaches nothing, is sampled anew on the same image (dynamic
+        /// sampling, Yu et al. 2025); each time costs another rollout of those groups.
+        max_resamples: usize = 0,
         /// Weight of the accuracy reward.
         accuracy_weight: f64 = 1.0 => Range::at_least(0.0),
         /// Weight of the format reward.
@@ -556,6 +587,41 @@ impl RecipeName {
     /// Whether it trains on attacked images.
     pub const fn is_adversarial(self) -> bool {
         matches!(self, Self::AtSft | Self::AtGrpo)
+    }
+}
+
+impl GrpoSettings {
+    /// The constants of the loss.
+    pub fn loss(&self) -> GrpoConfig {
+        GrpoConfig {
+            loss_type: match self.loss_type {
+                LossType::Grpo => grpo::LossType::Grpo,
+                LossType::Bnpo => grpo::LossType::Bnpo,
+                LossType::DrGrpo => grpo::LossType::DrGrpo,
+                LossType::Dapo => grpo::LossType::Dapo,
+                LossType::Cispo => grpo::LossType::Cispo,
+                LossType::Sapo => grpo::LossType::Sapo,
+                LossType::Luspo => grpo::LossType::Luspo,
+            },
+            importance_level: match self.importance_level {
+                ImportanceName::Token => grpo::ImportanceLevel::Token,
+                ImportanceName::Sequence => grpo::ImportanceLevel::Sequence,
+            },
+            clip_low: self.clip_low,
+            clip_high: self.clip_high,
+            delta: self.delta,
+            kl_coef: self.kl_coef,
+            kl_bias_correction: self.kl_bias_correction,
+        }
+    }
+
+    /// What completions are worth.
+    pub fn rewards(&self) -> RewardConfig {
+        RewardConfig {
+            accuracy_weight: self.accuracy_weight,
+            format_weight: self.format_weight,
+            graded: self.graded,
+        }
     }
 }
 
@@ -718,14 +784,21 @@ impl RunConfig {
     fn train_problems(&self, problems: &mut Vec<ConfigError>) {
         let train = &self.train;
         let recipe = train.recipe;
-        if train.micro_batch_size.is_some_and(|micro| micro < train.batch_size) && recipe.is_grpo() {
-            problems.push(
-                ConfigError::new(
-                    "train.micro_batch_size",
-                    format!("recipe `{recipe}` takes its whole batch in one pass"),
-                )
-                .with_help("leave `micro_batch_size` out, or lower `batch_size` or `grpo.group_size`"),
-            );
+        if recipe.is_grpo() {
+            let named = |mut problem: ConfigError| {
+                problem.key = format!("train.grpo.{}", problem.key);
+                problem
+            };
+            problems.extend(train.grpo.loss().check().into_iter().map(named));
+            problems.extend(train.grpo.rewards().check().into_iter().map(named));
+            if train.grpo.loss_type == LossType::Cispo && train.grpo.clip_high < 1.0 {
+                let message = format!(
+                    "`cispo` caps the ratio itself at `clip_high`: {} would weigh every token down",
+                    train.grpo.clip_high
+                );
+                problems
+                    .push(ConfigError::new("train.grpo.clip_high", message).with_help("set clip_high = 5.0"));
+            }
         }
         if train.captions && recipe != RecipeName::Sft {
             problems.push(
@@ -836,6 +909,7 @@ impl RunConfig {
                 let mut sections = vec!["data", "train", "train.parts"];
                 sections.extend(recipe.is_grpo().then_some("train.grpo"));
                 sections.extend(recipe.is_adversarial().then_some("train.adversary"));
+                sections.extend((recipe == RecipeName::Denoiser).then_some("train.denoiser"));
                 sections
             }
         }
@@ -860,6 +934,7 @@ impl RunConfig {
         let neutral = Self {
             threads: None,
             batch_size: Self::default().batch_size,
+            feature_cache_mib: Self::default().feature_cache_mib,
             out: None,
             images: true,
             revision: None,

@@ -200,11 +200,36 @@ fn the_resolved_configuration_loads_again_as_itself() {
 }
 
 #[test]
+fn every_section_of_training_is_written_down_by_some_recipe() {
+    let all = toml::Table::try_from(RunConfig::default()).unwrap();
+    let train = all["train"].as_table().unwrap();
+    let tables = train.iter().filter(|(_, value)| value.is_table()).map(|(key, _)| format!("train.{key}"));
+    let mut config = RunConfig::default();
+    let mut written: Vec<&str> = Vec::new();
+    for word in RecipeName::WORDS {
+        config.train.recipe = word.parse().unwrap();
+        written.extend(config.sections(Command::Train));
+    }
+    let missing: Vec<String> = tables.filter(|table| !written.contains(&table.as_str())).collect();
+    assert!(missing.is_empty(), "{missing:?}");
+    config.train.recipe = RecipeName::Denoiser;
+    config.train.denoiser.width = 7;
+    assert!(config.to_toml(Command::Train).unwrap().contains("width = 7"));
+}
+
+#[test]
 fn identity_ignores_what_changes_no_result_and_nothing_else() {
     let base = RunConfig::default();
     let identity = base.identity(Command::Attack).unwrap();
     let revision = Some("v1".to_owned());
-    let same = RunConfig { threads: Some(3), batch_size: 77, images: false, revision, ..base.clone() };
+    let same = RunConfig {
+        threads: Some(3),
+        batch_size: 77,
+        images: false,
+        revision,
+        feature_cache_mib: 0,
+        ..base.clone()
+    };
     assert_eq!(same.identity(Command::Attack).unwrap(), identity);
     let other = RunConfig { seed: 1, ..base.clone() };
     assert_ne!(other.identity(Command::Attack).unwrap(), identity);
