@@ -1,8 +1,10 @@
 //! Where tensors live: `auto | cpu | cuda[:N] | metal` resolved to a device, or a clear refusal.
 
 use crate::error::{Error, Result};
-use candle_core::Device;
+use crate::files::guarded;
+use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
+use std::cell::RefCell;
 use std::fmt;
 use std::str::FromStr;
 use std::sync::OnceLock;
@@ -132,44 +134,115 @@ pub fn isa() -> Isa {
 }
 
 impl Backend {
+    /// What `auto` stands for on this machine, found once: the first GPU that opens, else the processor, with a warning where
+    /// this build has a GPU's kernels. Any other as it is.
+    #[must_use]
+    pub fn resolved(self) -> Self {
+        static BEST: OnceLock<Backend> = OnceLock::new();
+        match self {
+            Self::Auto => *BEST.get_or_init(|| {
+                [Self::Cuda(0), Self::Metal]
+                    .into_iter()
+                    .filter(|gpu| gpu.is_built_in())
+                    .find(|gpu| match gpu.open() {
+                        Ok(_) => true,
+                        Err((problem, _)) => {
+                            tracing::warn!(
+                                "device `{gpu}` cannot be opened: {problem}; `auto` takes the processor"
+                            );
+                            false
+                        }
+                    })
+                    .unwrap_or(Self::Cpu)
+            }),
+            named => named,
+        }
+    }
+
+    /// Whether this build has its kernels.
+    fn is_built_in(self) -> bool {
+        match self {
+            Self::Auto | Self::Cpu => true,
+            Self::Cuda(_) => candle_core::utils::cuda_is_available(),
+            Self::Metal => candle_core::utils::metal_is_available(),
+        }
+    }
+
     /// The device itself.
     ///
     /// # Errors
     /// A usage error when this build or this machine does not have the device asked for.
     pub fn device(self) -> Result<Device> {
-        match self {
-            Self::Cpu => Ok(Device::Cpu),
-            Self::Auto => {
-                if candle_core::utils::cuda_is_available() {
-                    Self::Cuda(0).device()
-                } else if candle_core::utils::metal_is_available() {
-                    Self::Metal.device()
-                } else {
-                    Ok(Device::Cpu)
-                }
-            }
-            Self::Cuda(ordinal) => {
-                if !candle_core::utils::cuda_is_available() {
-                    return Err(Error::usage(
-                        "device `cuda` was asked for, but this build has no CUDA support\n   = help: build with `--features cuda`, or use `--device cpu`",
-                    ));
-                }
-                Device::new_cuda(ordinal).map_err(|error| {
-                    Error::usage(format!(
-                        "device `cuda:{ordinal}` cannot be opened: {error}\n   = help: check `nvidia-smi`, or use `--device cpu`"
-                    ))
-                })
-            }
-            Self::Metal => {
-                if !candle_core::utils::metal_is_available() {
-                    return Err(Error::usage(
-                        "device `metal` was asked for, but this build has no Metal support\n   = help: build with `--features metal` on macOS, or use `--device cpu`",
-                    ));
-                }
-                Device::new_metal(0)
-                    .map_err(|error| Error::usage(format!("device `metal` cannot be opened: {error}")))
-            }
+        let backend = self.resolved();
+        if backend.is_built_in() {
+            return backend.open().map_err(|(problem, help)| {
+                Error::usage(format!(
+                    "device `{backend}` cannot be opened: {problem}\n   = help: {help}, or use `--device cpu`"
+                ))
+            });
         }
+        let (device, support, build) = match backend {
+            Self::Metal => ("metal", "Metal", "`--features metal` on macOS"),
+            _ => ("cuda", "CUDA", "`--features cuda`, as `scripts/build_cuda.sh` does"),
+        };
+        Err(Error::usage(format!(
+            "device `{device}` was asked for, but this build has no {support} support\n   = help: build with {build}, or use `--device cpu`"
+        )))
+    }
+
+    /// The device, or what is wrong and what helps.
+    fn open(self) -> std::result::Result<Device, (String, &'static str)> {
+        let opening = || match self {
+            Self::Auto | Self::Cpu => Ok(Device::Cpu),
+            Self::Cuda(ordinal) => tried(Device::new_cuda(ordinal)?),
+            Self::Metal => tried(Device::new_metal(0)?),
+        };
+        let opened = OPENED.with_borrow(|all| all.iter().find(|(gpu, _)| *gpu == self).cloned());
+        if let Some((_, device)) = opened {
+            return Ok(device);
+        }
+        // Where libraries are loaded at run time, candle's crates panic when one is absent.
+        let device = guarded(opening).unwrap_or_else(|| Err(candle_core::Error::Msg(ABSENT.to_owned())));
+        let device = device.map_err(|error| problem_of(&error.to_string()))?;
+        OPENED.with_borrow_mut(|all| all.push((self, device.clone())));
+        Ok(device)
+    }
+}
+
+thread_local! {
+    /// GPUs that this thread has opened. To candle two openings are two devices, whose tensors do not mix; and each thread has
+    /// a queue of its own on a GPU, which no other thread waits for, so none is lent to another thread.
+    static OPENED: RefCell<Vec<(Backend, Device)>> = const { RefCell::new(Vec::new()) };
+}
+
+/// The device, if it computes: whether kernels suit a GPU and its driver shows when the first of them is loaded.
+fn tried(device: Device) -> candle_core::Result<Device> {
+    let one = (Tensor::zeros(1, DType::F32, &device)? + 1.0)?;
+    match one.to_vec1::<f32>()?[..] {
+        [1.0] => Ok(device),
+        ref other => candle_core::bail!("0 + 1 is {other:?} on it"),
+    }
+}
+
+/// The error that stands for a panic while a device was opened.
+const ABSENT: &str = "a library of its driver is absent";
+
+/// What an error of a GPU's driver means for its user, and what helps.
+fn problem_of(error: &str) -> (String, &'static str) {
+    const NO_DRIVER: &str = "install the NVIDIA driver, and keep stubs of libcuda off LD_LIBRARY_PATH";
+    const OTHER_KERNELS: &str = "build with CUDA_COMPUTE_CAP set to this GPU's (80 where `nvidia-smi --query-gpu=compute_cap` says 8.0)";
+    const NEWER: &str = "update the driver, or build with the CUDA version that `nvidia-smi` names";
+    let known = [
+        ("STUB_LIBRARY", "there is no NVIDIA driver, only a stub of libcuda", NO_DRIVER),
+        ("NO_DEVICE", "the NVIDIA driver finds no GPU", "check `nvidia-smi` and CUDA_VISIBLE_DEVICES"),
+        ("INVALID_DEVICE", "there is no GPU of this number", "see `nvidia-smi` for those there are"),
+        ("NO_BINARY_FOR_GPU", "this build's kernels are for another GPU", OTHER_KERNELS),
+        ("INVALID_PTX", "this build's kernels are for another GPU", OTHER_KERNELS),
+        ("UNSUPPORTED_PTX_VERSION", "this build's kernels are newer than the NVIDIA driver", NEWER),
+    ];
+    match known.into_iter().find(|(sign, ..)| error.contains(sign)) {
+        Some((_, problem, help)) => (problem.to_owned(), help),
+        None => (error.to_owned(), "look into its driver with `nvidia-smi` or the system's own report"),
     }
 }
 
@@ -201,5 +274,26 @@ mod tests {
         }
         assert_eq!("cuda".parse(), Ok(Backend::Cuda(0)));
         assert!("gpu".parse::<Backend>().is_err());
+    }
+
+    #[test]
+    fn auto_is_a_device_that_opens_and_a_named_one_is_opened_or_refused() {
+        assert!(!matches!(Backend::Auto.resolved(), Backend::Auto));
+        assert!(Backend::Auto.device().unwrap().same_device(&Backend::Auto.device().unwrap()));
+        for named in [Backend::Cpu, Backend::Cuda(99), Backend::Metal] {
+            assert_eq!(named.resolved(), named);
+        }
+        let error = Backend::Cuda(99).device().unwrap_err();
+        assert_eq!(error.status(), crate::error::ExitStatus::Usage);
+        assert!(error.to_string().contains("--device cpu"), "{error}");
+    }
+
+    #[test]
+    fn errors_of_the_driver_are_put_in_words_and_unknown_ones_kept() {
+        let words = |code: &str| problem_of(&format!("DriverError({code}, \"...\")")).0;
+        assert!(words("CUDA_ERROR_STUB_LIBRARY").contains("no NVIDIA driver"));
+        assert!(words("CUDA_ERROR_NO_DEVICE").contains("no GPU"));
+        assert!(words("CUDA_ERROR_INVALID_PTX").contains("another GPU"));
+        assert!(words("CUDA_ERROR_OUT_OF_MEMORY").contains("OUT_OF_MEMORY"));
     }
 }

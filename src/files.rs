@@ -66,7 +66,8 @@ thread_local! {
     static GUARDED: Cell<bool> = const { Cell::new(false) };
 }
 
-/// What `work` gives; nothing if it panics, as decoders of third parties do on damaged files. Nothing is printed then.
+/// What `work` gives; nothing if it panics, as decoders of third parties do on damaged files and drivers where they are
+/// absent. Nothing is printed then.
 pub fn guarded<T>(work: impl FnOnce() -> T) -> Option<T> {
     let before = GUARDED.replace(true);
     let result = catch_unwind(AssertUnwindSafe(work)).ok();
@@ -74,7 +75,7 @@ pub fn guarded<T>(work: impl FnOnce() -> T) -> Option<T> {
     result
 }
 
-/// Whether a panic of this thread is a damaged file's, and will be told as one.
+/// Whether a panic of this thread is no defect of ours, and will be told as what it is.
 pub fn is_guarded() -> bool {
     GUARDED.get()
 }

@@ -491,7 +491,7 @@ fn what_this_build_does_not_do_is_a_usage_error_and_not_ignored() {
     for (more, words) in [
         (&["--dtype", "f8"][..], "`auto`, `f32` or `bf16`"),
         (&["--prompt", "phantm"], "did you mean `phantom`"),
-        (&["--device", "cuda"], "no CUDA"),
+        (&["--device", "cuda:99"], "device `cuda"),
     ] {
         let model = model.display().to_string();
         let data = data.display().to_string();

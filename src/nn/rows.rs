@@ -114,8 +114,12 @@ pub fn write(x: &Tensor, rows: &[u32], values: &Tensor) -> Result<()> {
     if is_fused(x) {
         return x.inplace_op2(&values.contiguous()?, &Write(rows.into()));
     }
-    for (i, &row) in rows.iter().enumerate() {
-        x.slice_set(&values.narrow(0, i, 1)?.contiguous()?, 0, row as usize)?;
+    // Rows that follow one another at once: elsewhere than on the CPU each copy is a launch.
+    let mut done = 0;
+    while let Some(&first) = rows.get(done) {
+        let count = rows[done..].iter().zip(first..).take_while(|(row, next)| *row == next).count();
+        x.slice_set(&values.narrow(0, done, count)?.contiguous()?, 0, first as usize)?;
+        done += count;
     }
     Ok(())
 }

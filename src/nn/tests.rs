@@ -403,9 +403,16 @@ fn rows_are_selected_added_and_replaced_with_gradients() {
         });
     }
     assert!(rows::split_columns(&wide[0], [2, 2]).is_err());
-    let cache = Tensor::zeros((8, 5), candle_core::DType::F32, &Device::Cpu).unwrap();
-    rows::write(&cache, &places, &inputs[1]).unwrap();
-    assert_eq!(values(&rows::select(&cache, &places).unwrap()), values(&inputs[1]));
+    // Double precision takes the composed path.
+    for dtype in [DType::F32, DType::F64] {
+        for places in [[1u32, 7, 4], [2, 3, 4], [0, 5, 6]] {
+            let cache = Tensor::zeros((8, 5), dtype, &Device::Cpu).unwrap();
+            rows::write(&cache, &places, &inputs[1].to_dtype(dtype).unwrap()).unwrap();
+            let cache = cache.to_dtype(DType::F32).unwrap();
+            assert_eq!(values(&rows::select(&cache, &places).unwrap()), values(&inputs[1]));
+            assert_eq!(values(&cache).iter().filter(|value| **value == 0.0).count(), 5 * 5);
+        }
+    }
 }
 
 #[test]

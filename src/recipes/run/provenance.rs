@@ -65,15 +65,9 @@ pub fn git_commit() -> String {
     }
 }
 
-/// The device that `backend` stands for on this machine, without opening it.
+/// The device that `backend` stands for on this machine.
 pub fn device_name(backend: Backend) -> String {
-    let best = match backend {
-        Backend::Auto if candle_core::utils::cuda_is_available() => Backend::Cuda(0),
-        Backend::Auto if candle_core::utils::metal_is_available() => Backend::Metal,
-        Backend::Auto => Backend::Cpu,
-        named => named,
-    };
-    best.to_string()
+    backend.resolved().to_string()
 }
 
 /// Instruction sets in use that decide the order of floating-point sums.
