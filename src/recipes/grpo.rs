@@ -19,7 +19,7 @@ use crate::error::Result;
 use crate::model::assistant::Assistant;
 use crate::model::generate::Completion;
 use crate::model::sampling::SamplingConfig;
-use crate::nn::recompute::{Memory, Stage, loss_and_gradients};
+use crate::nn::recompute::{Stage, loss_and_gradients};
 use crate::reward::RewardConfig;
 use crate::rng;
 use crate::roles::policy::{self, Scoring};
@@ -40,25 +40,40 @@ struct Group {
     total: Vec<f64>,
 }
 
-/// Trains on the questions of the fit's current step. `reference` is the frozen policy of the KL term.
+/// How the groups of a step come about.
+#[derive(Debug, Clone, Copy)]
+pub struct Sampling<'a> {
+    /// The frozen policy of the KL term.
+    pub reference: Option<&'a Assistant>,
+    /// Longest completion, in tokens.
+    pub max_new_tokens: usize,
+    /// Whether images are attacked first.
+    pub is_adversarial: bool,
+    /// What an estimate takes for granted; nothing in training.
+    pub assumed: Assumed,
+}
+
+/// What an estimate of cost takes for granted about samples that it cannot know.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Assumed {
+    /// No completion ends before it is as long as it may be.
+    pub longest: bool,
+    /// Every group goes through the update, whatever its rewards.
+    pub all_groups: bool,
+}
+
+/// Trains on the questions of the fit's current step.
 ///
 /// # Errors
 /// When a loss or gradient is not finite.
-pub fn step(
-    lesson: &Lesson<'_>,
-    fit: &mut Fit<Student>,
-    reference: Option<&Assistant>,
-    max_new_tokens: usize,
-    is_adversarial: bool,
-    memory: Memory,
-) -> Result<StepReport> {
+pub fn step(lesson: &Lesson<'_>, fit: &mut Fit<Student>, sampling: &Sampling<'_>) -> Result<StepReport> {
     let settings = &lesson.config.grpo;
     let mut report = StepReport::default();
     let questions = lesson.questions(&fit.learner.frozen, fit.step)?;
 
     let started = Instant::now();
     let clean = items::stack(&fit.learner.frozen, &questions.images)?;
-    let attacked = if is_adversarial {
+    let attacked = if sampling.is_adversarial {
         Some(attack_batch(lesson, &fit.learner.frozen, &questions, fit.step)?)
     } else {
         None
@@ -68,13 +83,13 @@ pub fn step(
     report.phases.push(("attack", started.elapsed().as_secs_f64()));
 
     let started = Instant::now();
-    let groups = roll_out(lesson, &fit.learner.frozen, &questions, pixels, fit.step, max_new_tokens)?;
+    let groups = roll_out(lesson, &fit.learner.frozen, &questions, pixels, fit.step, sampling)?;
     report.phases.push(("rollout", started.elapsed().as_secs_f64()));
 
     let started = Instant::now();
     let rewards: Vec<Vec<f64>> = groups.iter().map(|group| group.total.clone()).collect();
     let advantages = advantages_of(&rewards, settings)?;
-    let seen = Seen { pixels, clean: &clean, reference, max_new_tokens, memory };
+    let seen = Seen { pixels, clean: &clean, sampling };
     let outcome = update(lesson, fit, &questions, &groups, &advantages, &seen)?;
     report.phases.push(("update", started.elapsed().as_secs_f64()));
 
@@ -106,7 +121,7 @@ fn roll_out(
     questions: &Questions,
     pixels: &[Tensor],
     step: u64,
-    max_new_tokens: usize,
+    sampling: &Sampling<'_>,
 ) -> Result<Vec<Group>> {
     let settings = &lesson.config.grpo;
     let seeds: Vec<Vec<u64>> = (0..questions.prompts.len() as u64)
@@ -116,7 +131,10 @@ fn roll_out(
                 .collect()
         })
         .collect();
-    let decoding = frozen.decoding(max_new_tokens, SamplingConfig::at(settings.temperature));
+    let mut decoding = frozen.decoding(sampling.max_new_tokens, SamplingConfig::at(settings.temperature));
+    if sampling.assumed.longest {
+        decoding.stop_ids.clear();
+    }
     let sampled = policy::sample(frozen, &questions.prompts, pixels, &seeds, &decoding)?;
     let rewards = RewardConfig {
         accuracy_weight: settings.accuracy_weight,
@@ -153,13 +171,11 @@ fn roll_out(
         .collect()
 }
 
-/// The images the policies see, and how completions are bounded and activations kept.
+/// The images the policies see, and how the groups came about.
 struct Seen<'a> {
     pixels: &'a [Tensor],
     clean: &'a [Tensor],
-    reference: Option<&'a Assistant>,
-    max_new_tokens: usize,
-    memory: Memory,
+    sampling: &'a Sampling<'a>,
 }
 
 /// What the updates of one step came to.
@@ -183,10 +199,10 @@ fn update(
     advantages: &[Vec<f64>],
     seen: &Seen<'_>,
 ) -> Result<UpdateOutcome> {
-    let (max_new_tokens, memory) = (seen.max_new_tokens, seen.memory);
+    let Sampling { reference, max_new_tokens, assumed, .. } = *seen.sampling;
     let settings = &lesson.config.grpo;
     let keep: Vec<usize> = (0..groups.len())
-        .filter(|&g| seen.reference.is_some() || advantages[g].iter().any(|a| *a != 0.0))
+        .filter(|&g| reference.is_some() || assumed.all_groups || advantages[g].iter().any(|a| *a != 0.0))
         .collect();
     let mut outcome = UpdateOutcome {
         num_groups_updated: keep.len(),
@@ -201,7 +217,7 @@ fn update(
     let completions: Vec<Vec<Vec<u32>>> =
         keep.iter().map(|&g| groups[g].completions.iter().map(|c| c.ids.clone()).collect()).collect();
     let scoring = Scoring::new(&fit.learner.assistant, &prompts, &completions)?;
-    let ref_log_probs = match seen.reference {
+    let ref_log_probs = match reference {
         Some(reference) => {
             let images = match settings.kl_image {
                 KlImage::Adversarial => pixels.clone(),
@@ -259,7 +275,7 @@ fn update(
             let slopes = Tensor::from_vec(slopes, log_probs.dims1()?, log_probs.device())?;
             (log_probs * slopes)?.sum_all()
         };
-        let gradients = loss_and_gradients(&stages, &pixels, loss, &fit.wanted(), memory);
+        let gradients = loss_and_gradients(&stages, &pixels, loss, &fit.wanted(), lesson.config.memory());
         drop(stages);
         // What the loss refused keeps its kind, and with it the exit status.
         if let Some(refusal) = refusal.into_inner() {

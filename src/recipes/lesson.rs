@@ -10,7 +10,6 @@ use crate::error::{Error, Result};
 use crate::model::assistant::Assistant;
 use crate::model::generate::Prompt;
 use crate::model::processor::ProcessedImage;
-use crate::nn::recompute::Memory;
 use crate::rng;
 use crate::roles::target::{Aim, Target};
 use candle_core::Tensor;
@@ -101,7 +100,7 @@ impl Lesson<'_> {
     }
 
     /// Indices of the questions of step `step`.
-    fn picked(&self, step: u64) -> Vec<usize> {
+    pub fn picked(&self, step: u64) -> Vec<usize> {
         let (count, size) = (self.samples.len(), self.config.batch_size);
         let mut picked: Vec<usize> = Vec::with_capacity(size);
         let mut order: (u64, Vec<usize>) = (u64::MAX, Vec::new());
@@ -206,7 +205,7 @@ pub fn attack_batch(
             answers: &|_, _| Err(anyhow::anyhow!("training never asks whether an attack succeeded").into()),
             noise: None,
             draws_at_once: 1,
-            memory: Memory::Keep,
+            memory: lesson.config.memory(),
         };
         let config = attack::AttackConfig {
             norm: norm_of(settings.norm),

@@ -7,7 +7,7 @@ use super::fit::{Fit, Student};
 use super::items;
 use super::lesson::{Lesson, Questions, attack_batch};
 use crate::error::{Error, Result};
-use crate::nn::recompute::{Gradients, Memory, Stage, loss_and_gradients};
+use crate::nn::recompute::{Gradients, Stage, loss_and_gradients};
 use crate::roles::policy::{self, Scoring};
 use candle_core::Tensor;
 use serde_json::{Map, Value, json};
@@ -28,12 +28,7 @@ pub struct StepReport {
 ///
 /// # Errors
 /// When a loss or gradient is not finite; [`Lesson::located`] adds the questions.
-pub fn step(
-    lesson: &Lesson<'_>,
-    fit: &mut Fit<Student>,
-    is_adversarial: bool,
-    memory: Memory,
-) -> Result<StepReport> {
+pub fn step(lesson: &Lesson<'_>, fit: &mut Fit<Student>, is_adversarial: bool) -> Result<StepReport> {
     let mut report = StepReport::default();
     let questions = lesson.questions(&fit.learner.frozen, fit.step)?;
     let started = Instant::now();
@@ -47,7 +42,7 @@ pub fn step(
     report.phases.push(("attack", started.elapsed().as_secs_f64()));
 
     let started = Instant::now();
-    let (loss, gradients) = loss_of(lesson, fit, &questions, &pixels, memory)?;
+    let (loss, gradients) = loss_of(lesson, fit, &questions, &pixels)?;
     if !loss.is_finite() {
         return Err(Error::NonFinite(format!("the loss is {loss}")));
     }
@@ -79,7 +74,6 @@ fn loss_of(
     fit: &Fit<Student>,
     questions: &Questions,
     pixels: &[Tensor],
-    memory: Memory,
 ) -> Result<(f64, Gradients)> {
     let vlm = &fit.learner.assistant.vlm;
     let num_targets: usize = questions.targets.iter().map(Vec::len).sum();
@@ -101,7 +95,7 @@ fn loss_of(
             scoring.log_probs(&fit.learner.assistant, &state[0], 1.0)?.sum_all()?
                 * (-1.0 / num_targets as f64)
         };
-        let (loss, own) = loss_and_gradients(&stages, &pixels, loss, &fit.wanted(), memory)?;
+        let (loss, own) = loss_and_gradients(&stages, &pixels, loss, &fit.wanted(), lesson.config.memory())?;
         total += f64::from(loss.to_scalar::<f32>()?);
         gradients.add(own)?;
     }

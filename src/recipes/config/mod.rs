@@ -18,6 +18,7 @@ use crate::data::{DatasetConfig, Shard};
 use crate::error::{ConfigError, Error, Result};
 use crate::model::loader::Storage;
 use crate::model::sampling::SamplingConfig;
+use crate::nn::recompute::Memory;
 use crate::pixels::gray::{GrayReading, GrayRule, Window};
 use keys::{Key, Node, Range, Setting, section, words};
 use std::path::{Path, PathBuf};
@@ -398,6 +399,9 @@ section! {
         /// Questions of one forward pass, for `sft` and `at_sft`; absent: `batch_size`. Gradients add up to those of
         /// the whole batch, to rounding.
         micro_batch_size: Option<usize> = None => Range::at_least(1.0),
+        /// Whether a gradient keeps only the states between layers and computes what is inside them again: less memory, more
+        /// time; equal gradients, to rounding.
+        recompute: bool = false,
         /// Peak learning rate.
         learning_rate: f64 = 1e-5 => Range::at_least(0.0),
         /// Steps over which the learning rate rises linearly to its peak.
@@ -586,6 +590,13 @@ impl DataConfig {
             skip_invalid: self.skip_invalid,
             gray: self.gray(),
         }
+    }
+}
+
+impl TrainConfig {
+    /// What is kept for gradients.
+    pub const fn memory(&self) -> Memory {
+        if self.recompute { Memory::Recompute } else { Memory::Keep }
     }
 }
 
