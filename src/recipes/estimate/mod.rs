@@ -21,7 +21,7 @@ use super::job::{Job, Outcome};
 use super::progress::Progress;
 use super::run::Stop;
 use crate::data::Dataset;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::truncate::{Depths, KINDS, count_parameters};
 use crate::pixels::decode;
 use line::{More, extrapolate, steps_up};
@@ -79,8 +79,16 @@ pub struct Advice {
 /// `safemed train --dry-run`.
 ///
 /// # Errors
-/// Whatever is wrong with settings, data or weights, as in training.
+/// Whatever is wrong with settings, data or weights, as in training; [`Error::Interrupted`] when asked to stop.
 pub fn dry_run(job: &Job<'_>, options: &Options) -> Result<Outcome> {
+    rehearse(job, options).map_err(|error| match error {
+        // Nothing is saved that could be gone on with.
+        Error::Stopped => Error::Interrupted,
+        other => other,
+    })
+}
+
+fn rehearse(job: &Job<'_>, options: &Options) -> Result<Outcome> {
     let started = Instant::now();
     let config = &job.config;
     let template = inputs::check_job(job)?;
@@ -104,7 +112,11 @@ pub fn dry_run(job: &Job<'_>, options: &Options) -> Result<Outcome> {
     let free = options.memory_bytes.or_else(|| free_memory(config));
     let peak = peak_of(&measured.figures, &work);
     let advice = match (peak, free) {
-        (Some(peak), Some(free)) if peak > free => rehearsal.advise(&dataset, &work, free, job.progress)?,
+        (Some(peak), Some(free)) if peak > free => {
+            let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
+            job.progress.note(&format!("it needs {:.2} GiB, {:.2} GiB are free", gib(peak), gib(free)));
+            rehearsal.advise(&dataset, &work, free, job.progress)?
+        }
         _ => Vec::new(),
     };
     let mut summary = summarise(&rehearsal, &work, &measured)?;
@@ -167,7 +179,7 @@ impl Rehearsal<'_> {
         let mut found = Vec::new();
         for change in CHANGES {
             let Some(said) = change(&mut config, self.subject) else { continue };
-            progress.note(&format!("it does not fit; measuring with {said}"));
+            progress.note(&format!("what would fit: measuring with {said}"));
             let work = work.under(&config, self.subject, dataset)?;
             let rehearsal = Rehearsal { config: &config, ..*self };
             let measured = rehearsal.measure(&work, false, progress)?;
