@@ -137,7 +137,7 @@ pub fn estimate(named: &Named, options: &Options, stop: &Stop, progress: &dyn Pr
                 threads: named.threads,
                 image: named.image.clone(),
                 work,
-                seconds: (share.seconds / 5.0).max(0.5),
+                seconds: (share.seconds / 5.0).max(0.2),
             })
         };
         let quiet = crate::recipes::progress::Silent;
