@@ -246,6 +246,20 @@ fn problem_of(error: &str) -> (String, &'static str) {
     }
 }
 
+/// Most memory that this process has held at once since it began or since [`restart_peak_memory`], in bytes of resident
+/// pages; none where the system does not tell (it is read from Linux's `/proc`).
+pub fn peak_memory_bytes() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    Some(peak.split_whitespace().next()?.parse::<u64>().ok()? * 1024)
+}
+
+/// Lets [`peak_memory_bytes`] begin anew from what is held now, where the system can.
+pub fn restart_peak_memory() {
+    // Where there is no such file the peak goes on counting from the start of the process.
+    let _ = std::fs::write("/proc/self/clear_refs", "5");
+}
+
 /// Runs `work` on a pool of `threads` threads (absent: one for each processor), itself one of them.
 ///
 /// Inside the pool a parallel operation starts without waking another thread first, which matters for small models;

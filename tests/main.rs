@@ -15,6 +15,8 @@ mod cli;
 mod commands;
 /// A bad file and the exact message.
 mod config_errors;
+/// Estimates of memory and time, and what then happens.
+mod estimates;
 /// Files of strangers, damaged at random and by hand: one clear error, no panic, little memory, little time.
 mod hostile;
 /// Checkpoints by hub id, against a hub on this machine.

@@ -50,8 +50,9 @@ pub(crate) enum CliCommand {
     /// Fine-tune: sft, at_sft (on attacked images), grpo, at_grpo.
     #[command(after_help = "Examples:\n  safemed config preset at_grpo > at_grpo.toml\n  \
         safemed train --config at_grpo.toml --model Qwen/Qwen2.5-VL-3B-Instruct --omnimedvqa OmniMedVQA --out runs/at_grpo\n  \
+        safemed train --config at_grpo.toml --model Qwen/Qwen2.5-VL-3B-Instruct --omnimedvqa OmniMedVQA --dry-run\n  \
         safemed train --config runs/at_grpo/config.toml --resume --out runs/at_grpo")]
-    Train(RunArgs),
+    Train(TrainArgs),
     /// Accuracy by modality and question type, beside image-blind controls.
     #[command(
         after_help = "Example:\n  safemed eval --model Qwen/Qwen2.5-VL-3B-Instruct --omnimedvqa OmniMedVQA --limit 200"
@@ -97,8 +98,14 @@ pub(crate) enum CliCommand {
     Export(ExportArgs),
     /// Join the parts of a sharded run.
     Merge(DirArgs),
-    /// Devices, features, threads, versions, memory.
-    Doctor,
+    /// Devices, features, threads, versions, memory; what works with a model cost here.
+    #[command(
+        after_help = "Examples:\n  safemed doctor\n  safemed doctor --model Qwen/Qwen2.5-VL-3B-Instruct"
+    )]
+    Doctor(DoctorArgs),
+    /// Measure what standard input asks for, for the estimates of `train --dry-run` and `doctor`.
+    #[command(hide = true)]
+    Probe,
     /// Configuration files: schema, check, show, preset.
     Config(ConfigCommandArgs),
 }
@@ -267,6 +274,68 @@ pub(crate) struct RunArgs {
     generation: GenerationArgs,
     #[command(flatten)]
     pub(crate) common: CommonArgs,
+}
+
+#[derive(Debug, Clone, Args)]
+pub(crate) struct TrainArgs {
+    #[command(flatten)]
+    pub(crate) estimate: EstimateFlags,
+    #[command(flatten)]
+    pub(crate) run: RunArgs,
+}
+
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Estimate")]
+pub(crate) struct EstimateFlags {
+    /// Train nothing: say what memory and time it would take, measured on a few steps.
+    #[arg(long, env = "SAFEMED_DRY_RUN", hide_env = true, value_parser = FalseyValueParser::new())]
+    pub(crate) dry_run: bool,
+    /// Dry run: seconds that measuring may take, roughly; a model small enough is measured whole.
+    #[arg(
+        long, value_name = "S", allow_hyphen_values = true, value_parser = not_negative, default_value = "60",
+        env = "SAFEMED_PROBE_SECONDS", hide_env = true
+    )]
+    pub(crate) probe_seconds: f64,
+    /// Dry run of GRPO: length of sampled completions [default: as the model samples them, else the longest].
+    #[arg(
+        long, value_name = "N", allow_hyphen_values = true, value_parser = at_least_one,
+        env = "SAFEMED_COMPLETION_TOKENS", hide_env = true
+    )]
+    pub(crate) completion_tokens: Option<usize>,
+    /// Dry run: memory to plan for, in GiB [default: what is free].
+    #[arg(
+        long, value_name = "GIB", allow_hyphen_values = true, value_parser = not_negative,
+        env = "SAFEMED_MEMORY_GIB", hide_env = true
+    )]
+    pub(crate) memory_gib: Option<f64>,
+}
+
+#[derive(Debug, Clone, Args)]
+pub(crate) struct DoctorArgs {
+    /// Hugging Face directory, or an id on the hub (no weights are fetched): estimate works with it.
+    #[arg(long, value_name = "DIR_OR_HUB_ID", env = "SAFEMED_MODEL", hide_env = true)]
+    pub(crate) model: Option<String>,
+    /// Branch, tag or commit of a model on the hub [default: main].
+    #[arg(long, value_name = "REV", env = "SAFEMED_REVISION", hide_env = true)]
+    pub(crate) revision: Option<String>,
+    /// How weights are held: auto (as the checkpoint stores them), f32 or bf16.
+    #[arg(long, value_name = "DTYPE", env = "SAFEMED_DTYPE", hide_env = true, default_value = "auto")]
+    pub(crate) dtype: Dtype,
+    /// auto, cpu, cuda, cuda:N or metal.
+    #[arg(long, value_name = "DEVICE", default_value = "auto", env = "SAFEMED_DEVICE", hide_env = true)]
+    pub(crate) device: Backend,
+    /// Threads of the processor [default: all].
+    #[arg(long, value_name = "N", allow_hyphen_values = true, value_parser = at_least_one, env = "SAFEMED_THREADS", hide_env = true)]
+    pub(crate) threads: Option<usize>,
+    /// Image file to work on [default: a gray square of 448 pixels].
+    #[arg(long, value_name = "FILE", env = "SAFEMED_IMAGE", hide_env = true)]
+    pub(crate) image: Option<PathBuf>,
+    /// Seconds that measuring may take, roughly; a model small enough is measured whole.
+    #[arg(
+        long, value_name = "S", allow_hyphen_values = true, value_parser = not_negative, default_value = "60",
+        env = "SAFEMED_PROBE_SECONDS", hide_env = true
+    )]
+    pub(crate) probe_seconds: f64,
 }
 
 #[derive(Debug, Clone, Args)]
@@ -737,6 +806,10 @@ pub(crate) enum ConfigCommand {
 /// A number, or a fraction such as 1/4.
 fn number(text: &str) -> Result<f64, String> {
     parse_number(text).ok_or_else(|| "expected a number or a fraction such as 1/4".to_owned())
+}
+
+fn not_negative(text: &str) -> Result<f64, String> {
+    parse_number(text).filter(|x| *x >= 0.0).ok_or_else(|| "expected a number of at least 0".to_owned())
 }
 
 fn at_least_one(text: &str) -> Result<usize, String> {

@@ -2,7 +2,7 @@
 
 use super::args::{
     AuditArgs, CertifyArgs, Cli, CliCommand, CommonArgs, ConfigArgs, ConfigCommand, DataCommand, DemoArgs,
-    DirArgs, ExportArgs, ParityArgs, PredictArgs, RadiusArgs, ReportArgs, RunArgs,
+    DirArgs, DoctorArgs, EstimateFlags, ExportArgs, ParityArgs, PredictArgs, RadiusArgs, ReportArgs, RunArgs,
 };
 use super::overrides::overrides;
 use super::terminal::Terminal;
@@ -11,6 +11,9 @@ use crate::certify::audit::AuditOptions;
 use crate::data::phantom::PhantomConfig;
 use crate::error::{Error, Result};
 use crate::recipes::config::{Command, RunConfig, show};
+use crate::recipes::estimate::inference::Named;
+use crate::recipes::estimate::probe::Probe;
+use crate::recipes::estimate::{self, Options};
 use crate::recipes::export::Export;
 use crate::recipes::job::{Job, Outcome};
 use crate::recipes::parity::dump::Subject;
@@ -27,7 +30,7 @@ pub(super) fn dispatch(cli: &Cli, matches: &ArgMatches, terminal: &Terminal) -> 
     let call = Call { matches, terminal };
     match &cli.command {
         CliCommand::Demo(args) => demo(&call.job(Command::Demo, &args.config, &args.common)?, args),
-        CliCommand::Train(args) => train(&call.run(Command::Train, args)?),
+        CliCommand::Train(args) => train(&call.run(Command::Train, &args.run)?, &args.estimate),
         CliCommand::Eval(args) => eval(&call.run(Command::Eval, args)?),
         CliCommand::Attack(args) => attack(&call.run(Command::Attack, &args.run)?),
         CliCommand::Certify(CertifyArgs { run, .. }) => certify(&call.run(Command::Certify, run)?),
@@ -39,7 +42,8 @@ pub(super) fn dispatch(cli: &Cli, matches: &ArgMatches, terminal: &Terminal) -> 
         CliCommand::Data(args) => data(&args.command, matches, terminal),
         CliCommand::Export(args) => export(args, terminal),
         CliCommand::Merge(args) => merge(args, terminal),
-        CliCommand::Doctor => Ok(doctor::doctor()),
+        CliCommand::Doctor(args) => doctor(args, terminal),
+        CliCommand::Probe => probe(),
         CliCommand::Config(args) => config(&args.command, matches),
     }
 }
@@ -74,8 +78,40 @@ fn demo(job: &Job<'_>, args: &DemoArgs) -> Result<Outcome> {
     with_threads(job.config.threads, || recipes::demo::demo(job, args.quick))
 }
 
-fn train(job: &Job<'_>) -> Result<Outcome> {
-    with_threads(job.config.threads, || recipes::train::train(job))
+fn train(job: &Job<'_>, flags: &EstimateFlags) -> Result<Outcome> {
+    if !flags.dry_run {
+        return with_threads(job.config.threads, || recipes::train::train(job));
+    }
+    let options = Options {
+        seconds: flags.probe_seconds,
+        completion_tokens: flags.completion_tokens,
+        memory_bytes: flags.memory_gib.map(|gib| (gib * f64::from(1 << 30)) as u64),
+    };
+    with_threads(job.config.threads, || estimate::dry_run(job, &options))
+}
+
+fn doctor(args: &DoctorArgs, terminal: &Terminal) -> Result<Outcome> {
+    let Some(model) = &args.model else { return Ok(doctor::doctor()) };
+    let named = Named {
+        model: model.clone(),
+        revision: args.revision.clone(),
+        dtype: args.dtype,
+        device: args.device,
+        threads: args.threads,
+        image: args.image.clone(),
+    };
+    let options = Options { seconds: args.probe_seconds, ..Options::default() };
+    with_threads(args.threads, || doctor::doctor_with(&named, &options, &Stop::default(), terminal))
+}
+
+/// What a measuring child does: one [`Probe`] from standard input, its figures to standard output.
+fn probe() -> Result<Outcome> {
+    let probe: Probe = serde_json::from_reader(std::io::stdin().lock())
+        .map_err(|error| Error::usage(format!("`probe` reads what to measure from its caller: {error}")))?;
+    let figures = with_threads(probe.threads(), || probe.measure())?;
+    let summary = serde_json::to_value(&figures).map_err(anyhow::Error::from)?;
+    let text = format!("{summary}\n");
+    Ok(Outcome::new(summary, text))
 }
 
 fn eval(job: &Job<'_>) -> Result<Outcome> {

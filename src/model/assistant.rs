@@ -9,6 +9,7 @@ use super::positions::Grid;
 use super::processor::{ImageProcessorConfig, ProcessedImage};
 use super::sampling::{Decoding, SamplingConfig};
 use super::tokenizer::Tokenizer;
+use super::truncate::Depths;
 use super::vlm::Vlm;
 use super::weights;
 use crate::error::{Error, Result};
@@ -49,8 +50,23 @@ impl Assistant {
         trains: &dyn Fn(&str) -> bool,
         device: &Device,
     ) -> Result<Self> {
+        Self::load_part(dir, None, adaptation, precision, trains, device)
+    }
+
+    /// The same with the first so many blocks of each kind only.
+    ///
+    /// # Errors
+    /// As [`loader::load_part`].
+    pub fn load_part(
+        dir: &Path,
+        depths: Option<Depths>,
+        adaptation: Adaptation<'_>,
+        precision: Precision,
+        trains: &dyn Fn(&str) -> bool,
+        device: &Device,
+    ) -> Result<Self> {
         let (vlm, Processor { tokenizer, chat, image_processor }) =
-            loader::load_vlm(dir, adaptation, precision, trains, device)?;
+            loader::load_part(dir, depths, adaptation, precision, trains, device)?;
         Ok(Self { vlm, tokenizer, chat, image_processor })
     }
 

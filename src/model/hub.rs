@@ -95,6 +95,21 @@ pub fn locate(model: &str, revision: Option<&str>, listener: &Listener<'_>) -> R
     fetch(model, revision.unwrap_or(DEFAULT_REVISION), &HubSettings::from_env()?, listener)
 }
 
+/// The same without fetching weights: config.json, tokenizer and processors are enough to say what a model would cost.
+/// Weights that are there already are in the directory.
+///
+/// # Errors
+/// As [`locate`].
+pub fn locate_without_weights(
+    model: &str,
+    revision: Option<&str>,
+    listener: &Listener<'_>,
+) -> Result<Location> {
+    check_revision(model, revision)?;
+    let revision = revision.unwrap_or(DEFAULT_REVISION);
+    fetch_parts(model, revision, &HubSettings::from_env()?, listener, Parts::AllButWeights)
+}
+
 /// Refuses a revision that means nothing, without looking for the model.
 ///
 /// # Errors
@@ -138,6 +153,23 @@ pub fn is_hub_id(model: &str) -> bool {
 /// content that is not what the hub promises, a repository without safetensors weights, a model that is not supported,
 /// offline an incomplete copy or none. Whatever `listener` returns.
 pub fn fetch(id: &str, revision: &str, settings: &HubSettings, listener: &Listener<'_>) -> Result<Location> {
+    fetch_parts(id, revision, settings, listener, Parts::All)
+}
+
+/// What of a repository is wanted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Parts {
+    All,
+    AllButWeights,
+}
+
+fn fetch_parts(
+    id: &str,
+    revision: &str,
+    settings: &HubSettings,
+    listener: &Listener<'_>,
+    parts: Parts,
+) -> Result<Location> {
     let repository = Repository::new(&settings.cache, id, revision);
     if settings.offline {
         return cached(&repository);
@@ -170,6 +202,9 @@ pub fn fetch(id: &str, revision: &str, settings: &HubSettings, listener: &Listen
     VlmConfig::load(&dir)?;
     for name in SMALL.into_iter().filter(|name| names.contains(name)) {
         get(name)?;
+    }
+    if parts == Parts::AllButWeights {
+        return Ok(Location { dir, commit: Some(commit.to_owned()) });
     }
     if is_sharded {
         get(INDEX)?;

@@ -12,6 +12,7 @@ use super::patches::Patchify;
 use super::positions::{Grid, image_tokens};
 use super::processor::ImageProcessorConfig;
 use super::tokenizer::Tokenizer;
+use super::truncate::{Depths, Truncation};
 use super::vlm::Vlm;
 use super::weights::{Numbers, Weights};
 use crate::error::{Error, Result};
@@ -138,7 +139,24 @@ pub fn load_vlm(
     trains: &dyn Fn(&str) -> bool,
     device: &Device,
 ) -> Result<(Vlm, Processor)> {
-    let config = VlmConfig::load(dir)?;
+    load_part(dir, None, adaptation, precision, trains, device)
+}
+
+/// The same with the first so many blocks of each kind only: see [`Truncation`].
+///
+/// # Errors
+/// As [`load_vlm`]; a data error when too little is kept for a legal model.
+pub fn load_part(
+    dir: &Path,
+    depths: Option<Depths>,
+    adaptation: Adaptation<'_>,
+    precision: Precision,
+    trains: &dyn Fn(&str) -> bool,
+    device: &Device,
+) -> Result<(Vlm, Processor)> {
+    let whole = VlmConfig::load(dir)?;
+    let truncation = Truncation::new(&whole, depths.unwrap_or(Depths::of(&whole)));
+    let config = if depths.is_some() { truncation.config(&whole)? } else { whole };
     let processor = Processor::load(dir)?;
     let patchify = patchify_of(&config, &processor.image_processor).map_err(|error| match error {
         Error::Data(message) => Error::data(format!("{message}\n  --> {}", dir.display())),
@@ -147,6 +165,7 @@ pub fn load_vlm(
     let weights = Weights::open(dir)?;
     let used = RefCell::new(BTreeSet::new());
     let source = |name: &str, shape: &[usize]| {
+        let name = &*truncation.original(name);
         used.borrow_mut().insert(name.to_owned());
         let base = weights.get(name, shape)?;
         let numbers = match adaptation {
@@ -157,13 +176,18 @@ pub fn load_vlm(
         Ok(precision.apply(numbers))
     };
     let low_rank = |module: &str, shape: [usize; 2]| match adaptation {
-        Adaptation::Active(adapter) => adapter.layer(module, shape),
-        Adaptation::New { config, seed } => lora::new_layer(config, module, shape, seed),
+        Adaptation::Active(adapter) => adapter.layer(&truncation.original(module), shape),
+        Adaptation::New { config, seed } => {
+            lora::new_layer(config, &truncation.original(module), shape, seed)
+        }
         Adaptation::None | Adaptation::Merged(_) => Ok(None),
     };
     let arithmetic = precision.arithmetic();
     let build = Build { source: &source, trains, low_rank: &low_rank, arithmetic };
     let vlm = Vlm::new(&config, patchify, build, device)?;
+    if depths.is_some() {
+        return Ok((vlm, processor));
+    }
     if let Adaptation::Active(adapter) | Adaptation::Merged(adapter) = adaptation {
         adapter.check_used()?;
     }

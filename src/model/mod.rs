@@ -19,6 +19,7 @@ pub mod sampling;
 pub mod tensor_file;
 pub mod text;
 pub mod tokenizer;
+pub mod truncate;
 pub mod vision;
 pub mod vlm;
 pub mod weights;

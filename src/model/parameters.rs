@@ -82,14 +82,23 @@ impl Parameters {
         values(&self.low_rank)
     }
 
+    /// Names and shapes of the model's own parameters; no number is copied.
+    pub fn shapes(&self) -> impl Iterator<Item = (&str, &[usize])> {
+        self.entries.iter().map(|(name, holder)| {
+            let shape = match holder {
+                Holder::Trained(var) => var.as_tensor().dims(),
+                Holder::Frozen(tensor) => tensor.dims(),
+                Holder::FrozenWeight(_, shape) => shape,
+            };
+            (name.as_str(), shape)
+        })
+    }
+
     /// Number of scalar parameters: the model's own, and those that train.
-    ///
-    /// # Errors
-    /// As [`Parameters::tensors`].
-    pub fn count(&self) -> Result<(usize, usize)> {
-        let all = self.tensors()?.iter().map(|(_, tensor)| tensor.elem_count()).sum();
+    pub fn count(&self) -> (usize, usize) {
+        let all = self.shapes().map(|(_, shape)| shape.iter().product::<usize>()).sum();
         let trained = self.trained().iter().map(|(_, var)| var.as_tensor().elem_count()).sum();
-        Ok((all, trained))
+        (all, trained)
     }
 }
 

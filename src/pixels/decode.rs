@@ -55,6 +55,30 @@ pub fn read_file(path: &Path, reading: GrayReading) -> Result<Decoded> {
     })
 }
 
+/// Width and height of an image file as [`read_file`] gives it, from its header alone where the format allows.
+///
+/// # Errors
+/// As [`read_file`], for what the header shows.
+pub fn file_size(path: &Path) -> Result<(usize, usize)> {
+    let whole = || read_file(path, GrayReading::default()).map(|read| (read.image.width, read.image.height));
+    let Ok(reader) = ImageReader::open(path).and_then(ImageReader::with_guessed_format) else {
+        return whole();
+    };
+    let Some(mut decoder) = reader.format().and_then(|_| reader.into_decoder().ok()) else { return whole() };
+    let (width, height) = decoder.dimensions();
+    let (width, height) = (width as usize, height as usize);
+    if width == 0 || height == 0 {
+        return whole();
+    }
+    Ok(match decoder.orientation().unwrap_or(Orientation::NoTransforms) {
+        Orientation::Rotate90
+        | Orientation::Rotate270
+        | Orientation::Rotate90FlipH
+        | Orientation::Rotate270FlipH => (height, width),
+        _ => (width, height),
+    })
+}
+
 /// Decodes an image file's content.
 ///
 /// # Errors

@@ -114,22 +114,22 @@ impl Chosen {
             Self::Given(adapter) => &adapter.config,
         };
         let modules = modules(assistant)?;
-        let known = || Ok::<_, Error>(kinds(&linear_layers(assistant)?));
+        let known = || kinds(&linear_layers(assistant));
         if modules.is_empty() {
             return Err(Error::usage(format!(
                 "no linear layer gets an adapter\n   = help: `train.lora_target_modules` less `train.lora_exclude_modules` leaves none of {}",
-                known()?
+                known()
             )));
         }
         if let (Self::New(_), Modules::Names(names)) = (self, &config.target_modules) {
-            let layers = linear_layers(assistant)?;
+            let layers = linear_layers(assistant);
             for name in names {
                 let one = Modules::Names(vec![name.clone()]);
                 if !layers.iter().map(|layer| one.contain(layer)).collect::<Result<Vec<_>>>()?.contains(&true)
                 {
                     return Err(Error::usage(format!(
                         "`train.lora_target_modules`: there is no linear layer `{name}`\n   = help: there are {}",
-                        known()?
+                        known()
                     )));
                 }
             }
@@ -148,7 +148,7 @@ impl Chosen {
     pub fn describe(&self, assistant: &Assistant) -> Result<Option<String>> {
         let Some(settings) = self.settings(assistant)? else { return Ok(None) };
         let modules = modules(assistant)?;
-        let (all, trained) = assistant.vlm.parameters().count()?;
+        let (all, trained) = assistant.vlm.parameters().count();
         Ok(Some(format!(
             "adapter of rank {} over {} linear layers ({}): {trained} parameters train, {all} are frozen",
             settings.rank,
@@ -186,12 +186,11 @@ fn modules(assistant: &Assistant) -> Result<Vec<String>> {
 }
 
 /// Names of weights that are matrices.
-fn linear_layers(assistant: &Assistant) -> Result<Vec<String>> {
-    let tensors = assistant.vlm.parameters().tensors()?;
+fn linear_layers(assistant: &Assistant) -> Vec<String> {
     let is_matrix =
         |name: &str, rank: usize| rank == 2 && !name.contains("embed") && name != "lm_head.weight";
-    let layers = tensors.iter().filter(|(name, tensor)| is_matrix(name, tensor.rank()));
-    Ok(layers.filter_map(|(name, _)| name.strip_suffix(".weight").map(str::to_owned)).collect())
+    let layers = assistant.vlm.parameters().shapes().filter(|(name, shape)| is_matrix(name, shape.len()));
+    layers.filter_map(|(name, _)| name.strip_suffix(".weight").map(str::to_owned)).collect()
 }
 
 /// `q_proj x36, …`: the last parts of the names, with how often each occurs.

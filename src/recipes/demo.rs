@@ -226,7 +226,7 @@ impl Demo<'_> {
         let device = self.job.config.backend().device()?;
         let few = &dataset.samples[..dataset.samples.len().min(4000)];
         let assistant = Scratch::tiny().build(few, &templates, self.job.config.seed, &|_| true, &device)?;
-        let (count, _) = assistant.vlm.parameters().count()?;
+        let (count, _) = assistant.vlm.parameters().count();
         self.job
             .progress
             .note(&format!("a model from scratch: {count} parameters, {} tokens", assistant.tokenizer.len()));

@@ -1,10 +1,31 @@
 //! `safemed doctor`: what this build and this machine offer, and what a run would use.
 
+use super::estimate::Options;
+use super::estimate::inference::{self, Named};
 use super::job::Outcome;
-use super::run::{all_threads, provenance};
+use super::progress::Progress;
+use super::run::{Stop, all_threads, provenance};
 use crate::backend::{Backend, isa};
+use crate::error::Result;
 use serde_json::json;
 use std::fmt::Write as _;
+
+/// Looks at the machine, and at what works with a model would cost on it.
+///
+/// # Errors
+/// What is missing or wrong in the model's directory.
+pub fn doctor_with(
+    named: &Named,
+    options: &Options,
+    stop: &Stop,
+    progress: &dyn Progress,
+) -> Result<Outcome> {
+    let mut machine = doctor();
+    let model = inference::estimate(named, options, stop, progress)?;
+    machine.summary["estimate"] = model.summary;
+    machine.text.push_str(&model.text);
+    Ok(machine)
+}
 
 /// Looks at the machine; loads nothing and cannot fail.
 pub fn doctor() -> Outcome {

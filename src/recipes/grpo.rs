@@ -22,7 +22,7 @@ use crate::model::generate::{Completion, Prompt};
 use crate::model::sampling::SamplingConfig;
 use crate::model::vision::VisionPlan;
 use crate::model::vlm::Features;
-use crate::nn::recompute::{Gradients, Memory, Stage, loss_and_gradients};
+use crate::nn::recompute::{Gradients, Stage, loss_and_gradients};
 use crate::rng;
 use crate::roles::policy::{self, Scoring};
 use crate::train::advantage::{self, AdvantageConfig};
@@ -42,25 +42,40 @@ struct Group {
     total: Vec<f64>,
 }
 
-/// Trains on the questions of the fit's current step. `reference` is the frozen policy of the KL term.
+/// How the groups of a step come about.
+#[derive(Debug, Clone, Copy)]
+pub struct Sampling<'a> {
+    /// The frozen policy of the KL term.
+    pub reference: Option<&'a Assistant>,
+    /// Longest completion, in tokens.
+    pub max_new_tokens: usize,
+    /// Whether images are attacked first.
+    pub is_adversarial: bool,
+    /// What an estimate takes for granted; nothing in training.
+    pub assumed: Assumed,
+}
+
+/// What an estimate of cost takes for granted about samples that it cannot know.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Assumed {
+    /// No completion ends before it is as long as it may be.
+    pub longest: bool,
+    /// Every group goes through the update, whatever its rewards.
+    pub all_groups: bool,
+}
+
+/// Trains on the questions of the fit's current step.
 ///
 /// # Errors
 /// When a loss or gradient is not finite.
-pub fn step(
-    lesson: &Lesson<'_>,
-    fit: &mut Fit<Student>,
-    reference: Option<&Assistant>,
-    max_new_tokens: usize,
-    is_adversarial: bool,
-    memory: Memory,
-) -> Result<StepReport> {
+pub fn step(lesson: &Lesson<'_>, fit: &mut Fit<Student>, sampling: &Sampling<'_>) -> Result<StepReport> {
     let settings = &lesson.config.grpo;
     let mut report = StepReport::default();
     let questions = lesson.questions(&fit.learner.frozen, fit.step)?;
 
     let started = Instant::now();
     let clean = items::stack(&fit.learner.frozen, &questions.images)?;
-    let attacked = if is_adversarial {
+    let attacked = if sampling.is_adversarial {
         Some(attack_batch(lesson, &fit.learner.frozen, &questions, fit.step)?)
     } else {
         None
@@ -70,14 +85,14 @@ pub fn step(
     report.phases.push(("attack", started.elapsed().as_secs_f64()));
 
     let started = Instant::now();
-    let is_new = is_adversarial || lesson.config.noise_sigma > 0.0;
+    let is_new = sampling.is_adversarial || lesson.config.noise_sigma > 0.0;
     let features = if is_new {
         policy::encode(&fit.learner.frozen, pixels)?
     } else {
         lesson.features_of(&fit.learner.frozen, pixels)?
     };
     let places: Vec<usize> = (0..questions.prompts.len()).collect();
-    let round = Round { places: &places, step: fit.step, attempt: 0, max_new_tokens };
+    let round = Round { places: &places, step: fit.step, attempt: 0, sampling };
     let frozen = &fit.learner.frozen;
     let mut groups = roll_out(lesson, frozen, &questions, &features, round)?;
     let num_resampled = resample(lesson, frozen, &questions, &features, &mut groups, round)?;
@@ -88,7 +103,7 @@ pub fn step(
     let advantages = advantages_of(&rewards, settings)?;
     // Of a vision tower that does not train they hold for the update too, and for the reference.
     let features = lesson.features.is_some().then_some(features);
-    let seen = Seen { pixels, clean: &clean, features, reference, max_new_tokens, memory };
+    let seen = Seen { pixels, clean: &clean, features, sampling };
     let outcome = update(lesson, fit, &questions, &groups, &advantages, &seen)?;
     report.phases.push(("update", started.elapsed().as_secs_f64()));
 
@@ -131,7 +146,11 @@ fn roll_out(
     round: Round<'_>,
 ) -> Result<Vec<Group>> {
     let settings = &lesson.config.grpo;
-    let decoding = frozen.decoding(round.max_new_tokens, SamplingConfig::at(settings.temperature));
+    let sampling = round.sampling;
+    let mut decoding = frozen.decoding(sampling.max_new_tokens, SamplingConfig::at(settings.temperature));
+    if sampling.assumed.longest {
+        decoding.stop_ids.clear();
+    }
     let mut groups = Vec::with_capacity(round.places.len());
     for part in round.places.chunks(lesson.micro_batch_size()) {
         let seeds: Vec<Vec<u64>> = part.iter().map(|&q| round.seeds(lesson, q)).collect();
@@ -151,7 +170,7 @@ struct Round<'a> {
     places: &'a [usize],
     step: u64,
     attempt: u64,
-    max_new_tokens: usize,
+    sampling: &'a Sampling<'a>,
 }
 
 impl Round<'_> {
@@ -243,15 +262,13 @@ fn resample(
     Ok(replaced)
 }
 
-/// The images the policies see, and how completions are bounded and activations kept.
+/// The images the policies see, and how the groups came about.
 struct Seen<'a> {
     pixels: &'a [Tensor],
     clean: &'a [Tensor],
     /// What the vision tower says about `pixels`, where it does not train.
     features: Option<Features>,
-    reference: Option<&'a Assistant>,
-    max_new_tokens: usize,
-    memory: Memory,
+    sampling: &'a Sampling<'a>,
 }
 
 /// What the updates of one step came to.
@@ -293,7 +310,9 @@ fn passes_of(
     seen: &Seen<'_>,
 ) -> Result<Vec<Pass>> {
     let settings = &lesson.config.grpo;
-    let is_useful = |&g: &usize| seen.reference.is_some() || advantages[g].iter().any(|a| *a != 0.0);
+    let Sampling { reference, assumed, .. } = *seen.sampling;
+    let is_wanted = reference.is_some() || assumed.all_groups;
+    let is_useful = |&g: &usize| is_wanted || advantages[g].iter().any(|a| *a != 0.0);
     let keep: Vec<usize> =
         (0..groups.len()).filter(is_useful).filter(|&g| groups[g].num_tokens(settings) > 0).collect();
     let all_tokens: usize = groups.iter().map(|group| group.num_tokens(settings)).sum();
@@ -309,7 +328,7 @@ fn passes_of(
                 Some(features) => Some(features.select(&image_rows(&questions.prompts, part))?),
                 None => None,
             };
-            let ref_log_probs = match seen.reference {
+            let ref_log_probs = match reference {
                 Some(reference) => {
                     let features = match (settings.kl_image, &features) {
                         (KlImage::Adversarial, Some(features)) => features.clone(),
@@ -364,7 +383,6 @@ impl Pass {
         lesson: &Lesson<'_>,
         fit: &Fit<Student>,
         accumulation: &Accumulation,
-        memory: Memory,
     ) -> Result<(GrpoLoss, Gradients)> {
         let settings = &lesson.config.grpo;
         let assistant = &fit.learner.assistant;
@@ -396,7 +414,8 @@ impl Pass {
             let slopes = Tensor::from_vec(slopes, log_probs.dims1()?, log_probs.device())?;
             (log_probs * slopes)?.sum_all()
         };
-        let gradients = loss_and_gradients(&stages, &self.inputs, loss, &fit.wanted(), memory);
+        let gradients =
+            loss_and_gradients(&stages, &self.inputs, loss, &fit.wanted(), lesson.config.memory());
         drop(stages);
         // What the loss refused keeps its kind, and with it the exit status.
         if let Some(refusal) = refusal.into_inner() {
@@ -434,13 +453,13 @@ fn update(
         gradient_accumulation_steps: 1,
         steps_per_generation: 1,
         num_items_in_batch: groups.iter().map(|group| group.num_tokens(settings)).sum(),
-        max_completion_length: seen.max_new_tokens,
+        max_completion_length: seen.sampling.max_new_tokens,
     };
     for _ in 0..settings.num_updates {
         let mut gradients = Gradients::default();
         let (mut loss, mut stats) = (0.0, Vec::with_capacity(passes.len()));
         for pass in &mut passes {
-            let (own, own_gradients) = pass.run(lesson, fit, &accumulation, seen.memory)?;
+            let (own, own_gradients) = pass.run(lesson, fit, &accumulation)?;
             gradients.add(own_gradients)?;
             loss += own.loss;
             stats.push(own.stats);

@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Bytes of decoded images kept in memory.
-const CACHE_BYTES: usize = 2 << 30;
+pub const CACHE_BYTES: usize = 2 << 30;
 
 /// Decoded and processed images of a data set.
 #[derive(Debug)]
@@ -90,6 +90,11 @@ impl Images {
             cache.0.insert(image.to_path_buf(), processed.clone());
         }
         Ok(processed)
+    }
+
+    /// Bytes of the images that are kept at the model's resolution.
+    pub fn kept_bytes(&self) -> usize {
+        self.cache.lock().unwrap_or_else(PoisonError::into_inner).1
     }
 
     /// The images of `samples`, in order, decoded in parallel.

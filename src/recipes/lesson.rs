@@ -11,7 +11,6 @@ use crate::model::assistant::Assistant;
 use crate::model::generate::Prompt;
 use crate::model::processor::ProcessedImage;
 use crate::model::vlm::Features;
-use crate::nn::recompute::Memory;
 use crate::reward::Format;
 use crate::rng;
 use crate::roles::features::FeatureCache;
@@ -117,7 +116,7 @@ impl Lesson<'_> {
     }
 
     /// Indices of the questions of step `step`.
-    fn picked(&self, step: u64) -> Vec<usize> {
+    pub fn picked(&self, step: u64) -> Vec<usize> {
         let (count, size) = (self.samples.len(), self.config.batch_size);
         let mut picked: Vec<usize> = Vec::with_capacity(size);
         let mut order: (u64, Vec<usize>) = (u64::MAX, Vec::new());
@@ -233,7 +232,7 @@ pub fn attack_batch(
             answers: &|_, _| Err(anyhow::anyhow!("training never asks whether an attack succeeded").into()),
             noise: None,
             draws_at_once: 1,
-            memory: Memory::Keep,
+            memory: lesson.config.memory(),
         };
         let config = attack::AttackConfig {
             norm: norm_of(settings.norm),

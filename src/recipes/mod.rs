@@ -17,6 +17,7 @@ pub mod data;
 pub mod demo;
 pub mod denoise;
 pub mod doctor;
+pub mod estimate;
 pub mod eval;
 pub mod export;
 pub mod fit;

@@ -7,7 +7,7 @@ use super::fit::{Fit, Student};
 use super::items;
 use super::lesson::{Lesson, Questions, attack_batch};
 use crate::error::{Error, Result};
-use crate::nn::recompute::{Gradients, Memory, Stage, loss_and_gradients};
+use crate::nn::recompute::{Gradients, Stage, loss_and_gradients};
 use crate::roles::policy::{self, Scoring};
 use candle_core::Tensor;
 use serde_json::{Map, Value, json};
@@ -30,12 +30,7 @@ pub struct StepReport {
 ///
 /// # Errors
 /// When a loss or gradient is not finite; [`Lesson::located`] adds the questions.
-pub fn step(
-    lesson: &Lesson<'_>,
-    fit: &mut Fit<Student>,
-    is_adversarial: bool,
-    memory: Memory,
-) -> Result<StepReport> {
+pub fn step(lesson: &Lesson<'_>, fit: &mut Fit<Student>, is_adversarial: bool) -> Result<StepReport> {
     let mut report = StepReport::default();
     let questions = lesson.questions(&fit.learner.frozen, fit.step)?;
     let started = Instant::now();
@@ -50,7 +45,7 @@ pub fn step(
 
     let started = Instant::now();
     let is_new = is_adversarial || lesson.config.noise_sigma > 0.0;
-    let (loss, gradients) = loss_of(lesson, fit, &questions, &pixels, is_new, memory)?;
+    let (loss, gradients) = loss_of(lesson, fit, &questions, &pixels, is_new)?;
     if !loss.is_finite() {
         return Err(Error::NonFinite(format!("the loss is {loss}")));
     }
@@ -83,7 +78,6 @@ fn loss_of(
     questions: &Questions,
     pixels: &[Tensor],
     is_new: bool,
-    memory: Memory,
 ) -> Result<(f64, Gradients)> {
     let vlm = &fit.learner.assistant.vlm;
     let num_targets: usize = questions.targets.iter().map(Vec::len).sum();
@@ -111,7 +105,7 @@ fn loss_of(
             scoring.log_probs(&fit.learner.assistant, &state[0], 1.0)?.sum_all()?
                 * (-1.0 / num_targets as f64)
         };
-        let (loss, own) = loss_and_gradients(&stages, &inputs, loss, &fit.wanted(), memory)?;
+        let (loss, own) = loss_and_gradients(&stages, &inputs, loss, &fit.wanted(), lesson.config.memory())?;
         total += f64::from(loss.to_scalar::<f32>()?);
         gradients.add(own)?;
     }

@@ -3,6 +3,7 @@
 use super::adapter::Chosen;
 use super::config::{DenoiserSettings, RecipeName, RunConfig};
 use super::fit::{self, Fit, Learner, Student};
+use super::grpo::{self, Assumed, Sampling};
 use super::inputs;
 use super::items::{self, Images};
 use super::job::{Job, Outcome};
@@ -12,14 +13,15 @@ use super::report::{self, ReportOptions};
 use super::run::{Run, Stop};
 use super::scratch::{self, Scratch};
 use super::sft::StepReport;
-use super::{denoise, grpo, sft};
+use super::{denoise, sft};
+use crate::backend::peak_memory_bytes;
 use crate::data::Dataset;
 use crate::error::{Error, Result};
 use crate::model::assistant::Assistant;
 use crate::model::denoiser::{Denoiser, DenoiserConfig};
 use crate::model::hub::Location;
 use crate::model::lora::LoraConfig;
-use crate::nn::recompute::Memory;
+use crate::model::truncate::Depths;
 use crate::roles::features::FeatureCache;
 use candle_core::Var;
 use serde_json::{Value, json};
@@ -32,7 +34,7 @@ use std::path::PathBuf;
 pub fn train(job: &Job<'_>) -> Result<Outcome> {
     inputs::check_job(job)?;
     inputs::require_greedy(&job.config, "training samples as `train.grpo` says")?;
-    let material = material(&job.config, &job.stop, job.progress)?;
+    let material = material(&job.config, None, &job.stop, job.progress)?;
     let mut run = job.open_run()?;
     let summary = learn(material, &job.config, &mut run, job.progress)?;
     let options = ReportOptions { images: job.config.images, ..ReportOptions::default() };
@@ -43,7 +45,7 @@ pub fn train(job: &Job<'_>) -> Result<Outcome> {
 }
 
 /// What a training run learns from.
-struct Material {
+pub(super) struct Material {
     dataset: Dataset,
     /// Where the model comes from; none from scratch.
     model: Option<Location>,
@@ -55,8 +57,14 @@ struct Material {
     reference: Option<Assistant>,
 }
 
-/// Everything a configuration names, loaded; the questions first, for they are cheap.
-fn material(config: &RunConfig, stop: &Stop, progress: &dyn Progress) -> Result<Material> {
+/// Everything a configuration names, loaded; the questions first, for they are cheap. Of a checkpoint only the first blocks
+/// of each kind where `depths` says so.
+pub(super) fn material(
+    config: &RunConfig,
+    depths: Option<Depths>,
+    stop: &Stop,
+    progress: &dyn Progress,
+) -> Result<Material> {
     let (dataset, _) = inputs::open_questions(config)?;
     items::require_some(&dataset, "train on")?;
     let device = config.backend().device()?;
@@ -84,7 +92,7 @@ fn material(config: &RunConfig, stop: &Stop, progress: &dyn Progress) -> Result<
         let model = inputs::locate_model(model, config.revision.as_deref(), stop, progress)?;
         let trains = |name: &str| chosen.trains(name, trains);
         let (adaptation, precision) = (chosen.adaptation(config.seed), config.precision());
-        let assistant = Assistant::load_adapted(&model.dir, adaptation, precision, &trains, &device)?;
+        let assistant = Assistant::load_part(&model.dir, depths, adaptation, precision, &trains, &device)?;
         (Some(model), assistant)
     };
     let assistant = inputs::behind_denoiser(config, assistant)?;
@@ -99,20 +107,60 @@ fn material(config: &RunConfig, stop: &Stop, progress: &dyn Progress) -> Result<
 /// # Errors
 /// As [`train`].
 pub fn run_training(config: &RunConfig, run: &mut Run, progress: &dyn Progress) -> Result<Value> {
-    learn(material(config, run.stop(), progress)?, config, run, progress)
+    learn(material(config, None, run.stop(), progress)?, config, run, progress)
 }
 
 fn learn(material: Material, config: &RunConfig, run: &mut Run, progress: &dyn Progress) -> Result<Value> {
-    let Material { dataset, model, assistant, chosen, adapter, reference } = material;
-    inputs::note_questions(run, &dataset, None, config.prompt.parse()?)?;
-    if let Some(model) = &model {
+    let Material { dataset, model, chosen, .. } = &material;
+    inputs::note_questions(run, dataset, None, config.prompt.parse()?)?;
+    if let Some(model) = model {
         inputs::note_revision(run, model.commit.as_deref())?;
         run.provenance("model_sha256", json!(inputs::model_sha256(&model.dir)?))?;
     }
-    if let Chosen::Given(adapter) = &chosen {
+    if let Chosen::Given(adapter) = chosen {
         run.provenance("adapter_sha256", json!(inputs::adapter_sha256(&adapter.dir)?))?;
     }
     inputs::note_denoiser(run, config)?;
+    let num_questions = dataset.samples.len();
+    let checkpoint = follow(material, config, &mut Whole { run, progress }, progress)?;
+    let summary = json!({
+        "command": "train",
+        "n": num_questions,
+        "recipe": config.train.recipe.word(),
+        "num_steps": config.train.num_steps,
+        "checkpoint": checkpoint.strip_prefix(run.dir()).unwrap_or(&checkpoint),
+        "metrics": run.read_metrics()?.last().cloned().unwrap_or(Value::Null),
+        "seconds": run.seconds(),
+    });
+    run.summary(&summary)?;
+    Ok(summary)
+}
+
+/// One step of a recipe.
+pub(super) type Step<'a, L> = &'a dyn Fn(&mut Fit<L>, Assumed) -> Result<StepReport>;
+
+/// What is done with a learner and the step of its recipe: the whole training, or a few steps of it to see what they cost.
+pub(super) trait Course {
+    /// What comes of it.
+    type Output;
+
+    /// Runs it.
+    fn run<L: Learner>(
+        &mut self,
+        lesson: &Lesson<'_>,
+        fit: Fit<L>,
+        step: Step<'_, L>,
+    ) -> Result<Self::Output>;
+}
+
+/// Puts the learner and the step of the configured recipe together, and hands both to `course`.
+pub(super) fn follow<C: Course>(
+    material: Material,
+    config: &RunConfig,
+    course: &mut C,
+    progress: &dyn Progress,
+) -> Result<C::Output> {
+    let Material { dataset, assistant, chosen, adapter, reference, .. } = material;
     let settings = &config.train;
     let images = Images::new(&dataset);
     let is_visual = |(name, _): &(String, Var)| name.starts_with(VISION);
@@ -125,39 +173,27 @@ fn learn(material: Material, config: &RunConfig, run: &mut Run, progress: &dyn P
         seed: config.seed,
         features: sees_alike.then(|| FeatureCache::new(config.feature_bytes())),
     };
-    let checkpoint = if settings.recipe == RecipeName::Denoiser {
+    if settings.recipe == RecipeName::Denoiser {
         let DenoiserSettings { width, depth, .. } = settings.denoiser;
         let shape = DenoiserConfig::new(width, depth, settings.noise_sigma);
         let denoiser = Denoiser::untrained(shape, config.seed, assistant.vlm.device())?;
-        let step = |fit: &mut Fit<Denoiser>| denoise::step(&lesson, fit, &assistant);
-        train_steps(&lesson, Fit::new(denoiser)?, &step, run, progress)?
+        let step = |fit: &mut Fit<Denoiser>, _: Assumed| denoise::step(&lesson, fit, &assistant);
+        course.run(&lesson, Fit::new(denoiser)?, &step)
     } else {
         if let Some(text) = chosen.describe(&assistant)? {
             progress.note(&text);
         }
         let is_adversarial = settings.recipe.is_adversarial();
-        let memory = if settings.recompute { Memory::Recompute } else { Memory::Keep };
-        let step = |fit: &mut Fit<Student>| {
+        let step = |fit: &mut Fit<Student>, assumed: Assumed| {
             if settings.recipe.is_grpo() {
-                let reference = reference.as_ref();
-                grpo::step(&lesson, fit, reference, config.max_new_tokens, is_adversarial, memory)
+                let (reference, max_new_tokens) = (reference.as_ref(), config.max_new_tokens);
+                grpo::step(&lesson, fit, &Sampling { reference, max_new_tokens, is_adversarial, assumed })
             } else {
-                sft::step(&lesson, fit, is_adversarial, memory)
+                sft::step(&lesson, fit, is_adversarial)
             }
         };
-        train_steps(&lesson, Fit::new(Student::new(assistant, adapter)?)?, &step, run, progress)?
-    };
-    let summary = json!({
-        "command": "train",
-        "n": dataset.samples.len(),
-        "recipe": config.train.recipe.word(),
-        "num_steps": config.train.num_steps,
-        "checkpoint": checkpoint.strip_prefix(run.dir()).unwrap_or(&checkpoint),
-        "metrics": run.read_metrics()?.last().cloned().unwrap_or(Value::Null),
-        "seconds": run.seconds(),
-    });
-    run.summary(&summary)?;
-    Ok(summary)
+        course.run(&lesson, Fit::new(Student::new(assistant, adapter)?)?, &step)
+    }
 }
 
 /// What the names of the vision tower's parameters begin with, those of its merger too.
@@ -173,14 +209,25 @@ pub fn trains(name: &str, vision: bool, merger: bool, text: bool) -> bool {
     }
 }
 
-/// Runs every step that is left, saving as it goes; returns the last checkpoint's directory.
-///
-/// # Errors
-/// [`Error::Stopped`] when asked to stop, with everything saved.
+/// Every step that is left, saved as it goes; gives the last checkpoint's directory, or [`Error::Stopped`] when asked to
+/// stop, with everything saved.
+struct Whole<'a> {
+    run: &'a mut Run,
+    progress: &'a dyn Progress,
+}
+
+impl Course for Whole<'_> {
+    type Output = PathBuf;
+
+    fn run<L: Learner>(&mut self, lesson: &Lesson<'_>, fit: Fit<L>, step: Step<'_, L>) -> Result<PathBuf> {
+        train_steps(lesson, fit, step, self.run, self.progress)
+    }
+}
+
 fn train_steps<L: Learner>(
     lesson: &Lesson<'_>,
     mut fit: Fit<L>,
-    step: &dyn Fn(&mut Fit<L>) -> Result<StepReport>,
+    step: Step<'_, L>,
     run: &mut Run,
     progress: &dyn Progress,
 ) -> Result<PathBuf> {
@@ -198,7 +245,7 @@ fn train_steps<L: Learner>(
     progress.start(settings.num_steps, fit.step as usize, settings.recipe.word());
     let mut saved = None;
     while fit.step < settings.num_steps as u64 {
-        let report = step(&mut fit).map_err(|error| lesson.located(error, fit.step))?;
+        let report = step(&mut fit, Assumed::default()).map_err(|error| lesson.located(error, fit.step))?;
         fit.step += 1;
         let mut metrics = serde_json::Map::new();
         metrics.insert("step".into(), json!(fit.step));
@@ -220,7 +267,9 @@ fn train_steps<L: Learner>(
         progress.tick(fit.step as usize, &shown);
         run.metrics(&metrics)?;
         let seconds: f64 = report.phases.iter().map(|(_, seconds)| seconds).sum();
-        run.timing("step", seconds, &report.phases)?;
+        let mut figures = report.phases;
+        figures.extend(peak_memory_bytes().map(|bytes| ("peak_memory_bytes", bytes as f64)));
+        run.timing("step", seconds, &figures)?;
         let is_last = fit.step == settings.num_steps as u64;
         let is_stopping = run.stop_requested();
         if is_due(fit.step) || is_stopping {

@@ -18,6 +18,7 @@ use crate::data::{DatasetConfig, Shard};
 use crate::error::{ConfigError, Error, Result};
 use crate::model::loader::Precision;
 use crate::model::sampling::SamplingConfig;
+use crate::nn::recompute::Memory;
 use crate::pixels::gray::{GrayReading, GrayRule, Window};
 use crate::reward::RewardConfig;
 use crate::train::grpo::{self, GrpoConfig};
@@ -428,9 +429,12 @@ section! {
         num_steps: usize = 1000 => Range::at_least(1.0),
         /// Questions of one optimiser step (groups, for GRPO).
         batch_size: usize = 16 => Range::at_least(1.0),
-        /// Questions of one forward pass, for `sft` and `at_sft`; absent: `batch_size`. Gradients add up to those of
-        /// the whole batch, to rounding.
+        /// Questions of one forward pass (of GRPO groups); absent: `batch_size`. Gradients add up to those of the whole batch, to
+        /// rounding.
         micro_batch_size: Option<usize> = None => Range::at_least(1.0),
+        /// Whether a gradient keeps only the states between layers and computes what is inside them again: less memory, more
+        /// time; equal gradients, to rounding.
+        recompute: bool = false,
         /// Peak learning rate.
         learning_rate: f64 = 1e-5 => Range::at_least(0.0),
         /// Steps over which the learning rate rises linearly to its peak.
@@ -474,9 +478,6 @@ section! {
         lora_target_modules: Option<String> = None,
         /// Linear layers without one all the same; names or a regular expression.
         lora_exclude_modules: Option<String> = None,
-        /// Whether activations are computed again for the backward pass in place of being kept: memory no longer grows with
-        /// depth, and a step takes about half as long again.
-        recompute: bool = false,
         /// Which parts of the model train.
         parts: TrainParts = TrainParts::default(),
         /// GRPO, for the recipes `grpo` and `at_grpo`.
@@ -590,6 +591,18 @@ impl RecipeName {
     }
 }
 
+impl Dtype {
+    /// The same for the loader, with what products take.
+    pub const fn precision(self, arithmetic: ArithmeticName) -> Precision {
+        match (arithmetic, self) {
+            (ArithmeticName::Bf16, _) => Precision::HalfProducts,
+            (ArithmeticName::F32, Self::Auto) => Precision::AsStored,
+            (ArithmeticName::F32, Self::F32) => Precision::Single,
+            (ArithmeticName::F32, Self::Bf16) => Precision::Half,
+        }
+    }
+}
+
 impl GrpoSettings {
     /// The constants of the loss.
     pub fn loss(&self) -> GrpoConfig {
@@ -661,6 +674,13 @@ impl DataConfig {
     }
 }
 
+impl TrainConfig {
+    /// What is kept for gradients.
+    pub const fn memory(&self) -> Memory {
+        if self.recompute { Memory::Recompute } else { Memory::Keep }
+    }
+}
+
 impl AttackConfig {
     /// The length of one step: `step_size`, else 2.5 x `epsilon` / `num_steps` and at most `epsilon`; of FGSM `epsilon`, of
     /// APGD 2 x `epsilon` to begin with.
@@ -713,12 +733,7 @@ impl RunConfig {
 
     /// How weights are held and multiplied.
     pub const fn precision(&self) -> Precision {
-        match (self.arithmetic, self.dtype) {
-            (ArithmeticName::Bf16, _) => Precision::HalfProducts,
-            (ArithmeticName::F32, Dtype::Auto) => Precision::AsStored,
-            (ArithmeticName::F32, Dtype::F32) => Precision::Single,
-            (ArithmeticName::F32, Dtype::Bf16) => Precision::Half,
-        }
+        self.dtype.precision(self.arithmetic)
     }
 
     /// Checks what holds between keys.

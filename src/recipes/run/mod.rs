@@ -371,7 +371,7 @@ fn directory(command: Command, config: &RunConfig, resume: bool) -> Result<PathB
 }
 
 /// `YYYYMMDD-HHMMSS` in UTC (days to civil date after H. Hinnant's algorithm).
-fn timestamp(seconds: u64) -> String {
+pub(super) fn timestamp(seconds: u64) -> String {
     let (days, rest) = (seconds / 86_400, seconds % 86_400);
     let shifted = days + 719_468;
     let era = shifted / 146_097;
