@@ -274,7 +274,12 @@ pub fn with_threads<T: Send>(threads: Option<usize>, work: impl FnOnce() -> Resu
         .stack_size(STACK_BYTES)
         .build()
         .map_err(|error| Error::usage(format!("cannot start {threads:?} threads: {error}")))?;
-    pool.install(work)
+    pool.install(|| {
+        let result = work();
+        // Closed here: the thread itself ends at some time that nobody waits for, when the driver may be gone.
+        OPENED.take();
+        result
+    })
 }
 
 #[cfg(test)]
