@@ -15,7 +15,7 @@ use candle_core::{Device, Tensor};
 use clap::Parser;
 use plotters::coord::Shift;
 use plotters::prelude::{
-    ChartBuilder, Circle, Color, DrawingArea, IntoDrawingArea, IntoLogRange, LineSeries, RGBColor, SVGBackend,
+    ChartBuilder, Circle, Color, DrawingArea, IntoDrawingArea, LineSeries, RGBColor, SVGBackend,
 };
 use safemed::attack::{AttackConfig, OptionLoss, PgdOutput, Problem, pgd};
 use safemed::backend::with_threads;
@@ -381,7 +381,7 @@ fn draw(path: &Path, laws: &[(&str, &str, Vec<Point>)]) -> Result<()> {
     root.fill(&RGBColor(255, 255, 255)).map_err(|error| failed(&error))?;
     let root = root
         .titled(
-            "relative to the first point: time (blue), peak memory (orange), multiply-adds (gray)",
+            "relative to the first point, doublings: time (blue), peak memory (orange), multiply-adds (gray)",
             ("sans-serif", 20),
         )
         .map_err(|error| failed(&error))?;
@@ -397,24 +397,33 @@ fn draw_panel(
     points: &[Point],
 ) -> std::result::Result<(), Box<dyn std::error::Error>> {
     let first = points[0];
+    let curve = |value: &dyn Fn(&Point) -> f64| -> Vec<(f64, f64)> {
+        points.iter().map(|point| ((point.at as f64).log2(), (value(point) / value(&first)).log2())).collect()
+    };
     let curves: [(RGBColor, Vec<(f64, f64)>); 3] = [
-        (WORK, points.iter().map(|p| (p.at as f64, p.work / first.work)).collect()),
-        (TIME, points.iter().map(|p| (p.at as f64, p.seconds / first.seconds)).collect()),
-        (MEMORY, points.iter().map(|p| (p.at as f64, p.mib / first.mib.max(1.0))).collect()),
+        (WORK, curve(&|point| point.work)),
+        (TIME, curve(&|point| point.seconds)),
+        (MEMORY, curve(&|point| point.mib.max(1.0))),
     ];
     let values = || curves.iter().flat_map(|(_, curve)| curve.iter().map(|point| point.1));
-    let (low, high) = (values().fold(1.0, f64::min), values().fold(1.0, f64::max));
-    let last = points[points.len() - 1].at as f64;
+    let (low, high) = (values().fold(0.0, f64::min), values().fold(0.0, f64::max));
+    let places = || points.iter().map(|point| (point.at as f64).log2());
+    let (from, to) = (places().fold(f64::INFINITY, f64::min), places().fold(f64::NEG_INFINITY, f64::max));
     let mut chart = ChartBuilder::on(area)
         .margin(12)
         .caption(title, ("sans-serif", 17))
         .x_label_area_size(28)
         .y_label_area_size(46)
-        .build_cartesian_2d(
-            (first.at as f64 * 0.9..last * 1.1).log_scale(),
-            (low * 0.8..high * 1.25).log_scale(),
-        )?;
-    chart.configure_mesh().light_line_style(WORK.mix(0.1)).label_style(("sans-serif", 13)).draw()?;
+        .build_cartesian_2d(from - 0.1..to + 0.1, low - 0.3..high + 0.3)?;
+    chart
+        .configure_mesh()
+        .max_light_lines(0)
+        .x_labels(6)
+        .y_labels(6)
+        .x_label_formatter(&|place| format!("{:.0}", place.exp2()))
+        .y_label_formatter(&|times| format!("{:.1}", times.exp2()))
+        .label_style(("sans-serif", 13))
+        .draw()?;
     for (colour, curve) in curves {
         chart.draw_series(LineSeries::new(curve.iter().copied(), colour.stroke_width(2)))?;
         chart.draw_series(curve.into_iter().map(|point| Circle::new(point, 3, colour.filled())))?;
