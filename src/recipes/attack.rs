@@ -7,7 +7,9 @@
 use super::aims::{self, Asked};
 use super::answers::{Answer, Asker, Asking, with_items};
 use super::blind::{self, Blind};
-use super::config::{AttackConfig, Command, Method, ObjectiveName, RunConfig, Scoring, Space};
+use super::config::{
+    ArithmeticName, AttackConfig, Command, Method, ObjectiveName, RunConfig, Scoring, Space,
+};
 use super::inputs;
 use super::items::{self, Images};
 use super::job::{Job, Outcome};
@@ -63,6 +65,8 @@ pub struct Setting<'a> {
     judge: Option<NoiseBank>,
     /// The noise of the answers that are reported: an attack that was chosen by its votes is counted by others.
     score: Option<NoiseBank>,
+    /// What the model's products take.
+    arithmetic: ArithmeticName,
     /// Images seen before.
     features: Arc<FeatureCache>,
 }
@@ -86,6 +90,7 @@ impl<'a> Setting<'a> {
             noise: bank("attack_noise"),
             judge: bank("attack_judge"),
             score: bank("attack_score"),
+            arithmetic: config.arithmetic,
             features: Arc::new(FeatureCache::new(config.feature_bytes())),
         })
     }
@@ -669,6 +674,9 @@ impl Attacker<'_> {
         more.insert("clean_completion".into(), json!(item.own.completion));
         more.insert("adversarial_completion".into(), json!(answer.completion));
         more.insert("image_reading".into(), json!(item.reading));
+        if self.setting.arithmetic == ArithmeticName::Bf16 {
+            more.insert("arithmetic".into(), json!(self.setting.arithmetic.word()));
+        }
         more.insert("controls".into(), json!(item.controls));
         if let Some(stage) = item.stage {
             more.insert("stage".into(), json!(stage.name()));

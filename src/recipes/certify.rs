@@ -9,7 +9,7 @@ mod draws;
 
 use super::answers::{Asker, Asking, with_items};
 use super::blind::{self, Blind};
-use super::config::{CertifyMode, Command, RuleName, RunConfig, Scoring};
+use super::config::{ArithmeticName, CertifyMode, Command, RuleName, RunConfig, Scoring};
 use super::crosscheck::{Certified, CrossCheck};
 use super::inputs;
 use super::items::{self, Images};
@@ -50,6 +50,8 @@ pub struct Setting {
     pub cross_check: bool,
     /// Hash of the weights, for the records.
     pub model_sha256: String,
+    /// What the model's products take: the certificate is about the classifier that they make.
+    pub arithmetic: ArithmeticName,
     /// Images seen before.
     pub features: Arc<FeatureCache>,
 }
@@ -148,6 +150,7 @@ fn setting_with(config: &RunConfig, model_sha256: String) -> Result<Setting> {
         asking: Asking::of(config)?,
         cross_check: config.certify.cross_check,
         model_sha256,
+        arithmetic: config.arithmetic,
         features: Arc::new(FeatureCache::new(config.feature_bytes())),
     })
 }
@@ -278,6 +281,9 @@ fn certify_one(
         record.more.insert("cross_check".to_owned(), json!(certified.check()?));
     }
     record.more.insert("image_reading".to_owned(), json!(images.reading(&sample.image)));
+    if setting.arithmetic == ArithmeticName::Bf16 {
+        record.more.insert("arithmetic".to_owned(), json!(setting.arithmetic.word()));
+    }
     Ok(record)
 }
 
