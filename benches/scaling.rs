@@ -17,8 +17,8 @@ use plotters::coord::Shift;
 use plotters::prelude::{
     ChartBuilder, Circle, Color, DrawingArea, IntoDrawingArea, LineSeries, RGBColor, SVGBackend,
 };
-use safemed::attack::{AttackConfig, OptionLoss, PgdOutput, Problem, pgd};
-use safemed::backend::with_threads;
+use safemed::attack::{AttackConfig, PgdOutput, Problem, pgd};
+use safemed::backend::{peak_memory_bytes, restart_peak_memory, with_threads};
 use safemed::certify::count_draws;
 use safemed::data::prompt::PromptTemplate;
 use safemed::error;
@@ -91,7 +91,7 @@ struct Args {
 struct Point {
     at: usize,
     seconds: f64,
-    /// Peak resident memory above what the process had before the work, in MiB.
+    /// Peak resident memory, weights included, in MiB; 0 where the system does not tell.
     mib: f64,
     /// Multiply-adds.
     work: f64,
@@ -252,16 +252,15 @@ fn measure(law: &str, at: usize, repeats: usize) -> Result<Point> {
         other => anyhow::bail!("no law `{other}`"),
     };
     work()?;
-    reset_peak();
-    let before = status("VmRSS:");
     // What the first call left in the allocator's hands counts as used: pages are not given back between calls.
+    restart_peak_memory();
     let mut seconds = f64::INFINITY;
     for _ in 0..repeats {
         let started = Instant::now();
         work()?;
         seconds = seconds.min(started.elapsed().as_secs_f64());
     }
-    let mib = status("VmHWM:").max(before) / 1024.0;
+    let mib = peak_memory_bytes().unwrap_or(0) as f64 / f64::from(1 << 20);
     Ok(Point { at, seconds, mib, work: multiply_adds })
 }
 
@@ -293,15 +292,7 @@ fn pixels(side: usize) -> Result<Tensor> {
 }
 
 fn attack(assistant: &Assistant, prompt: &Prompt, side: usize, memory: Memory) -> Result<()> {
-    let aim = Aim {
-        prompt: prompt.clone(),
-        model_size: [side, side],
-        completions: vec![vec![40]],
-        counted: vec![0..1],
-        answer: 0,
-        loss: OptionLoss::Likelihood,
-        key: 0,
-    };
+    let aim = Aim::at_completion(prompt.clone(), [side, side], vec![40], 0);
     let target = Target {
         assistant,
         aims: vec![aim],
@@ -354,18 +345,6 @@ fn update(fit: &mut Fit<Student>, prompts: &[Prompt], completions: &[Vec<Vec<u32
     drop(stages);
     fit.update(&gradients, &TrainConfig { learning_rate: 1e-6, ..TrainConfig::default() })?;
     Ok(())
-}
-
-/// Begins the measurement of peak memory anew, where the system can.
-fn reset_peak() {
-    let _ = std::fs::write("/proc/self/clear_refs", "5");
-}
-
-/// A figure of the process in KiB; 0 where the system does not tell.
-fn status(key: &str) -> f64 {
-    let text = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = text.lines().find_map(|line| line.strip_prefix(key));
-    line.and_then(|line| line.split_whitespace().next()?.parse().ok()).unwrap_or(0.0)
 }
 
 const TIME: RGBColor = RGBColor(0x2b, 0x7b, 0xba);

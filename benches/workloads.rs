@@ -12,8 +12,8 @@
 use anyhow::{Context, Result, ensure};
 use candle_core::{Device, Tensor};
 use clap::Parser;
-use safemed::attack::{AttackConfig, Fraction, OptionLoss, PgdOutput, Problem, pgd};
-use safemed::backend::with_threads;
+use safemed::attack::{AttackConfig, Fraction, PgdOutput, Problem, pgd};
+use safemed::backend::{peak_memory_bytes, restart_peak_memory, with_threads};
 use safemed::certify::count_draws;
 use safemed::data::phantom::{self, PhantomConfig};
 use safemed::data::prompt::PromptTemplate;
@@ -211,7 +211,7 @@ impl Bench<'_> {
         work: &mut dyn FnMut() -> Result<()>,
     ) -> Result<()> {
         work()?;
-        reset_peak_memory();
+        restart_peak_memory();
         let mut seconds = Vec::with_capacity(self.args.repeats);
         for _ in 0..self.args.repeats {
             let started = Instant::now();
@@ -232,7 +232,7 @@ impl Bench<'_> {
             drop(assistant);
             Ok(seconds)
         };
-        reset_peak_memory();
+        restart_peak_memory();
         run()?;
         let peak = peak_memory_mib();
         let seconds = (0..self.args.repeats).map(|_| run()).collect::<Result<Vec<_>>>()?;
@@ -321,14 +321,8 @@ impl Bench<'_> {
                 continue;
             }
             let asked = self.first(assistant, batch)?;
-            let aims = asked.prompts.iter().zip(&asked.answers).map(|(prompt, &answer)| Aim {
-                prompt: prompt.clone(),
-                model_size: asked.size,
-                completions: vec![vec![letters[answer]]],
-                counted: vec![0..1],
-                answer,
-                loss: OptionLoss::Likelihood,
-                key: 0,
+            let aims = asked.prompts.iter().zip(&asked.answers).map(|(prompt, &answer)| {
+                Aim::at_completion(prompt.clone(), asked.size, vec![letters[answer]], answer)
             });
             let target = Target {
                 assistant,
@@ -379,7 +373,7 @@ impl Bench<'_> {
             for _ in 0..self.args.repeats {
                 first = first.min(run(1)?);
             }
-            reset_peak_memory();
+            restart_peak_memory();
             let seconds =
                 (0..self.args.repeats).map(|_| Ok(run(NEW_TOKENS)? - first)).collect::<Result<Vec<_>>>()?;
             self.emit(&name, "token (decode only)", batch * (NEW_TOKENS - 1), &seconds);
@@ -479,15 +473,7 @@ impl Bench<'_> {
     }
 }
 
-/// Begins the measurement of peak memory anew, where the system can.
-fn reset_peak_memory() {
-    // Elsewhere than on Linux there is no such file, and the peak counts from the start of the process.
-    let _ = std::fs::write("/proc/self/clear_refs", "5");
-}
-
 /// Peak resident memory in MiB, weights included; 0 where the system does not tell.
 fn peak_memory_mib() -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-    peak.and_then(|text| text.split_whitespace().next()?.parse::<u64>().ok()).map_or(0, |kib| kib / 1024)
+    peak_memory_bytes().unwrap_or(0) >> 20
 }

@@ -1,7 +1,7 @@
 //! Estimates: what they say before a run, that they leave nothing behind, and that memory is then as they said.
 
 use crate::support;
-use crate::tiny::{phantoms, tiny_checkpoint};
+use crate::tiny::{self, phantoms, tiny_checkpoint};
 use safemed::model::config::{ModelSizes, SpecialIds, VlmConfig};
 use safemed::model::loader::{Adaptation, Precision, load_part, load_vlm};
 use safemed::model::truncate::{Depths, Truncation, write_stand_in};
@@ -114,25 +114,11 @@ fn walk(path: &Path) -> Vec<std::path::PathBuf> {
 /// A model with many blocks of every kind that its family has.
 fn deep(is_third: bool) -> VlmConfig {
     let sizes = ModelSizes {
-        vocab_size: 2048,
-        hidden_size: 32,
-        intermediate_size: 48,
         num_layers: 8,
-        num_heads: 2,
-        num_kv_heads: 1,
-        head_dim: 16,
         vision_depth: 9,
-        vision_hidden_size: 32,
-        vision_intermediate_size: 48,
-        vision_num_heads: 2,
-        patch_size: 8,
-        spatial_merge_size: 2,
-        position_side: 4,
         deepstack_layers: vec![1, 4, 7],
-        window_size: 32,
         full_attention_blocks: vec![2, 5, 8],
-        max_position_embeddings: 512,
-        tie_word_embeddings: false,
+        ..tiny::sizes(2048)
     };
     let ids = SpecialIds { image: 1, video: 2, vision_start: 3, vision_end: 4, turn_end: 5, document_end: 6 };
     if is_third {

@@ -16,7 +16,7 @@ const ANSWERS: [&str; 4] =
     ["<answer> A</answer>", "<answer> B</answer>", "<answer> C</answer>", "<answer> D</answer>"];
 
 /// Sizes of the tiny model: 32 x 32 pixels are four image tokens.
-fn sizes(vocab_size: usize) -> ModelSizes {
+pub(crate) fn sizes(vocab_size: usize) -> ModelSizes {
     ModelSizes {
         vocab_size,
         hidden_size: 32,

@@ -2,8 +2,8 @@
 //! so that a flag, a file and `--set` are judged alike.
 
 use crate::backend::Backend;
-use crate::recipes::config::Dtype;
 use crate::recipes::config::keys::parse_number;
+use crate::recipes::config::{ArithmeticName, Dtype};
 use clap::builder::FalseyValueParser;
 use clap::{ArgAction, Args, Parser, Subcommand};
 use std::path::PathBuf;
@@ -321,6 +321,9 @@ pub(crate) struct DoctorArgs {
     /// How weights are held: auto (as the checkpoint stores them), f32 or bf16.
     #[arg(long, value_name = "DTYPE", env = "SAFEMED_DTYPE", hide_env = true, default_value = "auto")]
     pub(crate) dtype: Dtype,
+    /// What matrix products take: f32 or bf16.
+    #[arg(long, value_name = "DTYPE", env = "SAFEMED_ARITHMETIC", hide_env = true, default_value = "f32")]
+    pub(crate) arithmetic: ArithmeticName,
     /// auto, cpu, cuda, cuda:N or metal.
     #[arg(long, value_name = "DEVICE", default_value = "auto", env = "SAFEMED_DEVICE", hide_env = true)]
     pub(crate) device: Backend,

@@ -96,6 +96,7 @@ fn doctor(args: &DoctorArgs, terminal: &Terminal) -> Result<Outcome> {
         model: model.clone(),
         revision: args.revision.clone(),
         dtype: args.dtype,
+        arithmetic: args.arithmetic,
         device: args.device,
         threads: args.threads,
         image: args.image.clone(),

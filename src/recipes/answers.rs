@@ -230,8 +230,8 @@ pub struct Asker<'a> {
     pub votes: Option<&'a NoiseBank>,
     /// Noisy copies in one pass.
     pub batch_size: usize,
-    /// Images seen before.
-    pub features: &'a FeatureCache,
+    /// Images seen before; none where images do not come back.
+    pub features: Option<&'a FeatureCache>,
 }
 
 impl Asker<'_> {
@@ -250,7 +250,7 @@ impl Asker<'_> {
     /// As [`Asking::about_pixels`].
     pub fn about_pixels(&self, samples: &[&Sample], pixels: &[Tensor]) -> Result<Vec<Answer>> {
         let Some(bank) = self.votes else {
-            return self.asking.about(self.assistant, samples, pixels, Some(self.features));
+            return self.asking.about(self.assistant, samples, pixels, self.features);
         };
         let mut answers = Vec::with_capacity(samples.len());
         let mut samples = samples.iter();

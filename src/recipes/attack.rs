@@ -98,7 +98,13 @@ impl<'a> Setting<'a> {
     /// Who gives the answers that are reported.
     fn asker<'b>(&'b self, assistant: &'b Assistant) -> Asker<'b> {
         let votes = self.score.as_ref();
-        Asker { assistant, asking: self.asking, votes, batch_size: self.batch_size, features: &self.features }
+        Asker {
+            assistant,
+            asking: self.asking,
+            votes,
+            batch_size: self.batch_size,
+            features: Some(&self.features),
+        }
     }
 
     fn template(&self) -> PromptTemplate {
@@ -369,7 +375,12 @@ struct Attacker<'a> {
 impl Attacker<'_> {
     /// Who judges while the attack searches.
     fn judge(&self) -> Asker<'_> {
-        Asker { votes: self.setting.judge.as_ref(), ..self.setting.asker(self.assistant) }
+        Asker { votes: self.setting.judge.as_ref(), ..self.scorer() }
+    }
+
+    /// Who answers about attacked images, of which none comes back.
+    fn scorer(&self) -> Asker<'_> {
+        Asker { features: None, ..self.setting.asker(self.assistant) }
     }
 
     /// What the model answers about these images, as files.
@@ -626,11 +637,8 @@ impl Attacker<'_> {
         }
         let samples: Vec<&Sample> = attacked.iter().map(|item| item.sample).collect();
         let processed: Vec<Arc<ProcessedImage>> = files.iter().map(|(.., image)| image.clone()).collect();
-        let answers = if samples.is_empty() {
-            Vec::new()
-        } else {
-            self.setting.asker(self.assistant).about_images(&samples, &processed)?
-        };
+        let answers =
+            if samples.is_empty() { Vec::new() } else { self.scorer().about_images(&samples, &processed)? };
         let mut seen = files.into_iter().zip(answers);
         batch
             .iter()

@@ -258,7 +258,7 @@ fn certify_one(
         asking: setting.asking,
         votes: None,
         batch_size: setting.smoothing.batch_size,
-        features: &setting.features,
+        features: Some(&setting.features),
     };
     let controls = blind.controls(&asker, images, &[sample], std::slice::from_ref(&processed))?;
     record.more.insert("controls".to_owned(), json!(controls[0]));

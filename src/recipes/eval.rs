@@ -95,7 +95,7 @@ pub fn evaluate(
         asking: settings.asking,
         votes: None,
         batch_size: settings.batch_size,
-        features: &FeatureCache::new(settings.feature_bytes),
+        features: Some(&FeatureCache::new(settings.feature_bytes)),
     };
     let samples = inputs::in_item_order(&dataset.samples);
     let work: Vec<&Sample> =

@@ -91,15 +91,13 @@ fn loss_of(
             part.iter().map(|&i| vec![questions.targets[i].clone()]).collect();
         let prompts = &questions.prompts[part[0]..part[0] + part.len()];
         let scoring = Scoring::new(&fit.learner.assistant, prompts, &completions)?;
-        let plan = vlm.vision_plan(&policy::grids_of(&fit.learner.assistant, &pixels)?)?;
-        let mut stages: Vec<Stage<'_>> = Vec::new();
-        let inputs = match cache {
-            Some(cache) if !pixels.is_empty() => cache.encode(&fit.learner.frozen, &pixels)?.into_state(),
-            _ => pixels,
+        let (vision, inputs) = match cache {
+            _ if pixels.is_empty() => (None, pixels),
+            Some(cache) => (None, cache.encode(&fit.learner.frozen, &pixels)?.into_state()),
+            None => (Some(vlm.vision_plan(&policy::grids_of(&fit.learner.assistant, &pixels)?)?), pixels),
         };
-        if cache.is_none() && !inputs.is_empty() {
-            stages.extend(vlm.vision_stages(&plan));
-        }
+        let mut stages: Vec<Stage<'_>> =
+            vision.as_ref().map(|plan| vlm.vision_stages(plan)).unwrap_or_default();
         stages.extend(scoring.stages(&fit.learner.assistant));
         let loss = |state: &[Tensor]| {
             scoring.log_probs(&fit.learner.assistant, &state[0], 1.0)?.sum_all()?

@@ -251,8 +251,10 @@ fn train_steps<L: Learner>(
         metrics.insert("step".into(), json!(fit.step));
         let seen = fit.step as f64 * settings.batch_size as f64;
         metrics.insert("epoch".into(), json!(seen / lesson.samples.len() as f64));
-        num_tokens += report.num_tokens;
-        metrics.insert("num_tokens".into(), json!(num_tokens));
+        if report.num_tokens > 0 {
+            num_tokens += report.num_tokens;
+            metrics.insert("num_tokens".into(), json!(num_tokens));
+        }
         metrics.extend(report.metrics);
         for completion in report.completions {
             let mut line = serde_json::Map::new();

@@ -35,6 +35,20 @@ pub struct Aim {
     pub key: u64,
 }
 
+impl Aim {
+    /// The likelihood of one completion, each of its tokens, without noise: what a measurement attacks.
+    pub fn at_completion(
+        prompt: Prompt,
+        model_size: [usize; 2],
+        completion: Vec<u32>,
+        answer: usize,
+    ) -> Self {
+        let counted = vec![0..completion.len()];
+        let loss = OptionLoss::Likelihood;
+        Self { prompt, model_size, loss, completions: vec![completion], counted, answer, key: 0 }
+    }
+}
+
 /// What the model itself answers about each of `items` when it is shown these pixels, `[n, 3, height, width]` in [0, 1] at
 /// its own resolution; none where the answer cannot be read.
 pub type Answers<'a> = &'a dyn Fn(&Tensor, &[usize]) -> Result<Vec<Option<usize>>>;

@@ -3,7 +3,7 @@
 use super::probe::{Figures, Probe, median, note_peak};
 use super::subject::Subject;
 use super::{Options, measure_model, render};
-use crate::attack::{AttackConfig, Fraction, OptionLoss, PgdOutput, Problem, pgd};
+use crate::attack::{AttackConfig, Fraction, PgdOutput, Problem, pgd};
 use crate::backend::{Backend, restart_peak_memory};
 use crate::certify::count_draws;
 use crate::data::prompt::PromptTemplate;
@@ -84,6 +84,8 @@ pub struct InferenceProbe {
     pub depths: Option<Depths>,
     /// How weights are held.
     pub dtype: Dtype,
+    /// What products take.
+    pub arithmetic: ArithmeticName,
     /// Where it runs.
     pub device: Backend,
     /// Threads; none: all.
@@ -105,6 +107,8 @@ pub struct Named {
     pub revision: Option<String>,
     /// How weights are held.
     pub dtype: Dtype,
+    /// What products take.
+    pub arithmetic: ArithmeticName,
     /// Where it runs.
     pub device: Backend,
     /// Threads; none: all.
@@ -133,6 +137,7 @@ pub fn estimate(named: &Named, options: &Options, stop: &Stop, progress: &dyn Pr
                 dir: subject.dir.clone().unwrap_or_default(),
                 depths,
                 dtype: named.dtype,
+                arithmetic: named.arithmetic,
                 device: named.device,
                 threads: named.threads,
                 image: named.image.clone(),
@@ -183,7 +188,7 @@ pub(super) fn measure(probe: &InferenceProbe) -> Result<Figures> {
             &probe.dir,
             probe.depths,
             Adaptation::None,
-            probe.dtype.precision(ArithmeticName::F32),
+            probe.dtype.precision(probe.arithmetic),
             &|_| false,
             &device,
         )
@@ -287,15 +292,7 @@ fn letters(assistant: &Assistant) -> Result<Vec<u32>> {
 }
 
 fn attack(assistant: &Assistant, asked: &Asked) -> Result<()> {
-    let aim = Aim {
-        prompt: asked.prompt.clone(),
-        model_size: asked.size,
-        completions: vec![vec![letters(assistant)?[0]]],
-        counted: vec![0..1],
-        answer: 0,
-        loss: OptionLoss::Likelihood,
-        key: 0,
-    };
+    let aim = Aim::at_completion(asked.prompt.clone(), asked.size, vec![letters(assistant)?[0]], 0);
     let target = Target {
         assistant,
         aims: vec![aim],

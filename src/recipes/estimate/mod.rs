@@ -22,7 +22,8 @@ use super::progress::Progress;
 use super::run::Stop;
 use crate::data::Dataset;
 use crate::error::{Error, Result};
-use crate::model::truncate::{Depths, KINDS, count_parameters};
+use crate::model::loader::Precision;
+use crate::model::truncate::{Depths, KINDS, Truncation, count_parameters};
 use crate::pixels::decode;
 use line::{More, extrapolate, steps_up};
 use probe::{Figures, Probe, TrainingProbe};
@@ -150,7 +151,7 @@ impl Rehearsal<'_> {
         if let (true, Some(length)) = (is_grpo, self.options.completion_tokens) {
             config.max_new_tokens = length;
         }
-        if !work.remembers {
+        if !work.repeats {
             config.feature_cache_mib = 0;
         }
         let probe = |depths: Option<Depths>| {
@@ -165,7 +166,7 @@ impl Rehearsal<'_> {
                     && self.options.completion_tokens.is_none()
                     && self.subject.stand_ins.is_empty(),
                 seconds_per_image: self.seconds_per_image,
-                remembers: work.remembers,
+                repeats: work.repeats,
             }))
         };
         measure_model(self.subject, self.options, self.stop, progress, &probe)
@@ -202,20 +203,17 @@ impl Rehearsal<'_> {
 type Change = fn(&mut RunConfig, &Subject) -> Option<String>;
 
 /// What lowers memory, what changes the training least first.
-const CHANGES: [Change; 5] = [
+const CHANGES: [Change; 4] = [
     |config, subject| {
-        let is_possible = config.train.lora_rank > 0 && config.dtype != Dtype::Bf16 && !subject.is_half;
-        let is_wide = config.dtype == Dtype::F32 && subject.is_half && config.train.lora_rank > 0;
-        (is_possible || is_wide).then(|| {
-            config.dtype = if is_wide { Dtype::Auto } else { Dtype::Bf16 };
+        (config.train.lora_rank > 0 && !holds_half(config, subject)).then(|| {
+            config.dtype = if subject.is_half { Dtype::Auto } else { Dtype::Bf16 };
             format!("dtype={}", config.dtype)
         })
     },
     |config, _| {
         let train = &mut config.train;
         let is_one = train.micro_batch_size.unwrap_or(train.batch_size) == 1;
-        let is_possible = matches!(train.recipe, RecipeName::Sft | RecipeName::AtSft) && !is_one;
-        is_possible.then(|| {
+        (train.recipe != RecipeName::Denoiser && !is_one).then(|| {
             train.micro_batch_size = Some(1);
             "train.micro_batch_size=1".to_owned()
         })
@@ -229,13 +227,6 @@ const CHANGES: [Change; 5] = [
     },
     |config, _| {
         let train = &mut config.train;
-        (train.recipe.is_grpo() && train.batch_size > 1).then(|| {
-            train.batch_size = 1;
-            "train.batch_size=1".to_owned()
-        })
-    },
-    |config, _| {
-        let train = &mut config.train;
         let is_possible =
             train.lora_rank == 0 && config.adapter.is_none() && train.recipe != RecipeName::Denoiser;
         is_possible.then(|| {
@@ -244,6 +235,15 @@ const CHANGES: [Change; 5] = [
         })
     },
 ];
+
+/// Whether frozen weights are held in bfloat16.
+fn holds_half(config: &RunConfig, subject: &Subject) -> bool {
+    match config.precision() {
+        Precision::AsStored => subject.is_half,
+        Precision::Single => false,
+        Precision::Half | Precision::HalfProducts => true,
+    }
+}
 
 /// Measures a model whole where it is small enough, else with few blocks, drawn out.
 fn measure_model(
@@ -288,7 +288,7 @@ fn measure_model(
 
 /// Parameters of the blocks and mergers of a model with `depths`.
 fn kept_parameters(subject: &Subject, depths: Depths) -> Result<usize> {
-    let config = crate::model::truncate::Truncation::new(&subject.config, depths).config(&subject.config)?;
+    let config = Truncation::new(&subject.config, depths).config(&subject.config)?;
     let (all, _, tables) = count_parameters(&config)?;
     Ok(all - tables)
 }
@@ -299,11 +299,18 @@ fn words(depths: Depths) -> String {
     parts.map(|(count, kind)| format!("{count} {kind}")).collect::<Vec<_>>().join(", ")
 }
 
-/// The most memory of a run: while loading, in its heaviest step or while saving, with the images it comes to keep.
+/// The most memory of a run: while loading, in its heaviest step or while saving, with the images and features it comes to
+/// keep.
 fn peak_of(figures: &Figures, work: &Workload) -> Option<u64> {
     let peaks = ["load_peak_bytes", "step_peak_bytes", "save_peak_bytes"];
     let peaks: Vec<f64> = peaks.iter().map(|name| figures.get(*name).copied()).collect::<Option<_>>()?;
-    Some((peaks[0].max(peaks[1].max(peaks[2]) + work.image_bytes as f64)) as u64)
+    let kept = work.image_bytes + if remembers(figures) { work.feature_bytes } else { 0 };
+    Some((peaks[0].max(peaks[1].max(peaks[2]) + kept as f64)) as u64)
+}
+
+/// Whether the run keeps what its vision tower said: it does where the tower does not train.
+fn remembers(figures: &Figures) -> bool {
+    figures.get("remembers_features").is_some_and(|yes| *yes > 0.0)
 }
 
 /// Bytes of memory that a run of `config` can have; unknown off the processor.
@@ -358,7 +365,7 @@ fn summarise(rehearsal: &Rehearsal<'_>, work: &Workload, measured: &Measured) ->
     let trains_weights =
         train.lora_rank == 0 && config.adapter.is_none() && train.recipe != RecipeName::Denoiser;
     let frozen = if trains_weights { parameters as f64 - trained } else { parameters as f64 };
-    let is_half = config.dtype == Dtype::Bf16 || (config.dtype == Dtype::Auto && subject.is_half);
+    let is_half = holds_half(config, subject);
     let (prompt, prompt_most) = work.median_and_most(|item| item.prompt);
     let (image, image_most) = work.median_and_most(|item| item.image);
     let (rows, rows_most) = work.median_and_most(|item| item.rows(work.group));
@@ -405,6 +412,7 @@ fn summarise(rehearsal: &Rehearsal<'_>, work: &Workload, measured: &Measured) ->
         "weights_bytes": (frozen * if is_half { 2.0 } else { 4.0 }) as u64 + trained_bytes(trained),
         "optimizer_bytes": 2 * trained_bytes(trained),
         "kept_images_bytes": work.image_bytes,
+        "kept_features_bytes": if remembers(figures) { work.feature_bytes } else { 0 },
         "load_peak_bytes": get("load_peak_bytes").map(|bytes| bytes as u64),
         "step_peak_bytes": get("step_peak_bytes").map(|bytes| bytes as u64),
         "save_peak_bytes": get("save_peak_bytes").map(|bytes| bytes as u64),

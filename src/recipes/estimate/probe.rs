@@ -54,8 +54,8 @@ pub struct TrainingProbe {
     pub ends: bool,
     /// Seconds to decode an image, which belong to no step: taken off.
     pub seconds_per_image: f64,
-    /// Whether the features of a timed step's images are remembered from before.
-    pub remembers: bool,
+    /// Whether the images of a timed step were shown before.
+    pub repeats: bool,
 }
 
 impl Probe {
@@ -153,6 +153,9 @@ impl Course for Rehearsal<'_> {
         let Self { probe, figures } = self;
         let trained: usize = fit.learner.trained().iter().map(|(_, var)| var.as_tensor().elem_count()).sum();
         figures.insert("trained".to_owned(), trained as f64);
+        let remembers = lesson.features.is_some();
+        figures.insert("remembers_features".to_owned(), f64::from(u8::from(remembers)));
+        let is_known = probe.repeats && remembers;
         restart_peak_memory();
         let mut seen: HashSet<usize> = lesson.picked(probe.heaviest).into_iter().collect();
         let started = Instant::now();
@@ -170,13 +173,13 @@ impl Course for Rehearsal<'_> {
             }
             let fresh = lesson.picked(at).into_iter().filter(|&index| seen.insert(index)).count();
             fit.step = at;
-            if probe.remembers {
+            if is_known {
                 step(&mut fit, Assumed { longest, all_groups: longest })?;
             }
             let step_started = Instant::now();
             let report = step(&mut fit, Assumed { longest, all_groups: longest })?;
             let seconds = step_started.elapsed().as_secs_f64();
-            let decoding = if probe.remembers { 0.0 } else { fresh as f64 * probe.seconds_per_image };
+            let decoding = if is_known { 0.0 } else { fresh as f64 * probe.seconds_per_image };
             rates.push((seconds - decoding).max(0.0) / share);
             lengths.extend(report.metrics.get("completions/mean_length").and_then(serde_json::Value::as_f64));
             updated.extend(report.metrics.get("groups_updated").and_then(serde_json::Value::as_f64));

@@ -58,10 +58,11 @@ pub(super) fn training(summary: &Value) -> String {
     line(
         "memory",
         format!(
-            "weights {}, optimiser {}, kept images {}",
+            "weights {}, optimiser {}, kept images {}, kept features {}",
             size(&summary["weights_bytes"]),
             size(&summary["optimizer_bytes"]),
-            size(&summary["kept_images_bytes"])
+            size(&summary["kept_images_bytes"]),
+            size(&summary["kept_features_bytes"])
         ),
     );
     line("peak memory", size(&summary["peak_memory_bytes"]));

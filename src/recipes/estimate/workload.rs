@@ -53,8 +53,10 @@ pub struct Workload {
     pub image_bytes: usize,
     /// Images that it decodes.
     pub decoded: usize,
-    /// Whether most steps show images, untouched, whose features are remembered from a step before.
-    pub remembers: bool,
+    /// Bytes of features that the run comes to keep, where its vision tower does not train.
+    pub feature_bytes: usize,
+    /// Whether most steps show images, untouched, whose features are known from a step before, if they are kept.
+    pub repeats: bool,
     /// Tokens of all sequences of a mean step.
     pub rows_per_step: f64,
 }
@@ -168,13 +170,15 @@ impl Workload {
         let (text, deep) = (&subject.config.text, subject.config.vision.deepstack_layers.len());
         let most_tokens = items.iter().map(|item| item.image).max().unwrap_or(0);
         let feature_bytes = unique.len() * most_tokens * text.hidden_size * size_of::<f32>() * (1 + deep);
+        let repeats = is_untouched && feature_bytes <= config.feature_bytes() && 2 * unique.len() < seen;
         let decoded = if is_kept { (unique.len() as f64 * share) as usize } else { seen };
         Ok(Self {
             heaviest,
             typical: steps,
             image_bytes: ((bytes as f64 * share) as usize).min(CACHE_BYTES),
             decoded: if unique.is_empty() { 0 } else { decoded },
-            remembers: is_untouched && feature_bytes <= config.feature_bytes() && 2 * unique.len() < seen,
+            feature_bytes: if is_untouched { feature_bytes.min(config.feature_bytes()) } else { 0 },
+            repeats,
             rows_per_step: rows as f64 / count,
             items,
             group,
