@@ -1,0 +1,150 @@
+//! Groups of completions: sampled, read, rewarded, and sampled again where they teach nothing.
+
+use super::Sampling;
+use super::update::image_rows;
+use crate::data::Sample;
+use crate::error::Result;
+use crate::model::assistant::Assistant;
+use crate::model::generate::{Completion, Prompt};
+use crate::model::sampling::SamplingConfig;
+use crate::model::vlm::Features;
+use crate::recipes::config::GrpoSettings;
+use crate::recipes::lesson::{Lesson, Questions};
+use crate::rng;
+use crate::roles::policy;
+use rand::RngCore;
+
+/// The group of one question.
+pub(super) struct Group {
+    pub(super) completions: Vec<Completion>,
+    pub(super) texts: Vec<String>,
+    pub(super) accuracy: Vec<f64>,
+    pub(super) format: Vec<f64>,
+    pub(super) total: Vec<f64>,
+}
+
+impl Group {
+    fn judged(
+        lesson: &Lesson<'_>,
+        frozen: &Assistant,
+        sample: &Sample,
+        completions: Vec<Completion>,
+    ) -> Result<Self> {
+        let rewards = lesson.config.grpo.rewards();
+        let texts =
+            completions.iter().map(|completion| frozen.text_of(completion)).collect::<Result<Vec<_>>>()?;
+        let scores: Vec<_> = texts
+            .iter()
+            .zip(&completions)
+            .map(|(text, completion)| {
+                let score = rewards.score(text, sample.answer, sample.options.len(), lesson.format());
+                // A completion that never ended is not well-formed, whatever its text.
+                let format = if completion.is_finished { score.format } else { 0.0 };
+                (
+                    score.accuracy,
+                    format,
+                    rewards.accuracy_weight * score.accuracy + rewards.format_weight * format,
+                )
+            })
+            .collect();
+        Ok(Self {
+            accuracy: scores.iter().map(|s| s.0).collect(),
+            format: scores.iter().map(|s| s.1).collect(),
+            total: scores.iter().map(|s| s.2).collect(),
+            completions,
+            texts,
+        })
+    }
+
+    /// Whether all completions are worth the same, so that none is better than its group.
+    pub(super) fn is_flat(&self) -> bool {
+        self.total.iter().all(|total| *total == self.total[0])
+    }
+
+    /// Whether completion `c` takes part in the loss.
+    pub(super) fn counts(&self, c: usize, settings: &GrpoSettings) -> bool {
+        self.completions[c].is_finished || !settings.mask_truncated
+    }
+
+    /// Tokens that take part in the loss.
+    pub(super) fn num_tokens(&self, settings: &GrpoSettings) -> usize {
+        let counted = (0..self.completions.len()).filter(|&c| self.counts(c, settings));
+        counted.map(|c| self.completions[c].ids.len()).sum()
+    }
+}
+
+/// Which groups are sampled, and for which time.
+#[derive(Clone, Copy)]
+pub(super) struct Round<'a> {
+    pub(super) places: &'a [usize],
+    pub(super) step: u64,
+    pub(super) attempt: u64,
+    pub(super) sampling: &'a Sampling<'a>,
+}
+
+impl Round<'_> {
+    /// One for each completion of question `q`.
+    fn seeds(&self, lesson: &Lesson<'_>, q: usize) -> Vec<u64> {
+        let named = |g: u64| match self.attempt {
+            0 => rng::stream(lesson.seed, "rollout", &[self.step, q as u64, g]).next_u64(),
+            attempt => {
+                rng::stream(lesson.seed, "rollout again", &[self.step, q as u64, g, attempt]).next_u64()
+            }
+        };
+        (0..lesson.config.grpo.group_size as u64).map(named).collect()
+    }
+}
+
+/// Samples the groups at `places`, a pass of `micro_batch_size` questions at a time; `attempt` counts how often they were
+/// sampled before in this step.
+pub(super) fn roll_out(
+    lesson: &Lesson<'_>,
+    frozen: &Assistant,
+    questions: &Questions,
+    features: &Features,
+    round: Round<'_>,
+) -> Result<Vec<Group>> {
+    let settings = &lesson.config.grpo;
+    let sampling = round.sampling;
+    let mut decoding = frozen.decoding(sampling.max_new_tokens, SamplingConfig::at(settings.temperature));
+    if sampling.assumed.longest {
+        decoding.stop_ids.clear();
+    }
+    let mut groups = Vec::with_capacity(round.places.len());
+    for part in round.places.chunks(lesson.micro_batch_size()) {
+        let seeds: Vec<Vec<u64>> = part.iter().map(|&q| round.seeds(lesson, q)).collect();
+        let prompts: Vec<Prompt> = part.iter().map(|&q| questions.prompts[q].clone()).collect();
+        let features = features.select(&image_rows(&questions.prompts, part))?;
+        let sampled = policy::sample(frozen, &prompts, Some(&features), &seeds, &decoding)?;
+        for (completions, &q) in sampled.into_iter().zip(part) {
+            groups.push(Group::judged(lesson, frozen, &questions.samples[q], completions)?);
+        }
+    }
+    Ok(groups)
+}
+
+/// Samples groups that teach nothing anew, each until it does or the limit is reached; returns how many were replaced.
+pub(super) fn resample(
+    lesson: &Lesson<'_>,
+    frozen: &Assistant,
+    questions: &Questions,
+    features: &Features,
+    groups: &mut [Group],
+    first: Round<'_>,
+) -> Result<usize> {
+    let mut replaced = 0;
+    for attempt in 1..=lesson.config.grpo.max_resamples as u64 {
+        let flat: Vec<usize> = (0..groups.len()).filter(|&g| groups[g].is_flat()).collect();
+        if flat.is_empty() {
+            break;
+        }
+        let round = Round { places: &flat, attempt, ..first };
+        for (group, &place) in roll_out(lesson, frozen, questions, features, round)?.into_iter().zip(&flat) {
+            if !group.is_flat() {
+                groups[place] = group;
+                replaced += 1;
+            }
+        }
+    }
+    Ok(replaced)
+}

@@ -1,0 +1,139 @@
+//! One step of group-relative policy optimisation, on clean images (`grpo`) or with PGD inside (`at_grpo`).
+//!
+//! For each question: PGD on the image's pixels maximises the loss of the right completion under the current policy;
+//! a group of completions is sampled on the attacked image; rewards are accuracy and format; advantages are relative
+//! to the group; the clipped surrogate is taken on the image the group was sampled on.
+//!
+//! Deviation: the paper does not say what its attack maximises, whether groups share one image, or what the reference
+//! policy sees; each is an option here.
+//! Deviation: groups whose rewards are all equal carry no gradient and, without a KL term, are not run through the
+//! update; they count in every denominator, so the result is the same.
+//! Deviation: `entropy` is that of the distribution each token was sampled from, so of the policy before the update.
+
+mod group;
+mod log;
+mod update;
+
+use super::config::{GrpoSettings, ScaleRewards};
+use super::fit::{Fit, Student};
+use super::items;
+use super::lesson::{Lesson, attack_batch};
+use super::sft::StepReport;
+use crate::error::Result;
+use crate::model::assistant::Assistant;
+use crate::roles::policy;
+use crate::train::advantage::{self, AdvantageConfig};
+use group::{Group, Round, resample, roll_out};
+use log::{describe, mean, write_down};
+use serde_json::json;
+use std::time::Instant;
+use update::{Seen, update};
+
+/// How the groups of a step come about.
+#[derive(Debug, Clone, Copy)]
+pub struct Sampling<'a> {
+    /// The frozen policy of the KL term.
+    pub reference: Option<&'a Assistant>,
+    /// Longest completion, in tokens.
+    pub max_new_tokens: usize,
+    /// Whether images are attacked first.
+    pub is_adversarial: bool,
+    /// What an estimate takes for granted; nothing in training.
+    pub assumed: Assumed,
+}
+
+/// What an estimate of cost takes for granted about samples that it cannot know.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Assumed {
+    /// No completion ends before it is as long as it may be.
+    pub longest: bool,
+    /// Every group goes through the update, whatever its rewards.
+    pub all_groups: bool,
+}
+
+/// Trains on the questions of the fit's current step.
+///
+/// # Errors
+/// When a loss or gradient is not finite.
+pub fn step(lesson: &Lesson<'_>, fit: &mut Fit<Student>, sampling: &Sampling<'_>) -> Result<StepReport> {
+    let settings = &lesson.config.grpo;
+    let mut report = StepReport::default();
+    let questions = lesson.questions(&fit.learner.frozen, fit.step)?;
+
+    let started = Instant::now();
+    let clean = items::stack(&fit.learner.frozen, &questions.images)?;
+    let attacked = if sampling.is_adversarial {
+        Some(attack_batch(lesson, &fit.learner.frozen, &questions, fit.step)?)
+    } else {
+        None
+    };
+    let pixels =
+        &lesson.with_noise(attacked.as_ref().map_or(&clean, |attacked| &attacked.pixels), fit.step)?;
+    report.phases.push(("attack", started.elapsed().as_secs_f64()));
+
+    let started = Instant::now();
+    let is_new = sampling.is_adversarial || lesson.config.noise_sigma > 0.0;
+    let features = if is_new {
+        policy::encode(&fit.learner.frozen, pixels)?
+    } else {
+        lesson.features_of(&fit.learner.frozen, pixels)?
+    };
+    let places: Vec<usize> = (0..questions.prompts.len()).collect();
+    let round = Round { places: &places, step: fit.step, attempt: 0, sampling };
+    let frozen = &fit.learner.frozen;
+    let mut groups = roll_out(lesson, frozen, &questions, &features, round)?;
+    let num_resampled = resample(lesson, frozen, &questions, &features, &mut groups, round)?;
+    report.phases.push(("rollout", started.elapsed().as_secs_f64()));
+
+    let started = Instant::now();
+    let rewards: Vec<Vec<f64>> = groups.iter().map(|group| group.total.clone()).collect();
+    let advantages = advantages_of(&rewards, settings)?;
+    // Of a vision tower that does not train they hold for the update too, and for the reference.
+    let features = lesson.features.is_some().then_some(features);
+    let seen = Seen { pixels, clean: &clean, features, sampling };
+    let outcome = update(lesson, fit, &questions, &groups, &advantages, &seen)?;
+    report.phases.push(("update", started.elapsed().as_secs_f64()));
+
+    describe(&mut report, lesson, &groups, &outcome);
+    let prompt_tokens: usize = questions.prompts.iter().map(|prompt| prompt.ids.len()).sum();
+    let completion_tokens: usize =
+        groups.iter().flat_map(|group| &group.completions).map(|c| c.ids.len()).sum();
+    report.num_tokens = (prompt_tokens * settings.group_size + completion_tokens) as u64;
+    if settings.max_resamples > 0 {
+        report.metrics.insert("groups_resampled".into(), json!(num_resampled));
+    }
+    let num_attacked = attacked.as_ref().map_or(0, |_| lesson.num_attacked(groups.len()));
+    let share = |groups: &[Group]| mean(groups.iter().flat_map(|group| group.accuracy.iter().copied()));
+    let metrics = &mut report.metrics;
+    if num_attacked > 0 {
+        metrics.insert("rewards/accuracy_adversarial/mean".into(), json!(share(&groups[..num_attacked])));
+    }
+    if num_attacked < groups.len() {
+        metrics.insert("rewards/accuracy_clean/mean".into(), json!(share(&groups[num_attacked..])));
+    }
+    if let Some(attacked) = &attacked {
+        metrics.insert("epsilon".into(), json!(attacked.epsilon));
+        if let Some((clean, adversarial)) = attacked.losses {
+            metrics.insert("loss_clean".into(), json!(clean));
+            metrics.insert("loss_adversarial".into(), json!(adversarial));
+            metrics.insert("pgd_gain".into(), json!(adversarial - clean));
+        }
+    }
+    write_down(&mut report, &questions, &groups, &advantages, num_attacked);
+    Ok(report)
+}
+
+fn advantages_of(rewards: &[Vec<f64>], settings: &GrpoSettings) -> Result<Vec<Vec<f64>>> {
+    let rows: Vec<Vec<f64>> = rewards.iter().flatten().map(|reward| vec![*reward]).collect();
+    let config = AdvantageConfig {
+        group_size: settings.group_size,
+        scale_rewards: match settings.scale_rewards {
+            ScaleRewards::Group => advantage::ScaleRewards::Group,
+            ScaleRewards::Batch => advantage::ScaleRewards::Batch,
+            ScaleRewards::None => advantage::ScaleRewards::None,
+        },
+        ..AdvantageConfig::default()
+    };
+    let advantages = advantage::group_relative(&rows, &config)?.advantages;
+    Ok(advantages.chunks(settings.group_size).map(<[f64]>::to_vec).collect())
+}
