@@ -30,3 +30,5 @@ mod tiny;
 /// Training, attacking and certifying a tiny model: what is learnt, what is logged, and that no kill, thread or batch
 /// changes a byte.
 mod training;
+/// Examinations while a model trains: the same as `attack` and `eval` find, and the best checkpoint stays.
+mod validation;

@@ -68,6 +68,7 @@ def parse():
     ap.add_argument("--only", nargs="+", default=[], help="our names of workloads")
     ap.add_argument("--sides", nargs="+", default=SIDES, choices=SIDES)
     ap.add_argument("--out", type=Path, default=Path("versus_torch.jsonl"))
+    ap.add_argument("--only-table", action="store_true", help="measure nothing, print the medians of --out")
     return ap.parse_args()
 
 
@@ -115,10 +116,15 @@ def run(a, side, ours, work):
 
 def main():
     a = parse()
+    chosen = {work: WORK[work] for work in WORK if not a.only or WORK[work][0] in a.only}
+    if not a.only_table:
+        measure(a, chosen)
+    print_table(a, chosen)
+
+
+def measure(a, chosen):
     ours = {"workloads": our_program("workloads", "bench", "--no-run", "--bench", "workloads"),
             "safemed": our_program("safemed", "build", "--release")}
-    chosen = {work: WORK[work] for work in WORK if not a.only or WORK[work][0] in a.only}
-    seconds, memory = {}, {}
     with a.out.open("a") as raw:
         for round_ in range(a.rounds):
             for side in a.sides:
@@ -128,14 +134,26 @@ def main():
                     if key not in cache:
                         cache[key] = run(a, side, ours, work)
                     line = cache[key][name if side in OURS else line_name]
-                    # The other side maps its weights and reads them later: its line says what reading them takes too.
-                    read = line.get("seconds_with_every_weight_read")
-                    seconds.setdefault((work, side), []).extend([read] if read else line["all_s"])
-                    memory.setdefault((work, side), []).append(line["peak_rss_mb"])
                     raw.write(json.dumps({"round": round_, "side": side, "time": time.time(), **line}) + "\n")
                     raw.flush()
                     print(f"round {round_} {side} {work}: {line['median_s']:.4g} s", file=sys.stderr, flush=True)
-    print(f"{a.threads} threads, {os.cpu_count()} cores, {cpu_name()}, {time.strftime('%Y-%m-%d')}, {a.rounds} rounds of {a.repeats}\n")
+
+
+def print_table(a, chosen):
+    """Medians of every line in `--out`: what was interrupted, or measured in several goes, is not lost."""
+    lines = [json.loads(line) for line in a.out.read_text().splitlines()]
+    seconds, memory = {}, {}
+    for work, (name, _, line_name) in chosen.items():
+        for line in lines:
+            side = line["side"]
+            if line["workload"] != (name if side in OURS else line_name) or side not in a.sides:
+                continue
+            # The other side maps its weights and reads them later: its line says what reading them takes too.
+            read = line.get("seconds_with_every_weight_read")
+            seconds.setdefault((work, side), []).extend([read] if read else line["all_s"])
+            memory.setdefault((work, side), []).append(line["peak_rss_mb"])
+    rounds = 1 + max(line["round"] for line in lines)
+    print(f"{a.threads} threads, {os.cpu_count()} cores, {cpu_name()}, {time.strftime('%Y-%m-%d')}, {rounds} rounds of {a.repeats}\n")
     ratios = [(above, below) for above, below in RATIOS if above in a.sides and below in a.sides]
     heads = [f"{s}, s" for s in a.sides] + [f"{above} / {below}" for above, below in ratios] + [f"{s}, MiB" for s in a.sides]
     print("| work | " + " | ".join(heads) + " |")
@@ -143,14 +161,17 @@ def main():
     median = {key: statistics.median(values) for key, values in seconds.items()}
     peak = {key: statistics.median(values) for key, values in memory.items()}
     for step, parts in STEPS.items():
-        if all(part in chosen for part in parts):
-            for side in a.sides:
+        for side in a.sides:
+            if all((part, side) in median for part in parts):
                 median[step, side] = sum(median[part, side] for part in parts)
                 peak[step, side] = max(peak[part, side] for part in parts)
-    for work in [*chosen, *(step for step in STEPS if (step, a.sides[0]) in median)]:
-        cells = [f"{median[work, s]:.4g}" for s in a.sides]
-        cells += [f"{median[work, above] / median[work, below]:.2f}" for above, below in ratios]
-        print(f"| {work} | " + " | ".join(cells + [f"{peak[work, s]:.0f}" for s in a.sides]) + " |")
+    for work in [*chosen, *STEPS]:
+        known = [side for side in a.sides if (work, side) in median]
+        if not known:
+            continue
+        cells = [f"{median[work, s]:.4g}" if s in known else "-" for s in a.sides]
+        cells += [f"{median[work, above] / median[work, below]:.2f}" if {above, below} <= {*known} else "-" for above, below in ratios]
+        print(f"| {work} | " + " | ".join(cells + [f"{peak[work, s]:.0f}" if s in known else "-" for s in a.sides]) + " |")
 
 
 def cpu_name():

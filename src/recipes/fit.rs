@@ -22,6 +22,11 @@ pub trait Learner {
     /// The variables, always in the same order.
     fn trained(&self) -> Vec<(String, Var)>;
 
+    /// The model that can be asked questions, as it is now and without gradients.
+    fn assistant(&self) -> Option<&Assistant> {
+        None
+    }
+
     /// Writes a checkpoint into a new directory.
     ///
     /// # Errors
@@ -59,6 +64,10 @@ impl Student {
 impl Learner for Student {
     fn trained(&self) -> Vec<(String, Var)> {
         self.assistant.vlm.parameters().trained()
+    }
+
+    fn assistant(&self) -> Option<&Assistant> {
+        Some(&self.frozen)
     }
 
     /// A complete Hugging Face directory, or an adapter as PEFT has it.
@@ -260,13 +269,20 @@ impl<L: Learner> Fit<L> {
 }
 
 /// Removes checkpoints that are no longer wanted at step `step`: of those that were `is_due` all but the newest `keep` (0: all
-/// stay), and those that were not, left by a run that was told to stop, once training has gone on to another. What is left
-/// is what an uninterrupted run leaves.
+/// stay), and those that were not, left by a run that was told to stop, once training has gone on to another. The `best`
+/// stays in any case and counts for nothing. What is left is what an uninterrupted run leaves.
 ///
 /// # Errors
 /// When a directory cannot be removed.
-pub fn rotate(root: &Path, step: u64, keep: usize, is_due: &dyn Fn(u64) -> bool) -> Result<()> {
+pub fn rotate(
+    root: &Path,
+    step: u64,
+    keep: usize,
+    is_due: &dyn Fn(u64) -> bool,
+    best: Option<u64>,
+) -> Result<()> {
     let mut steps = saved_steps(root);
+    steps.retain(|&saved| Some(saved) != best);
     steps.sort_unstable_by(|a, b| b.cmp(a));
     let (due, others): (Vec<u64>, Vec<u64>) = steps.into_iter().partition(|&saved| is_due(saved));
     let old = due.into_iter().skip(if keep == 0 { usize::MAX } else { keep });
@@ -340,7 +356,7 @@ mod tests {
         let is_due = |step: u64| step.is_multiple_of(10);
         let reach = |step: u64, keep: usize| {
             fs::create_dir_all(dir.path().join(format!("step-{step}"))).unwrap();
-            rotate(dir.path(), step, keep, &is_due).unwrap();
+            rotate(dir.path(), step, keep, &is_due, None).unwrap();
             let mut left = saved_steps(dir.path());
             left.sort_unstable();
             left
@@ -351,5 +367,16 @@ mod tests {
         assert_eq!(reach(24, 2), [10, 20, 24]);
         assert_eq!(reach(30, 2), [20, 30]);
         assert_eq!(reach(40, 0), [20, 30, 40]);
+        // The best is kept beside the newest.
+        let reach_with_best = |step: u64, best: u64| {
+            fs::create_dir_all(dir.path().join(format!("step-{step}"))).unwrap();
+            rotate(dir.path(), step, 1, &is_due, Some(best)).unwrap();
+            let mut left = saved_steps(dir.path());
+            left.sort_unstable();
+            left
+        };
+        assert_eq!(reach_with_best(45, 45), [40, 45]);
+        assert_eq!(reach_with_best(50, 45), [45, 50]);
+        assert_eq!(reach_with_best(60, 60), [50, 60]);
     }
 }

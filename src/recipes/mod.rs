@@ -39,4 +39,5 @@ pub mod run;
 pub mod scratch;
 pub mod sft;
 pub mod train;
+pub mod validation;
 pub mod verdict;

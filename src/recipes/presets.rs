@@ -6,7 +6,7 @@ use serde_json::json;
 use std::fmt::Write as _;
 
 /// Name and content of every file under `configs/`.
-const PRESETS: [(&str, &str); 12] = [
+const PRESETS: [(&str, &str); 23] = [
     ("eval", include_str!("../../configs/eval.toml")),
     ("attack", include_str!("../../configs/attack.toml")),
     ("certify", include_str!("../../configs/certify.toml")),
@@ -16,8 +16,19 @@ const PRESETS: [(&str, &str); 12] = [
     ("grpo", include_str!("../../configs/grpo.toml")),
     ("at_grpo", include_str!("../../configs/at_grpo.toml")),
     ("denoiser", include_str!("../../configs/denoiser.toml")),
+    ("phantom_captions", include_str!("../../configs/phantom_captions.toml")),
+    ("phantom_sft_cot", include_str!("../../configs/phantom_sft_cot.toml")),
+    ("phantom_instruct_captions", include_str!("../../configs/phantom_instruct_captions.toml")),
+    ("phantom_sft_instruct", include_str!("../../configs/phantom_sft_instruct.toml")),
+    ("phantom_at_sft", include_str!("../../configs/phantom_at_sft.toml")),
+    ("phantom_grpo", include_str!("../../configs/phantom_grpo.toml")),
+    ("phantom_at_grpo", include_str!("../../configs/phantom_at_grpo.toml")),
     ("minimed_captions", include_str!("../../configs/minimed_captions.toml")),
-    ("minimed_sft", include_str!("../../configs/minimed_sft.toml")),
+    ("minimed_sft_cot", include_str!("../../configs/minimed_sft_cot.toml")),
+    ("minimed_instruct_captions", include_str!("../../configs/minimed_instruct_captions.toml")),
+    ("minimed_sft_instruct", include_str!("../../configs/minimed_sft_instruct.toml")),
+    ("minimed_at_sft", include_str!("../../configs/minimed_at_sft.toml")),
+    ("minimed_grpo", include_str!("../../configs/minimed_grpo.toml")),
     ("minimed_at_grpo", include_str!("../../configs/minimed_at_grpo.toml")),
 ];
 
@@ -27,7 +38,7 @@ pub fn list() -> Outcome {
     let mut names = Vec::new();
     for (name, content) in PRESETS {
         let what = content.lines().next().unwrap_or_default().trim_start_matches(['#', ' ']);
-        let _ = writeln!(text, "{name:<14} {what}");
+        let _ = writeln!(text, "{name:<25} {what}");
         names.push(json!({"name": name, "what": what}));
     }
     Outcome::new(json!({"command": "config preset", "presets": names}), text)

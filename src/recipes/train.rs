@@ -1,7 +1,7 @@
 //! Training: questions, one step after another, checkpoints.
 
 use super::adapter::Chosen;
-use super::config::{DenoiserSettings, RecipeName, RunConfig};
+use super::config::{DenoiserSettings, MetricName, RecipeName, RunConfig};
 use super::fit::{self, Fit, Learner, Student};
 use super::grpo::{self, Assumed, Sampling};
 use super::inputs;
@@ -13,6 +13,7 @@ use super::report::{self, ReportOptions};
 use super::run::{Run, Stop};
 use super::scratch::{self, Scratch};
 use super::sft::StepReport;
+use super::validation::{self, Best, Exam};
 use super::{denoise, sft};
 use crate::backend::peak_memory_bytes;
 use crate::data::Dataset;
@@ -25,6 +26,7 @@ use crate::model::truncate::Depths;
 use crate::roles::features::FeatureCache;
 use candle_core::Var;
 use serde_json::{Value, json};
+use std::fmt::Write as _;
 use std::path::PathBuf;
 
 /// `safemed train`.
@@ -39,8 +41,18 @@ pub fn train(job: &Job<'_>) -> Result<Outcome> {
     let summary = learn(material, &job.config, &mut run, job.progress)?;
     let options = ReportOptions { images: job.config.images, ..ReportOptions::default() };
     report::report(&[run.dir().to_path_buf()], &options, job.progress)?;
-    let text =
+    let mut text =
         format!("trained: {}\n", run.path(summary["checkpoint"].as_str().unwrap_or_default()).display());
+    if let Some(best) = summary["best"]["checkpoint"].as_str() {
+        let (metric, value) = (summary["best"]["metric"].as_str(), summary["best"]["value"].as_f64());
+        let _ = writeln!(
+            text,
+            "best:    {} ({} {:.4})",
+            run.path("checkpoints").join(best).display(),
+            metric.unwrap_or_default(),
+            value.unwrap_or(f64::NAN)
+        );
+    }
     Ok(Outcome::new(summary, text))
 }
 
@@ -55,6 +67,8 @@ pub(super) struct Material {
     adapter: Option<LoraConfig>,
     /// The frozen policy of GRPO's KL term.
     reference: Option<Assistant>,
+    /// The questions of validation.
+    validation: Option<Dataset>,
 }
 
 /// Everything a configuration names, loaded; the questions first, for they are cheap. Of a checkpoint only the first blocks
@@ -67,6 +81,7 @@ pub(super) fn material(
 ) -> Result<Material> {
     let (dataset, _) = inputs::open_questions(config)?;
     items::require_some(&dataset, "train on")?;
+    let validation = validation::questions(config, &dataset, progress)?;
     let device = config.backend().device()?;
     let needs_reference = config.train.recipe.is_grpo() && config.train.grpo.kl_coef > 0.0;
     let model = config.model.as_deref().unwrap_or_default();
@@ -99,7 +114,7 @@ pub(super) fn material(
     // The policy as it is before the first step: a new adapter changes nothing, so this is its base.
     let reference = if needs_reference { Some(assistant.frozen_copy()?) } else { None };
     let adapter = chosen.settings(&assistant)?;
-    Ok(Material { dataset, model, assistant, chosen, adapter, reference })
+    Ok(Material { dataset, model, assistant, chosen, adapter, reference, validation })
 }
 
 /// Trains in an open run directory and leaves the summary there.
@@ -123,7 +138,7 @@ fn learn(material: Material, config: &RunConfig, run: &mut Run, progress: &dyn P
     inputs::note_denoiser(run, config)?;
     let num_questions = dataset.samples.len();
     let checkpoint = follow(material, config, &mut Whole { run, progress }, progress)?;
-    let summary = json!({
+    let mut summary = json!({
         "command": "train",
         "n": num_questions,
         "recipe": config.train.recipe.word(),
@@ -132,8 +147,31 @@ fn learn(material: Material, config: &RunConfig, run: &mut Run, progress: &dyn P
         "metrics": run.read_metrics()?.last().cloned().unwrap_or(Value::Null),
         "seconds": run.seconds(),
     });
+    if let Some(validation) = run.read_validation()?.last() {
+        summary["validation"] = validation.clone();
+        let path = run.path(BEST);
+        let text = std::fs::read(&path).map_err(|error| Error::io("cannot read", &path, error))?;
+        summary["best"] = serde_json::from_slice(&text).map_err(anyhow::Error::from)?;
+        note_if_no_better(run, &summary["best"], progress)?;
+    }
     run.summary(&summary)?;
     Ok(summary)
+}
+
+/// Says when no checkpoint is better than the model was before training.
+fn note_if_no_better(run: &Run, best: &Value, progress: &dyn Progress) -> Result<()> {
+    let lines = run.read_validation()?;
+    let metric = best["metric"].as_str().and_then(|word| word.parse::<MetricName>().ok());
+    let (Some(first), Some(metric), Some(value)) = (lines.first(), metric, best["value"].as_f64()) else {
+        return Ok(());
+    };
+    let before = validation::value_of(first, metric).filter(|_| first["step"] == 0);
+    if let Some(before) = before.filter(|before| *before >= value) {
+        progress.note(&format!(
+            "no checkpoint is better than the model before training: {metric} {before:.4} then, {value:.4} at best since"
+        ));
+    }
+    Ok(())
 }
 
 /// One step of a recipe.
@@ -150,6 +188,7 @@ pub(super) trait Course {
         lesson: &Lesson<'_>,
         fit: Fit<L>,
         step: Step<'_, L>,
+        exam: Option<&Exam<'_>>,
     ) -> Result<Self::Output>;
 }
 
@@ -160,7 +199,7 @@ pub(super) fn follow<C: Course>(
     course: &mut C,
     progress: &dyn Progress,
 ) -> Result<C::Output> {
-    let Material { dataset, assistant, chosen, adapter, reference, .. } = material;
+    let Material { dataset, assistant, chosen, adapter, reference, validation, .. } = material;
     let settings = &config.train;
     let images = Images::new(&dataset);
     let is_visual = |(name, _): &(String, Var)| name.starts_with(VISION);
@@ -173,12 +212,17 @@ pub(super) fn follow<C: Course>(
         seed: config.seed,
         features: sees_alike.then(|| FeatureCache::new(config.feature_bytes())),
     };
+    let own = validation::own_config(config);
+    let exam = match &validation {
+        Some(questions) => Some(Exam::new(&lesson, &own, questions, &dataset)?),
+        None => None,
+    };
     if settings.recipe == RecipeName::Denoiser {
         let DenoiserSettings { width, depth, .. } = settings.denoiser;
         let shape = DenoiserConfig::new(width, depth, settings.noise_sigma);
         let denoiser = Denoiser::untrained(shape, config.seed, assistant.vlm.device())?;
         let step = |fit: &mut Fit<Denoiser>, _: Assumed| denoise::step(&lesson, fit, &assistant);
-        course.run(&lesson, Fit::new(denoiser)?, &step)
+        course.run(&lesson, Fit::new(denoiser)?, &step, None)
     } else {
         if let Some(text) = chosen.describe(&assistant)? {
             progress.note(&text);
@@ -192,7 +236,7 @@ pub(super) fn follow<C: Course>(
                 sft::step(&lesson, fit, is_adversarial)
             }
         };
-        course.run(&lesson, Fit::new(Student::new(assistant, adapter)?)?, &step)
+        course.run(&lesson, Fit::new(Student::new(assistant, adapter)?)?, &step, exam.as_ref())
     }
 }
 
@@ -219,72 +263,175 @@ struct Whole<'a> {
 impl Course for Whole<'_> {
     type Output = PathBuf;
 
-    fn run<L: Learner>(&mut self, lesson: &Lesson<'_>, fit: Fit<L>, step: Step<'_, L>) -> Result<PathBuf> {
-        train_steps(lesson, fit, step, self.run, self.progress)
+    fn run<L: Learner>(
+        &mut self,
+        lesson: &Lesson<'_>,
+        mut fit: Fit<L>,
+        step: Step<'_, L>,
+        exam: Option<&Exam<'_>>,
+    ) -> Result<PathBuf> {
+        let root = self.run.path("checkpoints");
+        fit.resume(&root)?;
+        self.run.rewind_to(fit.step)?;
+        validation::forget_after(self.run, fit.step)?;
+        let saved = (fit.step > 0).then_some(fit.step);
+        let mut keeper = Keeper { root, lesson, exam, saved, best: None };
+        keeper.find_best(self.run)?;
+        keeper.rotate(fit.step)?;
+        let logged = self.run.read_metrics()?;
+        let mut num_tokens = logged.last().and_then(|line| line["num_tokens"].as_u64()).unwrap_or(0);
+        let num_steps = lesson.config.num_steps as u64;
+        self.begin(lesson, fit.step);
+        loop {
+            if keeper.is_due(fit.step) {
+                keeper.save(&fit)?;
+            }
+            if let Some(exam) = exam
+                && exam.is_due(fit.step, num_steps)
+            {
+                self.validate(exam, &fit, &mut keeper)?;
+                self.begin(lesson, fit.step);
+            }
+            keeper.rotate(fit.step)?;
+            if fit.step == num_steps {
+                break;
+            }
+            if self.run.stop_requested() {
+                keeper.save(&fit)?;
+                keeper.rotate(fit.step)?;
+                return Err(Error::Stopped);
+            }
+            let report =
+                step(&mut fit, Assumed::default()).map_err(|error| lesson.located(error, fit.step))?;
+            fit.step += 1;
+            self.write_down(lesson, fit.step, report, &mut num_tokens)?;
+        }
+        self.progress.finish();
+        Ok(keeper.root.join(format!("step-{}", fit.step)))
     }
 }
 
-fn train_steps<L: Learner>(
-    lesson: &Lesson<'_>,
-    mut fit: Fit<L>,
-    step: Step<'_, L>,
-    run: &mut Run,
-    progress: &dyn Progress,
-) -> Result<PathBuf> {
-    let settings = lesson.config;
-    let checkpoints = run.path("checkpoints");
-    fit.resume(&checkpoints)?;
-    run.rewind_to(fit.step)?;
-    let is_due = |step: u64| {
-        let every = settings.save_every as u64;
-        step == settings.num_steps as u64 || (every > 0 && step.is_multiple_of(every))
-    };
-    fit::rotate(&checkpoints, fit.step, settings.keep_checkpoints, &is_due)?;
-    let logged = run.read_metrics()?;
-    let mut num_tokens = logged.last().and_then(|line| line["num_tokens"].as_u64()).unwrap_or(0);
-    progress.start(settings.num_steps, fit.step as usize, settings.recipe.word());
-    let mut saved = None;
-    while fit.step < settings.num_steps as u64 {
-        let report = step(&mut fit, Assumed::default()).map_err(|error| lesson.located(error, fit.step))?;
-        fit.step += 1;
+impl Whole<'_> {
+    fn begin(&self, lesson: &Lesson<'_>, step: u64) {
+        self.progress.start(lesson.config.num_steps, step as usize, lesson.config.recipe.word());
+    }
+
+    /// Examines the model unless that was done before, and keeps it where it is the best so far.
+    fn validate<L: Learner>(&mut self, exam: &Exam<'_>, fit: &Fit<L>, keeper: &mut Keeper<'_>) -> Result<()> {
+        let lines = self.run.read_validation()?;
+        let is_done = lines.last().is_some_and(|line| line["step"].as_u64() == Some(fit.step));
+        let Some(assistant) = fit.learner.assistant().filter(|_| !is_done) else { return Ok(()) };
+        match exam.sit(assistant, fit.step, self.run, self.progress) {
+            Ok(line) => {
+                self.run.validation(&line)?;
+                self.progress.note(&validation::describe(&line));
+            }
+            Err(error) => {
+                if matches!(error, Error::Stopped) {
+                    keeper.save(fit)?;
+                    keeper.rotate(fit.step)?;
+                }
+                return Err(error);
+            }
+        }
+        let before = keeper.best;
+        if keeper.find_best(self.run)? != before {
+            keeper.save(fit)?;
+        }
+        validation::remove_old_images(self.run, &self.run.read_validation()?, keeper.best)
+    }
+
+    /// Appends what a step reports to the run's files.
+    fn write_down(
+        &mut self,
+        lesson: &Lesson<'_>,
+        step: u64,
+        report: StepReport,
+        num_tokens: &mut u64,
+    ) -> Result<()> {
         let mut metrics = serde_json::Map::new();
-        metrics.insert("step".into(), json!(fit.step));
-        let seen = fit.step as f64 * settings.batch_size as f64;
+        metrics.insert("step".into(), json!(step));
+        let seen = step as f64 * lesson.config.batch_size as f64;
         metrics.insert("epoch".into(), json!(seen / lesson.samples.len() as f64));
         if report.num_tokens > 0 {
-            num_tokens += report.num_tokens;
+            *num_tokens += report.num_tokens;
             metrics.insert("num_tokens".into(), json!(num_tokens));
         }
         metrics.extend(report.metrics);
         for completion in report.completions {
             let mut line = serde_json::Map::new();
-            line.insert("step".into(), json!(fit.step));
+            line.insert("step".into(), json!(step));
             if let Value::Object(fields) = completion {
                 line.extend(fields);
             }
-            run.completion(&line)?;
+            self.run.completion(&line)?;
         }
         let shown: Vec<(&str, f64)> =
             SHOWN.iter().filter_map(|(key, short)| Some((*short, metrics.get(*key)?.as_f64()?))).collect();
-        progress.tick(fit.step as usize, &shown);
-        run.metrics(&metrics)?;
+        self.progress.tick(step as usize, &shown);
+        self.run.metrics(&metrics)?;
         let seconds: f64 = report.phases.iter().map(|(_, seconds)| seconds).sum();
         let mut figures = report.phases;
         figures.extend(peak_memory_bytes().map(|bytes| ("peak_memory_bytes", bytes as f64)));
-        run.timing("step", seconds, &figures)?;
-        let is_last = fit.step == settings.num_steps as u64;
-        let is_stopping = run.stop_requested();
-        if is_due(fit.step) || is_stopping {
-            saved = Some(fit.save(&checkpoints)?);
-            fit::rotate(&checkpoints, fit.step, settings.keep_checkpoints, &is_due)?;
-        }
-        if is_stopping && !is_last {
-            return Err(Error::Stopped);
-        }
+        self.run.timing("step", seconds, &figures)
     }
-    progress.finish();
-    Ok(saved.unwrap_or_else(|| checkpoints.join(format!("step-{}", fit.step))))
 }
+
+/// Which checkpoints there are.
+struct Keeper<'a> {
+    root: PathBuf,
+    lesson: &'a Lesson<'a>,
+    exam: Option<&'a Exam<'a>>,
+    /// The step last saved by this process, or resumed from.
+    saved: Option<u64>,
+    best: Option<Best>,
+}
+
+impl Keeper<'_> {
+    fn is_due(&self, step: u64) -> bool {
+        let (every, num_steps) = (self.lesson.config.save_every as u64, self.lesson.config.num_steps as u64);
+        step > 0 && (step == num_steps || (every > 0 && step.is_multiple_of(every)))
+    }
+
+    /// Saves unless that was done already; before the first step there is nothing to save.
+    fn save<L: Learner>(&mut self, fit: &Fit<L>) -> Result<()> {
+        if fit.step > 0 && self.saved != Some(fit.step) {
+            fit.save(&self.root)?;
+            self.saved = Some(fit.step);
+        }
+        Ok(())
+    }
+
+    fn rotate(&self, step: u64) -> Result<()> {
+        let keep = self.lesson.config.keep_checkpoints;
+        fit::rotate(&self.root, step, keep, &|step| self.is_due(step), self.best.map(|best| best.step))
+    }
+
+    /// Looks at all examinations for the best, and says in `checkpoints/best.json` which it is.
+    fn find_best(&mut self, run: &Run) -> Result<Option<Best>> {
+        let Some(exam) = self.exam else { return Ok(None) };
+        let metric = exam.metric();
+        self.best = validation::best(&run.read_validation()?, metric);
+        let path = run.path(BEST);
+        match self.best {
+            Some(Best { step, value }) => {
+                let fact = json!({
+                    "step": step, "metric": metric.word(), "value": value, "checkpoint": format!("step-{step}"),
+                });
+                run.write_json(BEST, &fact)?;
+            }
+            // A run that was taken back to before its first examination.
+            None if path.exists() => {
+                std::fs::remove_file(&path).map_err(|error| Error::io("cannot remove", &path, error))?;
+            }
+            None => {}
+        }
+        Ok(self.best)
+    }
+}
+
+/// Which checkpoint validation found best.
+const BEST: &str = "checkpoints/best.json";
 
 /// The figures a person watches, with the short words a progress bar has room for.
 const SHOWN: [(&str, &str); 7] = [

@@ -13,8 +13,8 @@ mod values;
 pub use layers::Override;
 pub use show::show;
 pub use train::{
-    AdversaryConfig, DenoiserSettings, GrpoSettings, ImportanceName, KlImage, LossType, RecipeName,
-    ScaleRewards, ScheduleName, TargetName, TrainConfig, TrainParts,
+    AdversaryConfig, DenoiserSettings, GrpoSettings, ImportanceName, KlImage, LossType, MetricName,
+    RecipeName, ScaleRewards, ScheduleName, TargetName, TrainConfig, TrainParts, ValidationConfig,
 };
 pub use values::DeviceWord;
 
@@ -514,6 +514,7 @@ impl RunConfig {
                     .push(ConfigError::new("train.grpo.clip_high", message).with_help("set clip_high = 5.0"));
             }
         }
+        problems.extend(train.validation.problems(recipe, train.captions));
         if train.captions && recipe != RecipeName::Sft {
             problems.push(
                 ConfigError::new("train.captions", format!("recipe `{recipe}` needs images, not captions"))
@@ -548,6 +549,7 @@ impl RunConfig {
 
     fn attack_problems(&self, command: Option<Command>, problems: &mut Vec<ConfigError>) {
         let train = &self.train.adversary;
+        let validation = &self.train.validation;
         let attack = &self.attack;
         let mut no_effect = |key: &str, message: String, help: &str| {
             problems.push(ConfigError::new(format!("attack.{key}"), message).with_help(help));
@@ -580,6 +582,7 @@ impl RunConfig {
         for (section, norm, epsilon, step_size) in [
             ("attack", attack.norm, attack.epsilon, attack.step_size),
             ("train.adversary", train.norm, train.epsilon, train.step_size),
+            ("train.validation", validation.norm, validation.epsilon, None),
         ] {
             let counts = command.is_none_or(|command| self.sections(command).contains(&section));
             if norm == NormName::Linf && epsilon > 1.0 && counts {
@@ -620,7 +623,7 @@ impl RunConfig {
             Command::Certify => vec!["data", "certify", "generation"],
             Command::Train => {
                 let recipe = self.train.recipe;
-                let mut sections = vec!["data", "train", "train.parts"];
+                let mut sections = vec!["data", "train", "train.parts", "train.validation"];
                 sections.extend(recipe.is_grpo().then_some("train.grpo"));
                 sections.extend(recipe.is_adversarial().then_some("train.adversary"));
                 sections.extend((recipe == RecipeName::Denoiser).then_some("train.denoiser"));

@@ -2,9 +2,11 @@
 
 use super::keys::{Range, section, words};
 use super::{NormName, ObjectiveName};
+use crate::error::ConfigError;
 use crate::nn::recompute::Memory;
 use crate::reward::RewardConfig;
 use crate::train::grpo::{self, GrpoConfig};
+use std::path::PathBuf;
 
 words! {
     /// The training recipe.
@@ -96,6 +98,20 @@ words! {
     }
 }
 
+words! {
+    /// The number by which models in training are compared.
+    pub enum MetricName = RobustAccuracy {
+        /// Accuracy on clean images.
+        Accuracy = "accuracy",
+        /// Accuracy under the attack.
+        RobustAccuracy = "robust_accuracy",
+        /// Mean reward of greedy completions on clean images.
+        Reward = "reward",
+        /// Mean reward of greedy completions under the attack.
+        RobustReward = "robust_reward",
+    }
+}
+
 section! {
     /// `[train]`: what all training recipes share. Defaults of the optimiser: AdamW (Loshchilov and Hutter 2019) as in PyTorch.
     pub struct TrainConfig {
@@ -160,6 +176,8 @@ section! {
         grpo: GrpoSettings = GrpoSettings::default(),
         /// The adversary in training, for the recipes `at_sft` and `at_grpo`.
         adversary: AdversaryConfig = AdversaryConfig::default(),
+        /// Questions apart from those trained on, asked as training goes on.
+        validation: ValidationConfig = ValidationConfig::default(),
         /// The network, for the recipe `denoiser`.
         denoiser: DenoiserSettings = DenoiserSettings::default(),
     }
@@ -174,6 +192,33 @@ section! {
         depth: usize = 5 => Range::closed(2.0, 64.0),
         /// Side of the squares that are cut from the images, in pixels; at most the smallest image of a batch.
         crop: usize = 64 => Range::at_least(2.0),
+    }
+}
+
+section! {
+    /// `[train.validation]`: questions apart from those trained on, asked before the first step, after every so many, and after
+    /// the last: on clean images, without the right image, and under PGD on the original image's pixels. The
+    /// checkpoint of the best is kept. Each time costs an `attack` of `limit` questions.
+    pub struct ValidationConfig {
+        /// Steps between; 0: none.
+        every: usize = 0,
+        /// JSON list of the ids of its questions.
+        split: Option<PathBuf> = None,
+        /// A data set of its own, in any supported format; absent: that of training.
+        data: Option<PathBuf> = None,
+        /// Questions asked, at even distances in the order of their ids; 0: all.
+        limit: usize = 128,
+        /// The norm that bounds the attack.
+        norm: NormName = NormName::Linf,
+        /// Budget of the attack, in units of pixel values in [0, 1].
+        epsilon: f64 = 8.0 / 255.0 => Range::at_least(0.0),
+        /// Its gradient steps; 0: clean images only.
+        num_steps: usize = 10,
+        /// What it maximises.
+        objective: ObjectiveName = ObjectiveName::Completion,
+        /// By what the best checkpoint is chosen; absent: `robust_accuracy`, without an attack `accuracy`. Rewards are for the
+        /// recipes `grpo` and `at_grpo`.
+        metric: Option<MetricName> = None,
     }
 }
 
@@ -299,6 +344,52 @@ impl GrpoSettings {
             format_weight: self.format_weight,
             graded: self.graded,
         }
+    }
+}
+
+impl ValidationConfig {
+    /// By what the best checkpoint is chosen.
+    pub fn metric(&self) -> MetricName {
+        match self.metric {
+            Some(metric) => metric,
+            None if self.num_steps == 0 => MetricName::Accuracy,
+            None => MetricName::RobustAccuracy,
+        }
+    }
+
+    /// What does not fit `recipe`, by key of the section.
+    pub fn problems(&self, recipe: RecipeName, captions: bool) -> Vec<ConfigError> {
+        let mut problems = Vec::new();
+        if self.every == 0 {
+            return problems;
+        }
+        let mut problem = |key: &str, message: String, help: &str| {
+            problems.push(ConfigError::new(format!("train.validation.{key}"), message).with_help(help));
+        };
+        if self.split.is_none() && self.data.is_none() {
+            let message = "validation needs questions apart from those trained on".to_owned();
+            problem("split", message, "name them with `train.validation.split` or `train.validation.data`");
+        }
+        if recipe == RecipeName::Denoiser {
+            let help = "see what the denoiser is worth with `safemed certify --denoiser`; leave `every` at 0";
+            problem("every", "a denoiser answers no questions".to_owned(), help);
+        }
+        if captions {
+            let message = "a training on captions shows no images that could be attacked".to_owned();
+            problem("every", message, "leave `every` at 0");
+        }
+        let metric = self.metric();
+        let is_robust = matches!(metric, MetricName::RobustAccuracy | MetricName::RobustReward);
+        if is_robust && self.num_steps == 0 {
+            let message = format!("`{}` needs an attack", metric.word());
+            problem("metric", message, "set `train.validation.num_steps`, or use `accuracy`");
+        }
+        let is_reward = matches!(metric, MetricName::Reward | MetricName::RobustReward);
+        if is_reward && !recipe.is_grpo() {
+            let message = format!("the recipe `{recipe}` has no rewards");
+            problem("metric", message, "use `accuracy` or `robust_accuracy`");
+        }
+        problems
     }
 }
 

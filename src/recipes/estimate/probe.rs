@@ -12,6 +12,7 @@ use crate::recipes::lesson::Lesson;
 use crate::recipes::progress::Silent;
 use crate::recipes::run::Stop;
 use crate::recipes::train::{self, Course, Step};
+use crate::recipes::validation::Exam;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashSet};
 use std::io::Write;
@@ -149,7 +150,13 @@ struct Rehearsal<'a> {
 impl Course for Rehearsal<'_> {
     type Output = ();
 
-    fn run<L: Learner>(&mut self, lesson: &Lesson<'_>, mut fit: Fit<L>, step: Step<'_, L>) -> Result<()> {
+    fn run<L: Learner>(
+        &mut self,
+        lesson: &Lesson<'_>,
+        mut fit: Fit<L>,
+        step: Step<'_, L>,
+        _: Option<&Exam<'_>>,
+    ) -> Result<()> {
         let Self { probe, figures } = self;
         let trained: usize = fit.learner.trained().iter().map(|(_, var)| var.as_tensor().elem_count()).sum();
         figures.insert("trained".to_owned(), trained as f64);

@@ -37,8 +37,11 @@ pub struct Run {
     records: JsonLines,
     metrics: JsonLines,
     completions: JsonLines,
+    validation: JsonLines,
     timings: JsonLines,
     events: EventFile,
+    /// Of validation: TensorBoard shows them as a run of its own, in the same charts.
+    validation_events: EventFile,
     /// Held, never read: the system gives the lock back when the process ends, however it ends.
     _lock: File,
 }
@@ -83,8 +86,10 @@ impl Run {
             records: JsonLines::new(dir.join("records.jsonl")),
             metrics: JsonLines::new(dir.join("metrics.jsonl")),
             completions: JsonLines::new(dir.join("completions.jsonl")),
+            validation: JsonLines::new(dir.join("validation.jsonl")),
             timings: JsonLines::new(dir.join("timings.jsonl")),
             events: EventFile::new(&dir.join("tensorboard")),
+            validation_events: EventFile::new(&dir.join("tensorboard/validation")),
             dir,
             _lock: lock,
         };
@@ -259,12 +264,26 @@ impl Run {
         self.completions.append(&value)
     }
 
-    /// Takes metrics, events and completions back to the end of `step` (the last checkpoint's; 0: to the beginning),
+    /// Appends one examination of the model in training, with a field `step`, to `validation.jsonl` and the events.
+    pub fn validation(&mut self, line: &impl Serialize) -> Result<()> {
+        let value = serde_json::to_value(line).map_err(anyhow::Error::from)?;
+        self.validation.append(&value)?;
+        self.validation_events.append(&value)
+    }
+
+    /// All examinations so far.
+    pub fn read_validation(&self) -> Result<Vec<Value>> {
+        self.validation.read()
+    }
+
+    /// Takes metrics, events, examinations and completions back to the end of `step` (the last checkpoint's; 0: to the beginning),
     /// so that a resumed run writes what an uninterrupted one would have.
     pub fn rewind_to(&mut self, step: u64) -> Result<()> {
         let within = |value: &Value| value["step"].as_u64().is_some_and(|at| at <= step);
         self.metrics.keep_while(within)?;
         self.completions.keep_while(within)?;
+        self.validation.keep_while(within)?;
+        self.validation_events.rebuild(&self.validation.read()?)?;
         let metrics = self.metrics.read()?;
         let steps =
             (1..=step).zip(&metrics).filter(|(step, line)| line["step"].as_u64() == Some(*step)).count();

@@ -1,0 +1,357 @@
+//! What a model in training answers to questions that it does not learn from, clean and under attack, with the
+//! image-blind controls beside it.
+//!
+//! Each examination is an ordinary run of `attack` (of `eval` without an attack) in `validation/step-N/` of the training
+//! run: the same records, scored from 8-bit files, and the same reports. One line of each goes to `validation.jsonl`. The
+//! random starts are named by the question alone, so that the lines of one run can be compared.
+
+use super::attack;
+use super::config::{AttackConfig, Command, MetricName, RunConfig, ValidationConfig};
+use super::eval::{self, EvalSettings};
+use super::inputs;
+use super::lesson::Lesson;
+use super::progress::Progress;
+use super::run::{Opening, Run};
+use crate::data::{Dataset, ImageCheck, Sample, index_of_letter};
+use crate::error::{Error, Result};
+use crate::model::assistant::Assistant;
+use crate::reward::{Format, RewardConfig};
+use serde_json::{Value, json};
+use std::collections::{HashMap, HashSet};
+use std::fs;
+
+/// The questions that `[train.validation]` names, of those in the training's own source or in another; none without
+/// validation.
+///
+/// # Errors
+/// Whatever is wrong with them, and when `trained` holds one of them.
+pub fn questions(config: &RunConfig, trained: &Dataset, progress: &dyn Progress) -> Result<Option<Dataset>> {
+    let settings = &config.train.validation;
+    if settings.every == 0 {
+        return Ok(None);
+    }
+    let own = own_config(config);
+    let mut dataset = own.data.dataset().load(ImageCheck::Exist)?;
+    let is_same_source = settings.data.is_none();
+    refuse_overlap(&dataset, trained, is_same_source)?;
+    let seen: HashSet<_> = trained.samples.iter().map(|sample| &sample.image).collect();
+    let shared = dataset.samples.iter().filter(|sample| seen.contains(&sample.image)).count();
+    if is_same_source && shared > 0 {
+        progress.note(&format!(
+            "{shared} of {} validation questions are about images that are trained on with other questions",
+            dataset.samples.len()
+        ));
+    }
+    if settings.limit > 0 {
+        dataset.samples = spread(&dataset.samples, settings.limit);
+    }
+    Ok(Some(dataset))
+}
+
+fn refuse_overlap(dataset: &Dataset, trained: &Dataset, is_same_source: bool) -> Result<()> {
+    let known: HashMap<&str, &Sample> = trained.samples.iter().map(|s| (s.id.as_str(), s)).collect();
+    // Ids of another source may be the same by chance.
+    let is_trained = |sample: &&Sample| {
+        known.get(sample.id.as_str()).is_some_and(|other| is_same_source || other.question == sample.question)
+    };
+    let common: Vec<&Sample> = dataset.samples.iter().filter(is_trained).collect();
+    let Some(first) = common.first() else { return Ok(()) };
+    Err(Error::data(format!(
+        "{} of {} validation questions are trained on, among them `{}`\n   = help: keep them apart with `--split` for training and `train.validation.split`; `safemed data split` makes both",
+        common.len(),
+        dataset.samples.len(),
+        first.id
+    )))
+}
+
+/// `limit` of the questions at even distances in the order of their ids, so that no source or type is left out.
+fn spread(samples: &[Sample], limit: usize) -> Vec<Sample> {
+    let sorted = inputs::in_item_order(samples);
+    let count = sorted.len().min(limit);
+    (0..count).map(|i| sorted[i * sorted.len() / count].clone()).collect()
+}
+
+/// The configuration of the runs in `validation/`.
+pub fn own_config(config: &RunConfig) -> RunConfig {
+    let settings = &config.train.validation;
+    let mut own = config.clone();
+    // The model is the one in training.
+    (own.model, own.revision, own.adapter) = (None, None, None);
+    own.data.split.clone_from(&settings.split);
+    if settings.data.is_some() {
+        own.data.data.clone_from(&settings.data);
+    }
+    (own.data.train_split, own.data.limit, own.data.shard) = (None, None, None);
+    let ValidationConfig { norm, epsilon, objective, .. } = *settings;
+    own.attack = AttackConfig {
+        norm,
+        epsilon,
+        num_steps: settings.num_steps.max(1),
+        objective,
+        verdict_items: 0,
+        ..AttackConfig::default()
+    };
+    own
+}
+
+/// Examines a model in training.
+#[derive(Debug)]
+pub struct Exam<'a> {
+    settings: &'a ValidationConfig,
+    /// Of the runs in `validation/`.
+    config: &'a RunConfig,
+    dataset: &'a Dataset,
+    /// What the option prior counts.
+    trained: &'a Dataset,
+    /// Where completions are rewarded, how.
+    rewards: Option<(RewardConfig, Format)>,
+    /// For a vision tower that does not train: keeps what it said about clean images.
+    setting: Option<attack::Setting<'a>>,
+}
+
+impl<'a> Exam<'a> {
+    /// An exam on `dataset`; `own` is [`own_config`] of the lesson's configuration.
+    ///
+    /// # Errors
+    /// When there is no such prompt.
+    pub fn new(
+        lesson: &Lesson<'a>,
+        own: &'a RunConfig,
+        dataset: &'a Dataset,
+        trained: &'a Dataset,
+    ) -> Result<Self> {
+        let is_rewarded = lesson.config.recipe.is_grpo();
+        Ok(Self {
+            settings: &lesson.config.validation,
+            config: own,
+            dataset,
+            trained,
+            rewards: is_rewarded.then(|| (lesson.config.grpo.rewards(), lesson.format())),
+            setting: lesson.features.is_some().then(|| attack::Setting::of(own)).transpose()?,
+        })
+    }
+
+    /// Whether the model is examined after `step` of `num_steps` steps: before the first, after every so many, after the last.
+    pub fn is_due(&self, step: u64, num_steps: u64) -> bool {
+        step == num_steps || step.is_multiple_of(self.settings.every as u64)
+    }
+
+    /// The number by which models are compared.
+    pub fn metric(&self) -> MetricName {
+        self.settings.metric()
+    }
+
+    /// Examines a model that has learnt for `step` steps in `validation/step-N/` of `run`, going on where an earlier process
+    /// stopped; gives the line of `validation.jsonl`.
+    ///
+    /// # Errors
+    /// Those of an attack; [`Error::Stopped`] between batches.
+    pub fn sit(&self, assistant: &Assistant, step: u64, run: &Run, progress: &dyn Progress) -> Result<Value> {
+        let is_attacked = self.settings.num_steps > 0;
+        let command = if is_attacked { Command::Attack } else { Command::Eval };
+        let dir = run.path(format!("validation/step-{step}"));
+        let config = RunConfig { out: Some(dir), ..self.config.clone() };
+        let opening = Opening { resume: true, stop: run.stop().clone(), ..Opening::default() };
+        let mut own = Run::open(command, &config, opening)?;
+        own.provenance("trained_steps", json!(step))?;
+        inputs::note_denoiser(&mut own, &config)?;
+        let (questions, trained) = (self.dataset, Some(self.trained));
+        let summary = if is_attacked {
+            // Another tower says other things about the same images.
+            let fresh = if self.setting.is_none() { Some(attack::Setting::of(self.config)?) } else { None };
+            let setting = self.setting.as_ref().or(fresh.as_ref()).ok_or_else(|| anyhow::anyhow!("no setting"))?;
+            attack::under_attack(assistant, questions, trained, setting, &mut own, progress)?
+        } else {
+            let settings = EvalSettings::of(self.config)?;
+            eval::evaluate(assistant, questions, trained, &settings, &mut own, progress)?
+        };
+        let records = own.records()?;
+        let mut line = json!({"step": step, "clean": {"n": records.len()}});
+        let reward = |key: &str| self.rewards.map(|rewards| mean_reward(&records, key, rewards));
+        if is_attacked {
+            line["clean"]["accuracy"] = summary["clean_accuracy"].clone();
+            line["pgd"] = json!({
+                "accuracy": summary["robust_accuracy"],
+                "epsilon": self.settings.epsilon,
+                "num_steps": self.settings.num_steps,
+            });
+            if let (Some(clean), Some(attacked)) =
+                (reward("clean_completion"), reward("adversarial_completion"))
+            {
+                line["clean"]["reward"] = json!(clean?);
+                line["pgd"]["reward"] = json!(attacked?);
+            }
+        } else {
+            line["clean"]["accuracy"] = summary["accuracy"].clone();
+            if let Some(reward) = reward("completion") {
+                line["clean"]["reward"] = json!(reward?);
+            }
+        }
+        line["controls"] = summary["controls"].clone();
+        Ok(line)
+    }
+}
+
+/// What the completions under `key` of the records are worth, on average.
+fn mean_reward(records: &[Value], key: &str, (rewards, format): (RewardConfig, Format)) -> Result<f64> {
+    let mut sum = 0.0;
+    for record in records {
+        let text = record[key].as_str();
+        let answer = record["answer"].as_str().and_then(|word| index_of_letter(word.chars().next()?));
+        let (Some(text), Some(answer), Some(options)) = (text, answer, record["options"].as_array()) else {
+            return Err(Error::data(format!("record {} has no `{key}`, answer or options", record["id"])));
+        };
+        sum += rewards.score(text, answer, options.len(), format).total;
+    }
+    Ok(sum / records.len().max(1) as f64)
+}
+
+/// The value of `metric` in a line of `validation.jsonl`.
+pub fn value_of(line: &Value, metric: MetricName) -> Option<f64> {
+    let (part, key) = match metric {
+        MetricName::Accuracy => ("clean", "accuracy"),
+        MetricName::Reward => ("clean", "reward"),
+        MetricName::RobustAccuracy => ("pgd", "accuracy"),
+        MetricName::RobustReward => ("pgd", "reward"),
+    };
+    line[part][key].as_f64()
+}
+
+/// The best examination.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Best {
+    /// Steps of training before it, at least 1.
+    pub step: u64,
+    /// The metric's value.
+    pub value: f64,
+}
+
+/// The best of the lines by `metric`; of equal ones the first. The model before training is no candidate.
+pub fn best(lines: &[Value], metric: MetricName) -> Option<Best> {
+    let trained = lines.iter().filter_map(|line| {
+        let step = line["step"].as_u64().filter(|step| *step > 0)?;
+        Some(Best { step, value: value_of(line, metric)? })
+    });
+    trained.reduce(|best, next| if next.value > best.value { next } else { best })
+}
+
+/// One line of `validation.jsonl` in words.
+pub fn describe(line: &Value) -> String {
+    let number = |value: &Value| value.as_f64().map_or_else(|| "-".to_owned(), |value| format!("{value:.4}"));
+    let mut parts = vec![format!("accuracy {}", number(&line["clean"]["accuracy"]))];
+    if line["pgd"].is_object() {
+        parts.push(format!("under PGD {}", number(&line["pgd"]["accuracy"])));
+    }
+    if line["clean"]["reward"].is_number() {
+        parts.push(format!("reward {}", number(&line["clean"]["reward"])));
+    }
+    let controls = &line["controls"];
+    format!(
+        "step {}: validation {} (n {}; blank image {}, option prior {})",
+        line["step"],
+        parts.join(", "),
+        line["clean"]["n"],
+        number(&controls["blank_image"]),
+        number(&controls["option_prior"])
+    )
+}
+
+/// Removes the attacked images of earlier examinations, but for those of the best: their records stay.
+///
+/// # Errors
+/// When they cannot be removed.
+pub fn remove_old_images(run: &Run, lines: &[Value], best: Option<Best>) -> Result<()> {
+    let Some((_, earlier)) = lines.split_last() else { return Ok(()) };
+    let steps = earlier.iter().filter_map(|line| line["step"].as_u64());
+    for step in steps.filter(|step| best.is_none_or(|best| best.step != *step)) {
+        let dir = run.path(format!("validation/step-{step}/adversarial"));
+        match fs::remove_dir_all(&dir) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(Error::io("cannot remove", &dir, error));
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// Removes examinations of steps after `step`: a resumed run makes them again.
+///
+/// # Errors
+/// When they cannot be removed.
+pub fn forget_after(run: &Run, step: u64) -> Result<()> {
+    let Ok(entries) = fs::read_dir(run.path("validation")) else { return Ok(()) };
+    for entry in entries.flatten() {
+        let at: Option<u64> =
+            entry.file_name().to_str().and_then(|name| name.strip_prefix("step-")?.parse().ok());
+        if at.is_some_and(|at| at > step) {
+            let dir = entry.path();
+            fs::remove_dir_all(&dir).map_err(|error| Error::io("cannot remove", &dir, error))?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample(id: usize) -> Sample {
+        Sample {
+            id: format!("q{id:02}"),
+            dataset: "d".into(),
+            modality: "CT".into(),
+            modality_raw: "CT".into(),
+            question_type: "t".into(),
+            question: "what?".into(),
+            options: vec!["x".into(), "y".into()],
+            answer: 0,
+            image: format!("{id}.png").into(),
+            reasoning: None,
+        }
+    }
+
+    #[test]
+    fn a_limit_takes_questions_at_even_distances() {
+        let samples: Vec<Sample> = (0..10).rev().map(sample).collect();
+        let ids = |limit| -> Vec<String> { spread(&samples, limit).into_iter().map(|s| s.id).collect() };
+        assert_eq!(ids(4), ["q00", "q02", "q05", "q07"]);
+        assert_eq!(ids(1), ["q00"]);
+        assert_eq!(ids(10), ids(99));
+        assert_eq!(ids(10).len(), 10);
+    }
+
+    #[test]
+    fn the_best_is_the_first_of_the_highest_after_training_began() {
+        let line = |step: u64, clean: f64, pgd: f64| json!({"step": step, "clean": {"accuracy": clean, "reward": -clean}, "pgd": {"accuracy": pgd}});
+        let lines = [line(0, 0.99, 0.9), line(10, 0.7, 0.4), line(20, 0.9, 0.6), line(30, 0.8, 0.6)];
+        assert_eq!(best(&lines, MetricName::RobustAccuracy), Some(Best { step: 20, value: 0.6 }));
+        assert_eq!(best(&lines, MetricName::Accuracy), Some(Best { step: 20, value: 0.9 }));
+        assert_eq!(best(&lines, MetricName::Reward), Some(Best { step: 10, value: -0.7 }));
+        assert_eq!(best(&lines, MetricName::RobustReward), None);
+        assert_eq!(best(&lines[..1], MetricName::Accuracy), None);
+    }
+
+    #[test]
+    fn questions_that_are_trained_on_are_refused_by_name() {
+        let trained = Dataset::new("r", (0..5).map(sample).collect());
+        let apart = Dataset::new("r", (5..9).map(sample).collect());
+        assert!(refuse_overlap(&apart, &trained, true).is_ok());
+        let other = Dataset::new("o", vec![Sample { question: "another?".into(), ..sample(3) }]);
+        assert!(refuse_overlap(&other, &trained, false).is_ok());
+        let error = refuse_overlap(&other, &trained, true).unwrap_err();
+        assert!(error.to_string().starts_with("1 of 1 validation questions are trained on"), "{error}");
+        assert!(error.to_string().contains("`q03`"), "{error}");
+    }
+
+    #[test]
+    fn rewards_of_an_exam_are_those_of_training() {
+        let record =
+            |text: &str| json!({"id": "x", "answer": "B", "options": ["p", "q", "r"], "completion": text});
+        let records = [record("<think> so</think><answer> B</answer>"), record("B"), record("nothing")];
+        let rewards = RewardConfig { format_weight: 0.5, ..RewardConfig::default() };
+        let mean = mean_reward(&records, "completion", (rewards, Format::ThinkThenAnswer)).unwrap();
+        assert!((mean - (1.5 + 1.0) / 3.0).abs() < 1e-12, "{mean}");
+        assert!(mean_reward(&records, "clean_completion", (rewards, Format::Letter)).is_err());
+    }
+}
