@@ -159,7 +159,8 @@ impl<'a> Exam<'a> {
         let summary = if is_attacked {
             // Another tower says other things about the same images.
             let fresh = if self.setting.is_none() { Some(attack::Setting::of(self.config)?) } else { None };
-            let setting = self.setting.as_ref().or(fresh.as_ref()).ok_or_else(|| anyhow::anyhow!("no setting"))?;
+            let setting =
+                self.setting.as_ref().or(fresh.as_ref()).ok_or_else(|| anyhow::anyhow!("no setting"))?;
             attack::under_attack(assistant, questions, trained, setting, &mut own, progress)?
         } else {
             let settings = EvalSettings::of(self.config)?;
