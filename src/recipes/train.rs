@@ -266,9 +266,13 @@ fn train_steps<L: Learner>(
         }
         let shown: Vec<(&str, f64)> =
             SHOWN.iter().filter_map(|(key, short)| Some((*short, metrics.get(*key)?.as_f64()?))).collect();
-        progress.tick(fit.step as usize, &shown);
-        run.metrics(&metrics)?;
         let seconds: f64 = report.phases.iter().map(|(_, seconds)| seconds).sum();
+        progress.pace(report.num_tokens as f64 / seconds, &report.phases);
+        progress.tick(fit.step as usize, &shown);
+        if let Some(pictures) = &report.pictures {
+            run.pictures(fit.step, &pictures.files, &pictures.about)?;
+        }
+        run.updates(&sft::lines_of(metrics, &report.updates))?;
         let mut figures = report.phases;
         figures.extend(peak_memory_bytes().map(|bytes| ("peak_memory_bytes", bytes as f64)));
         run.timing("step", seconds, &figures)?;
