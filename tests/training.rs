@@ -3,6 +3,7 @@
 
 use crate::support::{run as call, safemed};
 use crate::tiny::{Kind, Weights, assistant_of, phantoms, tiny_checkpoint};
+use rand::RngCore as _;
 use safemed::backend::with_threads;
 use safemed::error::{Error, ExitStatus, Result};
 use safemed::recipes::config::Command::{self, Attack, Certify, Train};
@@ -11,7 +12,9 @@ use safemed::recipes::job::{Job, Outcome};
 use safemed::recipes::progress::Silent;
 use safemed::recipes::run::Stop;
 use safemed::recipes::{attack, certify, train};
+use safemed::rng;
 use serde_json::Value;
+use sha2::{Digest as _, Sha256};
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -106,7 +109,9 @@ fn results(dir: &Path) -> BTreeMap<String, Vec<u8>> {
             if path.is_dir() {
                 folders.push(path);
             } else if path.extension().is_some_and(|end| end == "jsonl") && !name.ends_with("timings.jsonl")
-                || ["checkpoints/", "adversarial/"].iter().any(|folder| name.starts_with(folder))
+                || ["checkpoints/", "adversarial/", "images/", "tensorboard/"]
+                    .iter()
+                    .any(|folder| name.starts_with(folder))
             {
                 found.insert(name, fs::read(path).unwrap());
             } else if name == "summary.json" {
@@ -285,10 +290,19 @@ fn every_recipe_logs_its_numbers() {
         "kl",
         "entropy",
         "clip_ratio/low_mean",
+        "clip_ratio/low_min",
         "clip_ratio/high_mean",
+        "clip_ratio/high_max",
+        "clip_ratio/region_mean",
         "completions/mean_length",
+        "completions/min_length",
         "completions/max_length",
+        "completions/mean_terminated_length",
+        "completions/min_terminated_length",
+        "completions/max_terminated_length",
         "completions/clipped_ratio",
+        "num_tokens",
+        "epoch",
     ];
     for (recipe, keys) in [
         ("at_sft", [&sft[..], &adversary].concat()),
@@ -305,10 +319,20 @@ fn every_recipe_logs_its_numbers() {
         let more = [&SHORT[..], &own].concat();
         run_as(Train, &settings(&material().loud, &out, &more), 2).unwrap();
         let steps = lines(&out, "metrics.jsonl");
-        assert_eq!(steps.len(), 2);
+        let updates: Vec<(u64, Option<u64>)> =
+            steps.iter().map(|line| (line["step"].as_u64().unwrap(), line["update"].as_u64())).collect();
+        let wanted: &[(u64, Option<u64>)] = if recipe.ends_with("grpo") {
+            &[(1, Some(1)), (1, Some(2)), (2, Some(1)), (2, Some(2))]
+        } else {
+            &[(1, None), (2, None)]
+        };
+        assert_eq!(updates, wanted, "{recipe}");
         for (step, key) in steps.iter().flat_map(|step| keys.iter().map(move |key| (step, key))) {
             assert!(step[*key].is_number(), "{recipe} {key}: {step}");
         }
+        // Time stands in `timings.jsonl` and nowhere else.
+        let is_time = |key: &str| key.contains("time") || key.contains("second");
+        assert!(steps.iter().all(|step| !step.as_object().unwrap().keys().any(|key| is_time(key))));
         if recipe.starts_with("at_") {
             assert!(steps.iter().all(|step| step["pgd_gain"].as_f64() > Some(0.0)), "{steps:?}");
         }
@@ -323,13 +347,26 @@ fn every_recipe_logs_its_numbers() {
 #[test]
 fn killed_training_goes_on_to_the_same_bytes() {
     let dir = tempfile::tempdir().unwrap();
-    for own in [&[("train.recipe", "at_grpo")][..], &DENOISER] {
+    let at_grpo = [
+        ("train.recipe", "at_grpo"),
+        ("train.grpo.num_updates", "2"),
+        ("train.grpo.log_questions", "2"),
+        ("train.log_text_every", "1"),
+        ("train.log_images_every", "1"),
+    ];
+    for own in [&at_grpo[..], &DENOISER] {
         let [whole, killed] = ["whole", "killed"].map(|name| dir.path().join(format!("{name}-{}", own[0].1)));
         let more = [&SHORT[..], own].concat();
         run_as(Train, &settings(&material().loud, &whole, &more), 2).unwrap();
         let settings = settings(&material().loud, &killed, &more);
         // Behind the checkpoint of step 2: step 3 is done again.
-        run_with_kills(Train, &settings, &killed, "metrics.jsonl", &[1, 3]);
+        run_with_kills(
+            Train,
+            &settings,
+            &killed,
+            "metrics.jsonl",
+            if own == at_grpo { &[2, 6] } else { &[1, 3] },
+        );
         assert!(results(&whole).keys().any(|name| name.contains("step-4/optimizer.safetensors")));
         check_same(&whole, &killed);
         // What a checkpoint says of itself, and the log up to it, must fit.
@@ -350,6 +387,116 @@ fn killed_training_goes_on_to_the_same_bytes() {
             "its directory of step",
         );
         refused(&killed.join("metrics.jsonl"), &|text| text.lines().skip(1).collect(), "are logged");
+    }
+}
+
+#[test]
+fn each_update_of_a_step_has_a_line_of_its_own() {
+    let dir = tempfile::tempdir().unwrap();
+    let lines_of = |name: &str, own: &[(&str, &str)]| {
+        let out = dir.path().join(name);
+        let base = [("train.recipe", "grpo"), ("train.num_steps", "1"), ("train.grpo.kl_coef", "0.5")];
+        run_as(Train, &settings(&material().loud, &out, &[&SHORT[..], &base, own].concat()), 2).unwrap();
+        lines(&out, "metrics.jsonl")
+    };
+    let (one, three) = (lines_of("one", &[]), lines_of("three", &[("train.grpo.num_updates", "3")]));
+    assert_eq!((one.len(), three.len()), (1, 3));
+    // The first update is the only one of the other run; what was sampled is the same for all.
+    let mut first = three[0].clone();
+    assert_eq!(first.as_object_mut().unwrap().shift_remove("update"), Some(1.into()));
+    assert_eq!(first, one[0]);
+    assert!(three[0].to_string().starts_with("{\"step\":1,\"update\":1,"), "{}", three[0]);
+    for later in &three[1..] {
+        assert_eq!(later["reward"], three[0]["reward"]);
+        assert_eq!(later["step"], 1);
+        for own in ["loss", "grad_norm", "kl"] {
+            assert!(later[own].is_f64() && later[own] != three[0][own], "{own}: {later}");
+        }
+    }
+    assert_eq!(three[0]["kl"], 0.0, "the policy is its own reference before it moves");
+    // Where nothing can be learnt no update is made, and the line says so.
+    let own = [("train.grpo.num_updates", "2"), ("train.grpo.kl_coef", "0"), ("train.learning_rate", "0")];
+    let weights =
+        [("train.grpo.accuracy_weight", "1"), ("train.grpo.format_weight", "0"), ("max_new_tokens", "1")];
+    let flat = lines_of("flat", &[&own[..], &weights, &[("train.grpo.temperature", "0.01")]].concat());
+    assert_eq!(
+        (flat.len(), &flat[0]["update"], &flat[0]["groups_updated"]),
+        (1, &0.into(), &0.0.into()),
+        "{flat:?}"
+    );
+}
+
+#[test]
+fn completions_and_pictures_say_where_they_come_from() {
+    let dir = tempfile::tempdir().unwrap();
+    // Every image of the data: what it is as a file, and as the network takes it.
+    let mut known: BTreeMap<String, (String, Vec<f32>)> = BTreeMap::new();
+    for entry in fs::read_dir(material().data.join("Images/Phantom")).unwrap() {
+        let image = safemed::pixels::decode::decode_file(&entry.unwrap().path()).unwrap();
+        let pixels = image
+            .to_tensor(&candle_core::Device::Cpu)
+            .unwrap()
+            .flatten_all()
+            .unwrap()
+            .to_vec1::<f32>()
+            .unwrap();
+        let bytes: Vec<u8> = pixels.iter().flat_map(|value| value.to_le_bytes()).collect();
+        known.insert(image.sha256(), (format!("{:x}", Sha256::digest(bytes)), pixels));
+    }
+    for recipe in ["grpo", "at_grpo"] {
+        let out = dir.path().join(recipe);
+        let own = [
+            ("train.recipe", recipe),
+            ("train.num_steps", "2"),
+            ("train.grpo.log_questions", "3"),
+            ("train.log_images_every", "2"),
+            ("train.adversary.clean_fraction", "0.34"),
+            ("train.adversary.epsilon_start_fraction", "1"),
+        ];
+        run_as(Train, &settings(&material().loud, &out, &[&SHORT[..], &own].concat()), 2).unwrap();
+        let completions = lines(&out, "completions.jsonl");
+        assert_eq!(completions.len(), 2 * 3 * 4);
+        for (index, line) in completions.iter().enumerate() {
+            let (step, group, g) = (1 + index / 12, index / 4 % 3, index % 4);
+            assert_eq!((&line["step"], &line["group"]), (&step.into(), &group.into()), "{line}");
+            let place = [step as u64 - 1, group as u64, g as u64];
+            assert_eq!(line["seed"].as_u64().unwrap(), rng::stream(0, "rollout", &place).next_u64());
+            let is_attacked = recipe == "at_grpo" && group < 2;
+            assert_eq!(line["attacked"], is_attacked);
+            let clean = &known[line["image_sha256"].as_str().unwrap()].0;
+            assert_eq!(line["pixels_sha256"] == clean.as_str(), !is_attacked, "{line}");
+            // Two tokens are allowed.
+            let length = line["length"].as_u64().unwrap();
+            assert!((1..=2).contains(&length) && (line["is_finished"] == true || length == 2), "{line}");
+            assert!(line["prompt"].as_str().unwrap().ends_with("\nanswer"), "{line}");
+        }
+        let picture = |step: u64, name: &str| out.join(format!("images/step-{step}/{name}"));
+        assert!(!picture(1, "clean.png").exists());
+        assert_eq!(picture(2, "clean.png").exists(), recipe == "at_grpo");
+        if recipe == "at_grpo" {
+            let read = |name: &str| safemed::pixels::decode::decode_file(&picture(2, name)).unwrap();
+            let (clean, adversarial, difference) =
+                (read("clean.png"), read("adversarial.png"), read("difference.png"));
+            let of_second = |line: &&Value| line["step"] == 2 && line["group"] == 0;
+            let first = completions.iter().find(of_second).unwrap();
+            assert_eq!(first["image_sha256"], clean.sha256(), "images of this data are not resized");
+            let changes = clean.data.iter().zip(&adversarial.data).map(|(a, b)| a.abs_diff(*b));
+            assert_eq!(changes.max(), Some(8), "the whole budget of 8/255 is spent somewhere");
+            let about: Value = serde_json::from_slice(&fs::read(picture(2, "about.json")).unwrap()).unwrap();
+            assert_eq!(
+                (&about["id"], &about["step"], &about["difference_factor"]),
+                (&first["id"], &2.into(), &15.into())
+            );
+            let amplified = clean
+                .data
+                .iter()
+                .zip(&adversarial.data)
+                .map(|(a, b)| 128 + 15 * (i32::from(*b) - i32::from(*a)));
+            assert!(amplified.zip(&difference.data).all(|(wanted, found)| wanted == i32::from(*found)));
+            let events = fs::read(out.join("tensorboard/events.out.tfevents.0000000000.safemed")).unwrap();
+            let png = fs::read(picture(2, "adversarial.png")).unwrap();
+            assert!(events.windows(png.len()).any(|window| window == png), "the events hold the picture");
+        }
     }
 }
 

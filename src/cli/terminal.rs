@@ -5,7 +5,7 @@
 
 use crate::error::{Error, Result};
 use crate::recipes::progress::Progress;
-use indicatif::{BinaryBytes, ProgressBar, ProgressStyle};
+use indicatif::{BinaryBytes, ProgressBar, ProgressState, ProgressStyle};
 use std::io::{IsTerminal as _, Write as _};
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -81,6 +81,8 @@ pub(super) struct Terminal {
     started: Shared<Instant>,
     last_line: Shared<Instant>,
     last_done: Shared<usize>,
+    /// How fast the last step went, in words.
+    speed: Shared<Vec<String>>,
     widths: Shared<Vec<usize>>,
     /// A failed write to standard output, reported when the recipe is done.
     broken: Shared<Option<Error>>,
@@ -100,6 +102,7 @@ impl Terminal {
             started: Shared::new(now),
             last_line: Shared::new(now),
             last_done: Shared::new(0),
+            speed: Shared::new(Vec::new()),
             widths: Shared::new(Vec::new()),
             broken: Shared::new(None),
         }
@@ -117,7 +120,7 @@ impl Terminal {
         }
     }
 
-    fn plain(&self, done: usize, figures: &str) {
+    fn plain(&self, done: usize, figures: &[String]) {
         let total = self.total.get();
         let seconds = self.started.get().elapsed().as_secs_f64();
         let rate = done.saturating_sub(self.begun.get()) as f64 / seconds.max(1e-9);
@@ -128,8 +131,12 @@ impl Terminal {
             self.line(&format!("{phase}: {done}/{total}, {rate}/s, eta {eta}"));
             return;
         }
-        let pace = if done <= self.begun.get() { String::new() } else { format!(", {rate:.2}/s, eta {eta}") };
-        self.line(&format!("{phase}: {done}/{total}{pace}{figures}"));
+        let mut parts = vec![format!("{done}/{total}")];
+        if done > self.begun.get() {
+            parts.extend([pace_text(rate), format!("eta {eta}")]);
+        }
+        parts.extend_from_slice(figures);
+        self.line(&format!("{phase}: {}", parts.join(", ")));
     }
 
     /// Begins a phase of which `done` are done already; on a terminal with a bar of the form `template`.
@@ -141,11 +148,15 @@ impl Terminal {
         self.last_done.set(done);
         self.total.set(total);
         self.begun.set(done);
+        self.speed.lock().clear();
         what.clone_into(&mut self.phase.lock());
         if self.loudness == Loudness::Normal && std::io::stderr().is_terminal() {
             let bar = ProgressBar::new(total as u64).with_position(done as u64);
             if let Ok(style) = ProgressStyle::with_template(template) {
-                bar.set_style(style.progress_chars("━╸─"));
+                let pace = |state: &ProgressState, text: &mut dyn std::fmt::Write| {
+                    let _ = text.write_str(&pace_text(state.per_sec()));
+                };
+                bar.set_style(style.progress_chars("━╸─").with_key("pace", pace));
             }
             // The pace is that of this process.
             bar.reset_eta();
@@ -168,28 +179,71 @@ fn clock(seconds: f64) -> String {
     if hours > 0 { format!("{hours}:{minutes:02}:{rest:02}") } else { format!("{minutes}:{rest:02}") }
 }
 
-/// `, accuracy 0.930, loss 1.20e-4`.
-fn figures_text(figures: &[(&str, f64)]) -> String {
+/// `accuracy 0.930`, `loss 1.20e-4`.
+fn figure_texts(figures: &[(&str, f64)]) -> Vec<String> {
     figures
         .iter()
         .map(|(name, value)| {
             if *value != 0.0 && value.abs() < 1e-3 {
-                format!(", {name} {value:.2e}")
+                format!("{name} {value:.2e}")
             } else {
-                format!(", {name} {value:.3}")
+                format!("{name} {value:.3}")
             }
         })
         .collect()
 }
 
+/// How many a second, or how long one takes where that says more.
+fn pace_text(rate: f64) -> String {
+    match rate {
+        rate if rate >= 1.0 => format!("{rate:.1}/s"),
+        rate if rate > 1.0 / 60.0 => format!("{:.1} s each", 1.0 / rate),
+        rate if rate > 0.0 => format!("{} each", clock(1.0 / rate)),
+        _ => "-/s".to_owned(),
+    }
+}
+
+/// `820 tokens/s`, then the share of each phase in the step.
+fn speed_texts(tokens_per_second: f64, phases: &[(&str, f64)]) -> Vec<String> {
+    let mut texts = Vec::new();
+    if tokens_per_second.is_finite() && tokens_per_second > 0.0 {
+        texts.push(format!("{tokens_per_second:.0} tokens/s"));
+    }
+    let all: f64 = phases.iter().map(|(_, seconds)| seconds).sum();
+    let shares = phases.iter().filter(|_| all > 0.0).map(|(name, seconds)| (name, 100.0 * seconds / all));
+    texts.extend(
+        shares.filter(|(_, share)| *share >= 0.5).map(|(name, share)| format!("{name} {share:.0} %")),
+    );
+    texts
+}
+
+/// Columns that a terminal has at least.
+const COLUMNS: usize = 80;
+
+/// Texts on indented lines of their own, as many on one as have room.
+fn lines_of(texts: &[String]) -> String {
+    let mut lines = String::new();
+    let mut column = COLUMNS;
+    for text in texts {
+        let width = 2 + text.chars().count();
+        if column + width >= COLUMNS {
+            lines.push('\n');
+            column = 0;
+        }
+        lines.push_str("  ");
+        lines.push_str(text);
+        column += width;
+    }
+    lines
+}
+
 impl Progress for Terminal {
     fn start(&self, total: usize, done: usize, what: &str) {
         self.in_bytes.set(false);
-        let template =
-            "{prefix:<22} {bar:24.cyan/black.bright} {pos}/{len} {per_sec:.dim} eta {eta:.dim}{msg}";
+        let template = "{prefix} {wide_bar:.cyan/black.bright} {pos}/{len} {pace:.dim} eta {eta:.dim}{msg}";
         self.begin(what, total, done, template);
         if self.bar.lock().is_none() && self.loudness != Loudness::Quiet {
-            self.plain(done, "");
+            self.plain(done, &[]);
         }
     }
 
@@ -204,7 +258,8 @@ impl Progress for Terminal {
     fn tick(&self, done: usize, figures: &[(&str, f64)]) {
         self.last_done.set(done);
         if let Some(bar) = &*self.bar.lock() {
-            bar.set_message(figures_text(figures));
+            // What was measured, then how fast, each beginning a line.
+            bar.set_message(lines_of(&figure_texts(figures)) + &lines_of(&self.speed.lock()));
             bar.set_position(done as u64);
             return;
         }
@@ -212,8 +267,12 @@ impl Progress for Terminal {
         let is_due = self.last_line.get().elapsed() >= PLAIN_EVERY || is_last;
         if self.loudness != Loudness::Quiet && is_due {
             self.last_line.set(Instant::now());
-            self.plain(done, &figures_text(figures));
+            self.plain(done, &[figure_texts(figures), self.speed.lock().clone()].concat());
         }
+    }
+
+    fn pace(&self, tokens_per_second: f64, phases: &[(&str, f64)]) {
+        *self.speed.lock() = speed_texts(tokens_per_second, phases);
     }
 
     fn finish(&self) {
@@ -320,8 +379,27 @@ mod tests {
         assert_eq!(clock(3723.0), "1:02:03");
         assert_eq!(clock(f64::INFINITY), "27777:46:40");
         assert_eq!(
-            figures_text(&[("accuracy", 0.9301), ("kl", 1.2e-5), ("loss", 0.0)]),
-            ", accuracy 0.930, kl 1.20e-5, loss 0.000"
+            figure_texts(&[("accuracy", 0.9301), ("kl", 1.2e-5), ("loss", 0.0)]),
+            ["accuracy 0.930", "kl 1.20e-5", "loss 0.000"]
         );
+        assert_eq!([12.34, 0.4, 0.01, 0.0].map(pace_text), ["12.3/s", "2.5 s each", "1:40 each", "-/s"]);
+    }
+
+    #[test]
+    fn a_steps_speed_is_told_in_shares_of_its_phases() {
+        let phases = [("attack", 3.0), ("rollout", 0.99), ("update", 0.01)];
+        assert_eq!(speed_texts(819.7, &phases), ["820 tokens/s", "attack 75 %", "rollout 25 %"]);
+        assert_eq!(speed_texts(f64::NAN, &[("update", 0.0)]), Vec::<String>::new());
+    }
+
+    #[test]
+    fn what_stands_below_a_bar_fits_a_narrow_terminal_and_loses_nothing() {
+        let texts: Vec<String> = (0..9).map(|number| format!("figure {number} 0.12345")).collect();
+        let lines = lines_of(&texts);
+        assert!(lines.starts_with("\n  figure 0"));
+        assert!(lines.lines().all(|line| line.chars().count() < COLUMNS), "{lines}");
+        assert_eq!(lines.lines().skip(1).count(), 3);
+        assert!(texts.iter().all(|text| lines.contains(text.as_str())));
+        assert_eq!(lines_of(&[]), "");
     }
 }

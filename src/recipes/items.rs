@@ -26,6 +26,7 @@ pub struct Images {
     /// How each image's numbers became eight bits.
     readings: Mutex<HashMap<PathBuf, String>>,
     cache: Mutex<(HashMap<PathBuf, Arc<ProcessedImage>>, usize)>,
+    hashes: Mutex<HashMap<PathBuf, String>>,
 }
 
 impl Images {
@@ -36,6 +37,7 @@ impl Images {
             gray: dataset.gray,
             readings: Mutex::default(),
             cache: Mutex::default(),
+            hashes: Mutex::default(),
         }
     }
 
@@ -48,6 +50,20 @@ impl Images {
         let mut readings = self.readings.lock().unwrap_or_else(PoisonError::into_inner);
         readings.insert(image.to_path_buf(), decoded.reading);
         Ok(decoded.image)
+    }
+
+    /// SHA-256 of the picture in the file, as [`RgbImage8::sha256`] has it: what certificates call `image_sha256`.
+    ///
+    /// # Errors
+    /// When it is missing or damaged.
+    pub fn sha256(&self, image: &Path) -> Result<String> {
+        let locked = || self.hashes.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(found) = locked().get(image) {
+            return Ok(found.clone());
+        }
+        let hash = self.original(image)?.sha256();
+        locked().insert(image.to_path_buf(), hash.clone());
+        Ok(hash)
     }
 
     /// How the image's numbers became eight bits, in words; it has been read before.

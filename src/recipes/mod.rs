@@ -29,6 +29,7 @@ pub mod lesson;
 pub mod merge;
 pub mod parity;
 pub mod parity_io;
+pub mod pictures;
 pub mod predict;
 pub mod presets;
 pub mod progress;

@@ -15,6 +15,10 @@ pub trait Progress: Sync {
     /// `done` of the phase are done; `figures` are running numbers such as `("accuracy", 0.93)`.
     fn tick(&self, done: usize, figures: &[(&str, f64)]);
 
+    /// How fast the step that a tick is about to tell of went: tokens a second (0 where none are counted), and the seconds of its
+    /// phases.
+    fn pace(&self, _tokens_per_second: f64, _phases: &[(&str, f64)]) {}
+
     /// The phase is over.
     fn finish(&self) {}
 

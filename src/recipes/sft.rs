@@ -6,6 +6,7 @@
 use super::fit::{Fit, Student};
 use super::items;
 use super::lesson::{Lesson, Questions, attack_batch};
+use super::pictures::{self, Pictures};
 use crate::error::{Error, Result};
 use crate::nn::recompute::{Gradients, Stage, loss_and_gradients};
 use crate::roles::policy::{self, Scoring};
@@ -24,6 +25,29 @@ pub struct StepReport {
     pub completions: Vec<Value>,
     /// Seconds by phase.
     pub phases: Vec<(&'static str, f64)>,
+    /// Where a step makes several updates, what is each update's own, in their order.
+    pub updates: Vec<Map<String, Value>>,
+    /// Pictures to keep.
+    pub pictures: Option<Pictures>,
+}
+
+/// The lines of a step in `metrics.jsonl`: one, or one for each of its updates, with the update's own figures in place of the
+/// last one's.
+pub fn lines_of(metrics: Map<String, Value>, updates: &[Map<String, Value>]) -> Vec<Map<String, Value>> {
+    if updates.is_empty() {
+        return vec![metrics];
+    }
+    let line = |own: &Map<String, Value>| {
+        let mut line = Map::new();
+        for (name, value) in &metrics {
+            line.insert(name.clone(), own.get(name).unwrap_or(value).clone());
+            if let Some(update) = own.get("update").filter(|_| name == "step") {
+                line.insert("update".to_owned(), update.clone());
+            }
+        }
+        line
+    };
+    updates.iter().map(line).collect()
 }
 
 /// Trains on the questions of the fit's current step.
@@ -52,6 +76,7 @@ pub fn step(lesson: &Lesson<'_>, fit: &mut Fit<Student>, is_adversarial: bool) -
     let update = fit.update(&gradients, lesson.config)?;
     report.phases.push(("update", started.elapsed().as_secs_f64()));
 
+    report.pictures = pictures::of_attack(lesson, &questions, attacked.as_ref(), fit.step)?;
     let metrics = &mut report.metrics;
     metrics.insert("loss".into(), json!(loss));
     metrics.insert("learning_rate".into(), json!(update.learning_rate));

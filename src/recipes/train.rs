@@ -368,9 +368,13 @@ impl Whole<'_> {
         }
         let shown: Vec<(&str, f64)> =
             SHOWN.iter().filter_map(|(key, short)| Some((*short, metrics.get(*key)?.as_f64()?))).collect();
-        self.progress.tick(step as usize, &shown);
-        self.run.metrics(&metrics)?;
         let seconds: f64 = report.phases.iter().map(|(_, seconds)| seconds).sum();
+        self.progress.pace(report.num_tokens as f64 / seconds, &report.phases);
+        self.progress.tick(step as usize, &shown);
+        if let Some(pictures) = &report.pictures {
+            self.run.pictures(step, &pictures.files, &pictures.about)?;
+        }
+        self.run.updates(&sft::lines_of(metrics, &report.updates))?;
         let mut figures = report.phases;
         figures.extend(peak_memory_bytes().map(|bytes| ("peak_memory_bytes", bytes as f64)));
         self.run.timing("step", seconds, &figures)

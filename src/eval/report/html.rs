@@ -143,7 +143,7 @@ fn write_figures(page: &mut String, report: &ReportData) -> Result<()> {
         }
         write_legend(page, figure, &names);
         let smoothing =
-            if figure.shape == Shape::Noisy { " Faint: every step; strong: moving mean." } else { "" };
+            if figure.shape == Shape::Noisy { " Faint: the values; strong: their moving mean." } else { "" };
         let _ = writeln!(page, "<figcaption>{}{smoothing}</figcaption>\n</figure>", escape(&figure.caption));
     }
     page.push_str("</div>\n</section>\n");
@@ -180,15 +180,21 @@ fn write_card(page: &mut String, card: &Card) {
     }
     let _ = writeln!(
         page,
-        "<div class=\"words\">\n<p class=\"detail\">{}</p>\n<h3>{}</h3>\n<ol class=\"options\" type=\"A\">",
+        "<div class=\"words\">\n<p class=\"detail\">{}</p>\n<h3>{}</h3>",
         escape(&card.detail),
         escape(&card.question)
     );
+    if !card.options.is_empty() {
+        page.push_str("<ol class=\"options\" type=\"A\">\n");
+    }
     for (index, option) in card.options.iter().enumerate() {
         let class = if card.answer == Some(index) { " class=\"right-option\"" } else { "" };
         let _ = writeln!(page, "<li{class}>{}</li>", escape(option));
     }
-    page.push_str("</ol>\n<div class=\"answers\">\n");
+    if !card.options.is_empty() {
+        page.push_str("</ol>\n");
+    }
+    page.push_str("<div class=\"answers\">\n");
     for answer in &card.answers {
         write_answer(page, answer);
     }

@@ -70,6 +70,8 @@ fn draw(
     let digits =
         |span: f64| if span >= 8.0 { 0 } else { (1.3 - span.log10()).ceil().clamp(0.0, 6.0) as usize };
     let (x_digits, y_digits) = (digits(x[1] - x[0]), digits(y[1] - y[0]));
+    // Learning rates, which digits behind the point cannot tell apart.
+    let is_tiny = y[0].abs().max(y[1].abs()) < 1e-3;
     chart
         .configure_mesh()
         .x_desc(&figure.x_label)
@@ -83,7 +85,9 @@ fn draw(
         .label_style(("sans-serif", TEXT).into_font().color(&INK.mix(0.8)))
         .axis_desc_style(("sans-serif", TEXT).into_font().color(&INK))
         .x_label_formatter(&|value| format!("{value:.x_digits$}"))
-        .y_label_formatter(&|value| format!("{value:.y_digits$}"))
+        .y_label_formatter(&|value| {
+            if is_tiny && *value != 0.0 { format!("{value:.1e}") } else { format!("{value:.y_digits$}") }
+        })
         .draw()?;
     for series in &figure.series {
         let index = names.iter().position(|name| *name == series.name).unwrap_or(0);
@@ -170,7 +174,8 @@ fn ranges(figure: &Figure) -> Option<([f64; 2], [f64; 2])> {
         return None;
     }
     let widened = |[low, high]: [f64; 2], share: f64| {
-        let margin = if high > low { (high - low) * share } else { low.abs().max(1.0) * 0.05 };
+        let around = if low == 0.0 { 1.0 } else { low.abs() };
+        let margin = if high > low { (high - low) * share } else { around * 0.05 };
         [low - margin, high + margin]
     };
     let x = if x[1] > x[0] { x } else { widened(x, 0.0) };

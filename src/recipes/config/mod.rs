@@ -644,8 +644,8 @@ impl RunConfig {
         Ok(toml::to_string(&table).map_err(anyhow::Error::from)?)
     }
 
-    /// The resolved configuration without what changes no result (threads, batch size of inference, pictures, run
-    /// directory) and without the name of the model's revision, of which the run notes the commit: two runs with the
+    /// The resolved configuration without what changes no result (threads, batch size of inference, pictures, what
+    /// TensorBoard shows, run directory) and without the name of the model's revision, of which the run notes the commit: two runs with the
     /// same identity may continue each other.
     pub fn identity(&self, command: Command) -> Result<String> {
         let neutral = Self {
@@ -655,6 +655,11 @@ impl RunConfig {
             out: None,
             images: true,
             revision: None,
+            train: TrainConfig {
+                log_text_every: TrainConfig::default().log_text_every,
+                log_images_every: TrainConfig::default().log_images_every,
+                ..self.train.clone()
+            },
             ..self.clone()
         };
         neutral.to_toml(command)

@@ -159,6 +159,13 @@ section! {
         save_every: usize = 100,
         /// Checkpoints kept, the newest; 0: all.
         keep_checkpoints: usize = 2,
+        /// TensorBoard shows the completions written down at every step that is a multiple of this, a few kilobytes each time; 0:
+        /// none. Changes nothing else.
+        log_text_every: usize = 10,
+        /// At every step that is a multiple of this, recipes with an adversary keep the first attacked image, its adversarial
+        /// twin and the amplified difference as PNG files of the model's resolution under `images/step-N/`, for TensorBoard and
+        /// reports: up to some megabytes each time, for large images; 0: never. Changes nothing else.
+        log_images_every: usize = 100,
         /// Rank of a low-rank adapter (LoRA) that trains in place of the weights; 0: the weights train.
         lora_rank: usize = 0,
         /// The adapter's update is multiplied by `lora_alpha` / `lora_rank`.
@@ -260,13 +267,17 @@ section! {
         loss_type: LossType = LossType::Grpo,
         /// What advantages are divided by.
         scale_rewards: ScaleRewards = ScaleRewards::Group,
-        /// Optimiser steps on one set of completions.
+        /// Optimiser steps on one set of completions; each has a line of its own in `metrics.jsonl`, with its number under
+        /// `update`.
         num_updates: usize = 1 => Range::at_least(1.0),
         /// Whether completions that were cut off before they ended take no part in the loss.
         mask_truncated: bool = false,
         /// How often a group whose rewards are all equal, which teaches nothing, is sampled anew on the same image (dynamic
         /// sampling, Yu et al. 2025); each time costs another rollout of those groups.
         max_resamples: usize = 0,
+        /// Questions of a step whose completions are all written to `completions.jsonl`, attacked ones first; 0: none. Each costs
+        /// `group_size` lines, with prompt, about a kilobyte and more.
+        log_questions: usize = 1,
         /// Weight of the accuracy reward.
         accuracy_weight: f64 = 1.0 => Range::at_least(0.0),
         /// Weight of the format reward.

@@ -18,6 +18,8 @@ use rand::RngCore;
 pub(super) struct Group {
     pub(super) completions: Vec<Completion>,
     pub(super) texts: Vec<String>,
+    /// Of the stream that each completion was drawn from.
+    pub(super) seeds: Vec<u64>,
     pub(super) accuracy: Vec<f64>,
     pub(super) format: Vec<f64>,
     pub(super) total: Vec<f64>,
@@ -29,6 +31,7 @@ impl Group {
         frozen: &Assistant,
         sample: &Sample,
         completions: Vec<Completion>,
+        seeds: Vec<u64>,
     ) -> Result<Self> {
         let rewards = lesson.config.grpo.rewards();
         let texts =
@@ -53,6 +56,7 @@ impl Group {
             total: scores.iter().map(|s| s.2).collect(),
             completions,
             texts,
+            seeds,
         })
     }
 
@@ -116,8 +120,8 @@ pub(super) fn roll_out(
         let prompts: Vec<Prompt> = part.iter().map(|&q| questions.prompts[q].clone()).collect();
         let features = features.select(&image_rows(&questions.prompts, part))?;
         let sampled = policy::sample(frozen, &prompts, Some(&features), &seeds, &decoding)?;
-        for (completions, &q) in sampled.into_iter().zip(part) {
-            groups.push(Group::judged(lesson, frozen, &questions.samples[q], completions)?);
+        for ((completions, seeds), &q) in sampled.into_iter().zip(seeds).zip(part) {
+            groups.push(Group::judged(lesson, frozen, &questions.samples[q], completions, seeds)?);
         }
     }
     Ok(groups)

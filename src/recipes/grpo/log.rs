@@ -1,11 +1,19 @@
-//! What a step of GRPO says about itself: its metrics under TRL's names, and completions to read along.
+//! What a step of GRPO says about itself: its metrics under TRL's names where they mean what TRL's mean, and completions to
+//! read along.
+//!
+//! Deviation: TRL's `step_time` is not among the metrics, which are the same bytes each time; `timings.jsonl` has it as `seconds`.
 
 use super::group::Group;
 use super::update::UpdateOutcome;
+use crate::error::Result;
 use crate::recipes::config::LossType;
+use crate::recipes::items;
 use crate::recipes::lesson::{Lesson, Questions};
 use crate::recipes::sft::StepReport;
-use serde_json::json;
+use crate::train::grpo::GrpoStats;
+use candle_core::Tensor;
+use serde_json::{Map, Value, json};
+use sha2::{Digest as _, Sha256};
 
 pub(super) fn describe(
     report: &mut StepReport,
@@ -35,17 +43,8 @@ pub(super) fn describe(
     put("groups_updated", outcome.num_groups_updated as f64);
     put("entropy", mean(completions().flat_map(|c| c.entropies.iter().map(|h| f64::from(*h)))));
     if let Some(stats) = &outcome.stats {
-        if let Some(kl) = stats.kl {
-            put("kl", kl);
-        }
-        if lesson.config.grpo.loss_type == LossType::Cispo {
-            put("cispo_clip_ratio", stats.clip_high_mean);
-        } else {
-            put("clip_ratio/low_mean", stats.clip_low_mean);
-            put("clip_ratio/low_min", stats.clip_low_min);
-            put("clip_ratio/high_mean", stats.clip_high_mean);
-            put("clip_ratio/high_max", stats.clip_high_max);
-            put("clip_ratio/region_mean", stats.clip_region_mean);
+        for (key, value) in figures_of(stats, lesson.config.grpo.loss_type) {
+            put(key, value);
         }
     }
     let lengths = |only_finished: bool| -> Vec<f64> {
@@ -62,28 +61,94 @@ pub(super) fn describe(
     put("completions/clipped_ratio", 1.0 - terminated.len() as f64 / all_lengths.len() as f64);
 }
 
+/// What the loss says about one update.
+fn figures_of(stats: &GrpoStats, loss_type: LossType) -> Vec<(&'static str, f64)> {
+    let mut figures: Vec<(&'static str, f64)> = stats.kl.map(|kl| ("kl", kl)).into_iter().collect();
+    if loss_type == LossType::Cispo {
+        figures.push(("cispo_clip_ratio", stats.clip_high_mean));
+    } else {
+        figures.extend([
+            ("clip_ratio/low_mean", stats.clip_low_mean),
+            ("clip_ratio/low_min", stats.clip_low_min),
+            ("clip_ratio/high_mean", stats.clip_high_mean),
+            ("clip_ratio/high_max", stats.clip_high_max),
+            ("clip_ratio/region_mean", stats.clip_region_mean),
+        ]);
+    }
+    figures
+}
+
+/// What is each update's own, where the settings want several. Their number counts from 1; 0 says that no group taught
+/// anything, so that none was made.
+pub(super) fn each_update(lesson: &Lesson<'_>, outcome: &UpdateOutcome) -> Vec<Map<String, Value>> {
+    let settings = &lesson.config.grpo;
+    if settings.num_updates == 1 {
+        return Vec::new();
+    }
+    if outcome.each.is_empty() {
+        return vec![Map::from_iter([("update".to_owned(), json!(0))])];
+    }
+    let own = |(index, (loss, grad_norm, stats)): (usize, &(f64, f64, GrpoStats))| {
+        let mut own = Map::from_iter([("update".to_owned(), json!(index + 1))]);
+        let figures = figures_of(stats, settings.loss_type);
+        for (key, value) in figures.into_iter().chain([("loss", *loss), ("grad_norm", *grad_norm)]) {
+            own.insert(key.to_owned(), json!(value));
+        }
+        own
+    };
+    outcome.each.iter().enumerate().map(own).collect()
+}
+
+/// Notes every completion of the first `log_questions` questions. Of a step's `pixels` the first `num_attacked` images are
+/// attacked.
+///
+/// `group` is the question's place in the step, `seed` that of the stream the tokens were drawn from, `length` in tokens.
+/// `image_sha256` is that of the file's picture, as in certificates; `pixels_sha256` that of what the completion was sampled on,
+/// attacked and noisy where it was: the float32 values of `[3, height, width]` in [0, 1], little-endian. It equals what the
+/// resized picture itself gives where the image was left as it is.
 pub(super) fn write_down(
     report: &mut StepReport,
+    lesson: &Lesson<'_>,
     questions: &Questions,
     groups: &[Group],
     advantages: &[Vec<f64>],
-    num_attacked: usize,
-) {
-    // One question a step is enough to read along; every completion of it.
-    if let (Some(sample), Some(group)) = (questions.samples.first(), groups.first()) {
+    (pixels, num_attacked): (&[Tensor], usize),
+) -> Result<()> {
+    for (q, group) in groups.iter().enumerate().take(lesson.config.grpo.log_questions) {
+        let sample = &questions.samples[q];
+        let image_sha256 = lesson.images.sha256(&sample.image)?;
+        let pixels_sha256 = sha256_of(&items::pick(pixels, &[q])?)?;
         for (g, text) in group.texts.iter().enumerate() {
             report.completions.push(json!({
                 "id": sample.id,
-                "attacked": num_attacked > 0,
+                "attacked": q < num_attacked,
                 "answer": sample.answer_letter().to_string(),
                 "completion": text,
                 "reward": group.total[g],
                 "accuracy": group.accuracy[g],
                 "format": group.format[g],
-                "advantage": advantages[0][g],
+                "advantage": advantages[q][g],
+                "group": q,
+                "seed": group.seeds[g],
+                "is_finished": group.completions[g].is_finished,
+                "length": group.completions[g].ids.len(),
+                "prompt": lesson.template.user_text(sample),
+                "image_sha256": image_sha256,
+                "pixels_sha256": pixels_sha256,
             }));
         }
     }
+    Ok(())
+}
+
+/// SHA-256 of the values of tensors as little-endian float32, in hexadecimal.
+fn sha256_of(tensors: &[Tensor]) -> Result<String> {
+    let mut hasher = Sha256::new();
+    for tensor in tensors {
+        let values = tensor.flatten_all()?.to_vec1::<f32>()?;
+        hasher.update(values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>());
+    }
+    Ok(format!("{:x}", hasher.finalize()))
 }
 
 pub(super) fn mean(values: impl Iterator<Item = f64>) -> f64 {

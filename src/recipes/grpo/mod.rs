@@ -18,13 +18,14 @@ use super::config::{GrpoSettings, ScaleRewards};
 use super::fit::{Fit, Student};
 use super::items;
 use super::lesson::{Lesson, attack_batch};
+use super::pictures;
 use super::sft::StepReport;
 use crate::error::Result;
 use crate::model::assistant::Assistant;
 use crate::roles::policy;
 use crate::train::advantage::{self, AdvantageConfig};
 use group::{Group, Round, resample, roll_out};
-use log::{describe, mean, write_down};
+use log::{describe, each_update, mean, write_down};
 use serde_json::json;
 use std::time::Instant;
 use update::{Seen, update};
@@ -119,7 +120,9 @@ pub fn step(lesson: &Lesson<'_>, fit: &mut Fit<Student>, sampling: &Sampling<'_>
             metrics.insert("pgd_gain".into(), json!(adversarial - clean));
         }
     }
-    write_down(&mut report, &questions, &groups, &advantages, num_attacked);
+    report.updates = each_update(lesson, &outcome);
+    report.pictures = pictures::of_attack(lesson, &questions, attacked.as_ref(), fit.step)?;
+    write_down(&mut report, lesson, &questions, &groups, &advantages, (pixels, num_attacked))?;
     Ok(report)
 }
 

@@ -35,6 +35,8 @@ pub(super) struct UpdateOutcome {
     pub(super) num_groups_updated: usize,
     /// Over the tokens of all passes of the last update; none when no group was updated.
     pub(super) stats: Option<GrpoStats>,
+    /// Loss, gradient norm and statistics of each update.
+    pub(super) each: Vec<(f64, f64, GrpoStats)>,
 }
 
 /// Groups of one forward and backward pass.
@@ -219,9 +221,11 @@ pub(super) fn update(
             loss += own.loss;
             stats.push(own.stats);
         }
+        let stats = GrpoStats::joined(&stats);
         outcome.loss = loss;
-        outcome.stats = Some(GrpoStats::joined(&stats));
+        outcome.stats = Some(stats);
         outcome.grad_norm = fit.update(&gradients, lesson.config)?.grad_norm;
+        outcome.each.push((loss, outcome.grad_norm, stats));
     }
     Ok(outcome)
 }

@@ -2,29 +2,11 @@
 
 use super::source::RunDir;
 use super::tables::{accuracy, is_certified};
+use super::training;
 use crate::eval::report::{Figure, Point, Series, Shape};
 use crate::recipes::attack;
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
-
-/// Training metrics worth a plot, the most telling first.
-const TELLING: [&str; 14] = [
-    "loss",
-    "reward",
-    "rewards/accuracy/mean",
-    "rewards/accuracy_adversarial/mean",
-    "rewards/accuracy_clean/mean",
-    "pgd_gain",
-    "frac_reward_zero_std",
-    "kl",
-    "entropy",
-    "rewards/format/mean",
-    "completions/mean_length",
-    "clip_ratio/high_mean",
-    "grad_norm",
-    "learning_rate",
-];
-const MOST_CURVES: usize = 8;
 
 /// All plots that these runs give rise to.
 pub(super) fn figures(runs: &[RunDir]) -> Vec<Figure> {
@@ -32,7 +14,7 @@ pub(super) fn figures(runs: &[RunDir]) -> Vec<Figure> {
     figures.extend(budget_figure(runs));
     figures.extend(steps_figure(runs));
     figures.extend(radius_figure(runs));
-    figures.extend(training_figures(runs));
+    figures.extend(training::figures(runs));
     figures
 }
 
@@ -169,49 +151,4 @@ fn radius_figure(runs: &[RunDir]) -> Option<Figure> {
         shape: Shape::Steps,
         series,
     })
-}
-
-fn training_figures(runs: &[RunDir]) -> Vec<Figure> {
-    let mut by_metric: BTreeMap<String, Vec<Series>> = BTreeMap::new();
-    for run in runs {
-        let mut curves: BTreeMap<String, Vec<Point>> = BTreeMap::new();
-        for metrics in &run.metrics {
-            let step = metrics["step"].as_f64().unwrap_or(0.0);
-            collect(&mut curves, "", metrics, step);
-        }
-        for (metric, points) in curves.into_iter().filter(|(_, points)| points.len() > 1) {
-            by_metric.entry(metric).or_default().push(Series { name: run.name.clone(), points });
-        }
-    }
-    let rank = |metric: &str| TELLING.iter().position(|name| metric == *name).unwrap_or(TELLING.len());
-    let mut metrics: Vec<(String, Vec<Series>)> =
-        by_metric.into_iter().filter(|(metric, _)| rank(metric) < TELLING.len()).collect();
-    metrics.sort_by_key(|(metric, _)| rank(metric));
-    metrics
-        .into_iter()
-        .take(MOST_CURVES)
-        .map(|(metric, series)| Figure {
-            title: format!("Training: {}", metric.replace('_', " ")),
-            caption: String::new(),
-            x_label: "step".to_owned(),
-            y_label: metric,
-            y_range: None,
-            shape: Shape::Noisy,
-            series,
-        })
-        .collect()
-}
-
-fn collect(curves: &mut BTreeMap<String, Vec<Point>>, prefix: &str, metrics: &Value, step: f64) {
-    for (name, value) in metrics.as_object().into_iter().flatten() {
-        let path = if prefix.is_empty() { name.clone() } else { format!("{prefix}/{name}") };
-        match value {
-            Value::Number(number) => {
-                let y = number.as_f64().unwrap_or(f64::NAN);
-                curves.entry(path).or_default().push(Point { x: step, y, interval: None });
-            }
-            Value::Object(_) => collect(curves, &path, value, step),
-            _ => {}
-        }
-    }
 }

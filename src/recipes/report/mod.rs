@@ -1,12 +1,13 @@
 //! `safemed report`: from the records of any number of runs to `report.md` and `report.html`.
 //!
-//! Every number is computed from `records.jsonl` and `metrics.jsonl`; `source` reads runs, `tables` and `figures` count,
-//! `cards` shows single items. How a report looks is `eval::report`'s business.
+//! Every number is computed from `records.jsonl`, `metrics.jsonl` and the other lines of training; `source` reads runs, `tables` and `figures` count,
+//! `cards` shows single items, `training` all about training runs. How a report looks is `eval::report`'s business.
 
 mod cards;
 mod figures;
 mod source;
 mod tables;
+mod training;
 
 pub use cards::amplified_difference;
 pub use source::RunDir;
@@ -77,7 +78,8 @@ pub fn report_data(runs: &[RunDir], options: &ReportOptions, progress: &dyn Prog
     }
     let mut tables = tables::tables(runs);
     notes.append(&mut tables.notes);
-    let cards = if options.images { cards::cards(runs, progress) } else { cards::without_pictures(runs) };
+    let mut cards = if options.images { cards::cards(runs, progress) } else { cards::without_pictures(runs) };
+    cards.extend(training::cards(runs, options.images.then_some(progress)));
     let names: Vec<&str> = runs.iter().map(|run| run.name.as_str()).collect();
     Ok(ReportData {
         title: options.title.clone().unwrap_or_else(|| match names[..] {

@@ -27,6 +27,12 @@ pub struct RunDir {
     pub records: Vec<Value>,
     /// `metrics.jsonl`.
     pub metrics: Vec<Value>,
+    /// `completions.jsonl`.
+    pub completions: Vec<Value>,
+    /// `validation.jsonl`.
+    pub validation: Vec<Value>,
+    /// `timings.jsonl` of training.
+    pub timings: Vec<Value>,
 }
 
 /// Reads the runs at `dirs`; a directory that holds `runs/` stands for itself and for every run in there.
@@ -84,6 +90,8 @@ fn read(dir: &Path) -> Result<RunDir> {
             dir.display()
         )));
     }
+    let lines = |name: &str| JsonLines::new(dir.join(name)).read();
+    let timings = if command == Some("train") { lines("timings.jsonl")? } else { Vec::new() };
     if command == Some("attack") {
         attack::check_records(&records)?;
     }
@@ -96,7 +104,10 @@ fn read(dir: &Path) -> Result<RunDir> {
         facts,
         summary,
         records,
-        metrics: JsonLines::new(dir.join("metrics.jsonl")).read()?,
+        metrics: lines("metrics.jsonl")?,
+        completions: lines("completions.jsonl")?,
+        validation: lines("validation.jsonl")?,
+        timings,
         dir: dir.to_path_buf(),
     })
 }

@@ -1,6 +1,7 @@
 //! Tables of a report, counted from records.
 
 use super::source::RunDir;
+use super::training;
 use crate::eval::accuracy::{Accuracy, from_counts};
 use crate::eval::report::{Cell, Table, percent};
 use crate::recipes::config::{Method, ObjectiveName};
@@ -35,6 +36,8 @@ pub(super) fn tables(runs: &[RunDir]) -> Tables {
     all.notes.extend(budget_notes(&attacks));
     all.main.extend(pairs_table(&attacks));
     all.main.extend(certify_table(&certificates));
+    all.main.extend(training::table(runs));
+    all.details.extend(training::time_table(runs));
     for run in &attacks {
         all.details.push(verdict_table(run));
     }

@@ -1,5 +1,5 @@
-use super::{Path, ReportOptions, Value, cards, json, report, report_data, source};
-use crate::eval::report::Cell;
+use super::{Path, ReportData, ReportOptions, Value, cards, json, report, report_data, source, to_html};
+use crate::eval::report::{Card, Cell, Figure, Table};
 use crate::pixels::RgbImage8;
 use crate::pixels::decode::encode_png;
 use crate::recipes::progress::{Kept, Silent};
@@ -144,9 +144,152 @@ fn training_curves_come_from_metrics_and_the_files_are_written() {
     let outcome = report(&[dir.path().to_path_buf()], &options(&out), &Silent).unwrap();
     assert_eq!(outcome.summary["runs"][1]["steps"], 50);
     let page = fs::read_to_string(out.join("report.html")).unwrap();
-    assert!(page.contains("Training: rewards/accuracy/mean") && page.contains("Training: loss"));
+    assert!(page.contains("Training: reward `accuracy`") && page.contains("Training: Loss"));
     assert!(!page.contains("unrelated"));
     assert!(fs::read_to_string(out.join("report.md")).unwrap().starts_with("# safemed: comparison of runs"));
+}
+
+fn figure<'a>(data: &'a ReportData, title: &str) -> Option<&'a Figure> {
+    data.figures.iter().find(|figure| figure.title == title)
+}
+
+/// Two runs: one of two updates a step, validated; another of 5000 steps.
+fn training_runs(dir: &Path) -> Vec<source::RunDir> {
+    let long: Vec<Value> = (1..=5000)
+        .map(|step| {
+            json!({"step": step, "loss": step, "num_tokens": 10 * step, "rewards/accuracy_adversarial/mean": 0.25,
+                   "rewards/accuracy_clean/mean": 0.5, "rewards/accuracy/mean": 0.375, "rewards/brevity/mean": -0.5,
+                   "clip_ratio/region_mean": 0.0, "epsilon": 2.0 / 255.0})
+        })
+        .collect();
+    write_run(&dir.join("long"), "train", &[], &long, true);
+    let line = |step: u64, update: u64| json!({"step": step, "update": update, "loss": update, "kl": 0.1});
+    write_run(&dir.join("short"), "train", &[], &[line(1, 1), line(1, 2), line(2, 0)], true);
+    fs::write(
+        dir.join("short/config.toml"),
+        "[train]\nrecipe = \"at_grpo\"\n[train.grpo]\nnum_updates = 2\n",
+    )
+    .unwrap();
+    let file = |name: &str, lines: &[Value]| {
+        let text: String = lines.iter().map(|line| line.to_string() + "\n").collect();
+        fs::write(dir.join("short").join(name), text).unwrap();
+    };
+    let validated = |step: u64, clean: f64, pgd: f64| json!({"step": step, "clean": {"accuracy": clean, "n": 10}, "pgd": {"accuracy": pgd, "n": 10}});
+    file("validation.jsonl", &[validated(0, 0.5, 0.1), validated(2, 0.9, 0.6)]);
+    let step = |attack: f64, update: f64| json!({"what": "step", "seconds": attack + update, "attack": attack, "update": update, "peak_memory_bytes": 3.0 * f64::from(1 << 30)});
+    file("timings.jsonl", &[step(3.0, 1.0), step(2.0, 2.0), json!({"what": "validation", "seconds": 2.0})]);
+    let completion = |step: u64, group: u64, reward: f64| {
+        json!({"step": step, "group": group, "id": "a", "answer": "B", "prompt": "Which?", "completion": format!("says {step} {group} {reward}"),
+               "reward": reward, "accuracy": f64::from(reward > 1.0), "advantage": reward - 1.0, "length": 3, "is_finished": reward > 0.0})
+    };
+    let rewards = [0.5, 2.0, 0.0, 1.0, 1.5, 0.25];
+    let completions: Vec<Value> = (1..=2)
+        .flat_map(|step| (0..2).flat_map(move |group| rewards.map(|reward| completion(step, group, reward))))
+        .collect();
+    file("completions.jsonl", &completions);
+    source::read_all(&[dir.join("long"), dir.join("short")]).unwrap()
+}
+
+#[test]
+fn curves_of_training_runs_lie_over_each_other() {
+    let dir = tempfile::tempdir().unwrap();
+    let runs = training_runs(dir.path());
+    let data = report_data(&runs, &options(dir.path()), &Silent).unwrap();
+    let names = |title: &str| {
+        let figure = figure(&data, title).unwrap_or_else(|| panic!("no plot {title}"));
+        figure.series.iter().map(|series| series.name.as_str()).collect::<Vec<_>>()
+    };
+    assert_eq!(names("Training: Loss"), ["long", "short"]);
+    assert_eq!(names("Training: Accuracy of sampled completions"), ["long, adversarial", "long, clean"]);
+    assert_eq!(names("Training: reward `brevity`"), ["long"]);
+    assert_eq!(names("Validation accuracy"), ["short, adversarial", "short, clean"]);
+    assert!(figure(&data, "Training: Ratios clipped").is_none(), "nothing was clipped");
+    assert!(figure(&data, "Training: reward `accuracy`").is_none(), "it is shown by kind of image");
+    let loss = figure(&data, "Training: Loss").unwrap();
+    // Means of five neighbours: 1 to 5, ..., 4996 to 5000.
+    let ends =
+        [loss.series[0].points[0], *loss.series[0].points.last().unwrap()].map(|point| (point.x, point.y));
+    assert_eq!((loss.series[0].points.len(), ends), (1000, [(3.0, 3.0), (4998.0, 4998.0)]));
+    // Updates of a step lie before its end.
+    let updates: Vec<(f64, f64)> = loss.series[1].points.iter().map(|point| (point.x, point.y)).collect();
+    assert_eq!(updates, [(0.5, 1.0), (1.0, 2.0), (2.0, 0.0)]);
+    let epsilon = figure(&data, "Training: Budget of the adversary").unwrap();
+    assert_eq!(epsilon.y_label, "epsilon (L-inf, 8-bit levels)");
+    assert!((epsilon.series[0].points[7].y - 2.0).abs() < 1e-12);
+    let validation = figure(&data, "Validation accuracy").unwrap().series[0].points[1];
+    let [low, high] = validation.interval.unwrap();
+    assert!(
+        validation.x == 2.0 && validation.y == 0.6 && low > 0.3 && low < 0.6 && high > 0.6,
+        "{validation:?}"
+    );
+    assert!(to_html(&data).unwrap().contains("short, adversarial"));
+}
+
+#[test]
+fn tables_of_training_say_what_came_of_it_and_where_the_time_went() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = report_data(&training_runs(dir.path()), &options(dir.path()), &Silent).unwrap();
+    let cell = |table: &Table, row: usize, column: &str| {
+        table.rows[row][table.head.iter().position(|name| name == column).unwrap()].clone()
+    };
+    let number = |text: &str| Cell::Number(text.to_owned());
+    let training = data.tables.iter().find(|table| table.title == "Training").unwrap();
+    assert_eq!(cell(training, 0, "steps"), number("5000"));
+    assert_eq!(cell(training, 0, "tokens seen"), number("50000"));
+    // The last tenth: 4501 to 5000.
+    assert_eq!(cell(training, 0, "loss"), number("4750.500"));
+    assert_eq!(cell(training, 0, "sampled, adversarial"), Cell::Share(0.25, None));
+    assert_eq!(cell(training, 1, "recipe"), Cell::Text("at_grpo".to_owned()));
+    assert_eq!(cell(training, 1, "sampled, adversarial"), Cell::Missing);
+    assert!(matches!(cell(training, 1, "validation, clean"), Cell::Share(0.9, Some(_))));
+    let times = data.details.iter().find(|table| table.title.starts_with("Where the time")).unwrap();
+    assert_eq!(times.rows.len(), 1, "a run that noted no time has no row");
+    for (column, text) in
+        [("steps timed", "2"), ("seconds", "10"), ("seconds a step", "4.000"), ("peak memory (GiB)", "3.00")]
+    {
+        assert_eq!(cell(times, 0, column), number(text), "{column}");
+    }
+    for (column, share) in [("attack", 0.5), ("update", 0.3), ("validation", 0.2)] {
+        assert_eq!(cell(times, 0, column), Cell::Share(share, None), "{column}");
+    }
+}
+
+#[test]
+fn completions_of_training_are_shown_best_and_worst_with_the_pictures_of_their_step() {
+    let dir = tempfile::tempdir().unwrap();
+    let runs = training_runs(dir.path());
+    let data = report_data(&runs, &options(dir.path()), &Silent).unwrap();
+    let labels = |card: &Card| card.answers.iter().map(|answer| answer.label.clone()).collect::<Vec<_>>();
+    assert_eq!(data.cards.len(), 2, "first and last step of the run that has completions");
+    assert_eq!(labels(&data.cards[0]), ["reward 2.00", "reward 1.50", "reward 0.25", "reward 0.00"]);
+    let (best, worst) = (&data.cards[1].answers[0], &data.cards[1].answers[3]);
+    assert_eq!((best.prediction.as_str(), best.correct), ("advantage +1.00 · 3 tokens", true));
+    assert_eq!((worst.prediction.as_str(), worst.correct), ("advantage -1.00 · 3 tokens, cut off", false));
+    assert_eq!((best.completion.as_str(), data.cards[1].question.as_str()), ("says 2 0 2.0", "Which?"));
+
+    let folder = dir.path().join("short/images/step-2");
+    fs::create_dir_all(&folder).unwrap();
+    let image = RgbImage8::filled(2, 2, [7; 3]).unwrap();
+    for name in ["clean.png", "adversarial.png"] {
+        fs::write(folder.join(name), encode_png(&image).unwrap()).unwrap();
+    }
+    let about = json!({"step": 2, "id": "a", "question": "Where?", "options": ["x", "y"], "answer": "B", "norm": "linf", "epsilon": 4.0 / 255.0});
+    fs::write(folder.join("about.json"), about.to_string()).unwrap();
+    let data = report_data(&runs, &options(dir.path()), &Silent).unwrap();
+    let [card] = &data.cards[..] else { panic!("{:?}", data.cards) };
+    let captions: Vec<&str> = card.pictures.iter().map(|picture| picture.caption.as_str()).collect();
+    assert_eq!(captions, ["clean", "attacked"]);
+    assert_eq!(
+        (card.question.as_str(), card.detail.as_str()),
+        ("Where?", "short · step 2 · a · epsilon 4/255")
+    );
+    assert_eq!((card.answer, card.options.len(), card.answers.len()), (Some(1), 2, 4));
+    let without = ReportOptions { images: false, ..options(dir.path()) };
+    assert!(report_data(&runs, &without, &Silent).unwrap().cards[0].pictures.is_empty());
+    fs::write(folder.join("clean.png"), "no picture").unwrap();
+    let kept = Kept::default();
+    assert!(report_data(&runs, &options(dir.path()), &kept).unwrap().cards[0].pictures.is_empty());
+    assert!(kept.notes.lock().unwrap()[0].starts_with("no picture of step 2 of short"));
 }
 
 #[test]

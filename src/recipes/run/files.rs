@@ -46,8 +46,12 @@ impl JsonLines {
 
     /// Appends one object. A kill during the call leaves at most one torn line, at the end.
     pub fn append(&mut self, value: &Value) -> Result<()> {
-        let mut line = value.to_string();
-        line.push('\n');
+        self.append_all(std::slice::from_ref(value))
+    }
+
+    /// Appends several objects in one write.
+    pub fn append_all(&mut self, values: &[Value]) -> Result<()> {
+        let lines: String = values.iter().map(|value| value.to_string() + "\n").collect();
         let file = match &mut self.file {
             Some(file) => file,
             empty => {
@@ -55,7 +59,7 @@ impl JsonLines {
                 empty.insert(opened.map_err(|error| Error::io("cannot open", &self.path, error))?)
             }
         };
-        file.write_all(line.as_bytes()).map_err(|error| Error::io("cannot append a line", &self.path, error))
+        file.write_all(lines.as_bytes()).map_err(|error| Error::io("cannot append a line", &self.path, error))
     }
 
     /// Every whole line. A last line without its end, or that is no JSON, is torn and left out.

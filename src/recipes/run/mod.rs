@@ -20,7 +20,7 @@ use std::collections::{HashMap, HashSet};
 use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
-use tensorboard::EventFile;
+use tensorboard::{EventFile, Shown};
 
 const LOCK: &str = ".lock";
 
@@ -42,6 +42,11 @@ pub struct Run {
     events: EventFile,
     /// Of validation: TensorBoard shows them as a run of its own, in the same charts.
     validation_events: EventFile,
+    updates_per_step: u64,
+    /// Steps between those whose completions TensorBoard shows; 0: none.
+    text_every: u64,
+    /// Completions of the present step, where TensorBoard shows them.
+    shown: Vec<Value>,
     /// Held, never read: the system gives the lock back when the process ends, however it ends.
     _lock: File,
 }
@@ -90,6 +95,13 @@ impl Run {
             timings: JsonLines::new(dir.join("timings.jsonl")),
             events: EventFile::new(&dir.join("tensorboard")),
             validation_events: EventFile::new(&dir.join("tensorboard/validation")),
+            updates_per_step: if config.train.recipe.is_grpo() {
+                config.train.grpo.num_updates as u64
+            } else {
+                1
+            },
+            text_every: config.train.log_text_every as u64,
+            shown: Vec::new(),
             dir,
             _lock: lock,
         };
@@ -246,11 +258,23 @@ impl Run {
         self.timings.append(&Value::Object(line))
     }
 
-    /// Appends one optimiser step, with a field `step`, to `metrics.jsonl` and the TensorBoard events.
+    /// Appends a training step of one update, with a field `step`, to `metrics.jsonl` and the TensorBoard events. Its
+    /// completions and pictures are written before.
     pub fn metrics(&mut self, metrics: &impl Serialize) -> Result<()> {
-        let value = serde_json::to_value(metrics).map_err(anyhow::Error::from)?;
-        self.metrics.append(&value)?;
-        self.events.append(&value)
+        self.updates(std::slice::from_ref(metrics))
+    }
+
+    /// The same for a step of several updates: a line for each, all of one `step`.
+    pub fn updates(&mut self, metrics: &[impl Serialize]) -> Result<()> {
+        let lines: Vec<Value> = metrics
+            .iter()
+            .map(|line| serde_json::to_value(line).map_err(anyhow::Error::from))
+            .collect::<std::result::Result<_, _>>()?;
+        self.metrics.append_all(&lines)?;
+        let step = lines.last().and_then(|line| line["step"].as_u64()).unwrap_or(0);
+        let completions = std::mem::take(&mut self.shown);
+        let pictures = self.path(pictures_of(step));
+        self.events.write([Shown { metrics: &lines, completions: &completions, pictures, at: None }])
     }
 
     /// All metrics so far.
@@ -261,14 +285,24 @@ impl Run {
     /// Appends one sampled completion, with a field `step`.
     pub fn completion(&mut self, completion: &impl Serialize) -> Result<()> {
         let value = serde_json::to_value(completion).map_err(anyhow::Error::from)?;
-        self.completions.append(&value)
+        self.completions.append(&value)?;
+        if shows_text(&value, self.text_every) {
+            self.shown.push(value);
+        }
+        Ok(())
     }
 
     /// Appends one examination of the model in training, with a field `step`, to `validation.jsonl` and the events.
     pub fn validation(&mut self, line: &impl Serialize) -> Result<()> {
         let value = serde_json::to_value(line).map_err(anyhow::Error::from)?;
         self.validation.append(&value)?;
-        self.validation_events.append(&value)
+        self.validation_events.write([self.examined(&value)])
+    }
+
+    /// How TensorBoard shows an examination: at the update that it came after.
+    fn examined<'a>(&self, line: &'a Value) -> Shown<'a> {
+        let at = line["step"].as_u64().map(|step| step * self.updates_per_step);
+        Shown { metrics: std::slice::from_ref(line), at, ..Shown::default() }
     }
 
     /// All examinations so far.
@@ -276,24 +310,62 @@ impl Run {
         self.validation.read()
     }
 
-    /// Takes metrics, events, examinations and completions back to the end of `step` (the last checkpoint's; 0: to the beginning),
+    /// Writes the pictures of a training step, PNG files by name, and what they are about.
+    pub fn pictures(&self, step: u64, files: &[(&str, Vec<u8>)], about: &impl Serialize) -> Result<()> {
+        let folder = pictures_of(step);
+        for (name, png) in files {
+            self.write(format!("{folder}/{name}.png"), png)?;
+        }
+        self.write_json(format!("{folder}/about.json"), about)
+    }
+
+    /// Removes the pictures of the steps after `step`.
+    fn remove_pictures_after(&self, step: u64) -> Result<()> {
+        let Ok(entries) = fs::read_dir(self.path("images")) else { return Ok(()) };
+        for path in entries.filter_map(|entry| Some(entry.ok()?.path())) {
+            let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+            let of_step = name.strip_prefix("step-").and_then(|number| number.parse::<u64>().ok());
+            if of_step.is_some_and(|of_step| of_step > step) {
+                fs::remove_dir_all(&path).map_err(|error| Error::io("cannot remove", &path, error))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes metrics, events, examinations, completions and pictures back to the end of `step` (the last checkpoint's; 0: to the beginning),
     /// so that a resumed run writes what an uninterrupted one would have.
     pub fn rewind_to(&mut self, step: u64) -> Result<()> {
         let within = |value: &Value| value["step"].as_u64().is_some_and(|at| at <= step);
         self.metrics.keep_while(within)?;
         self.completions.keep_while(within)?;
         self.validation.keep_while(within)?;
-        self.validation_events.rebuild(&self.validation.read()?)?;
+        self.validation_events.restart()?;
+        let lines = self.validation.read()?;
+        let shown: Vec<Shown<'_>> = lines.iter().map(|line| self.examined(line)).collect();
+        self.validation_events.write(shown)?;
         let metrics = self.metrics.read()?;
-        let steps =
-            (1..=step).zip(&metrics).filter(|(step, line)| line["step"].as_u64() == Some(*step)).count();
-        if steps as u64 != step || metrics.len() as u64 != step {
+        // Lines of one step stand together, one for each of its updates.
+        let by_step = || metrics.chunk_by(|a, b| a["step"] == b["step"]);
+        let steps = (1..=step).zip(by_step()).filter(|(step, lines)| lines[0]["step"] == *step).count();
+        if steps as u64 != step || by_step().count() as u64 != step {
             return Err(Error::data(format!(
                 "the checkpoint is of step {step}, but only {steps} of the steps before it are logged\n  --> {}\n   = help: begin with another `--out`",
                 self.metrics.path().display()
             )));
         }
-        self.events.rebuild(&metrics)
+        self.remove_pictures_after(step)?;
+        self.shown.clear();
+        self.events.restart()?;
+        let completions = self.completions.read()?;
+        let mut rest = completions.as_slice();
+        let steps = (1..=step).zip(by_step()).map(|(step, lines)| {
+            let (own, others) = rest.split_at(rest.iter().take_while(|line| line["step"] == step).count());
+            rest = others;
+            let is_shown = own.first().is_some_and(|line| shows_text(line, self.text_every));
+            let pictures = self.dir.join(pictures_of(step));
+            Shown { metrics: lines, completions: if is_shown { own } else { &[] }, pictures, at: None }
+        });
+        self.events.write(steps)
     }
 
     fn start_provenance(&mut self, config: &RunConfig, command_line: &[String]) -> Result<()> {
@@ -362,6 +434,16 @@ impl Run {
 /// Threads of this machine that a run uses when not told otherwise.
 pub fn all_threads() -> usize {
     std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get)
+}
+
+/// The folder of a training step's pictures, within the run directory.
+fn pictures_of(step: u64) -> String {
+    format!("images/step-{step}")
+}
+
+/// Whether TensorBoard shows a completion, as one of a step that is a multiple of `every`.
+fn shows_text(completion: &Value, every: u64) -> bool {
+    every > 0 && completion["step"].as_u64().is_some_and(|step| step.is_multiple_of(every))
 }
 
 fn id_of<'a>(record: &'a Value, path: &Path) -> Result<&'a str> {

@@ -1,5 +1,6 @@
 use super::*;
 use crate::error::ExitStatus;
+use crate::recipes::config::TrainConfig;
 
 fn config(out: &Path) -> RunConfig {
     RunConfig { out: Some(out.to_path_buf()), ..RunConfig::default() }
@@ -49,7 +50,8 @@ fn another_configuration_or_command_is_refused_with_the_keys_that_differ() {
     let result = Run::open(Command::Eval, &other, resume());
     check_refused(result, "`max_new_tokens` was 512 and is 9; `seed` was 0 and is 7");
     check_refused(Run::open(Command::Attack, &config(dir.path()), resume()), "a run of `eval`");
-    let same = RunConfig { threads: Some(1), batch_size: 3, ..config(dir.path()) };
+    let train = TrainConfig { log_text_every: 1, log_images_every: 0, ..TrainConfig::default() };
+    let same = RunConfig { threads: Some(1), batch_size: 3, train, ..config(dir.path()) };
     assert!(Run::open(Command::Eval, &same, resume()).is_ok());
 }
 
@@ -107,24 +109,71 @@ fn finishing_demands_one_record_for_each_item() {
 #[test]
 fn training_logs_rewound_and_written_again_have_the_same_bytes() {
     let dir = tempfile::tempdir().unwrap();
+    let png = |step: u64| {
+        let image = crate::pixels::RgbImage8::filled(2, 1, [step as u8; 3]).unwrap();
+        crate::pixels::decode::encode_png(&image).unwrap()
+    };
     let write = |run: &mut Run, steps: std::ops::RangeInclusive<u64>| {
         for step in steps {
-            run.completion(&json!({"step": step, "completion": "<answer> B</answer>", "reward": 1.0}))
+            for group in 0..2 {
+                let text = format!("<answer> {step}</answer>");
+                run.completion(&json!({"step": step, "group": group, "completion": text, "reward": 1.0}))
+                    .unwrap();
+            }
+            if step % 3 == 0 {
+                run.pictures(
+                    step,
+                    &[("clean", png(step)), ("adversarial", png(step))],
+                    &json!({"step": step}),
+                )
                 .unwrap();
-            run.metrics(&json!({"step": step, "loss": 1.0 / step as f64})).unwrap();
+            }
+            // Every other step makes two updates.
+            let line =
+                |update: u64| json!({"step": step, "update": update, "loss": (update as f64) / step as f64});
+            run.updates(&[line(1), line(2)][..=step as usize % 2]).unwrap();
         }
     };
+    let train = TrainConfig { log_text_every: 2, ..TrainConfig::default() };
+    let open = |out: &Path, resume: bool| {
+        let config = RunConfig { train: train.clone(), ..config(out) };
+        Run::open(Command::Train, &config, Opening { resume, ..Opening::default() }).unwrap()
+    };
     let (whole, torn) = (dir.path().join("whole"), dir.path().join("torn"));
-    write(&mut open(&whole, false).unwrap(), 1..=9);
-    write(&mut open(&torn, false).unwrap(), 1..=7);
-    let mut run = open(&torn, true).unwrap();
-    run.rewind_to(4).unwrap();
-    assert_eq!(run.read_metrics().unwrap().len(), 4);
-    write(&mut run, 5..=9);
+    write(&mut open(&whole, false), 1..=9);
+    write(&mut open(&torn, false), 1..=7);
+    let mut run = open(&torn, true);
+    run.rewind_to(5).unwrap();
+    assert_eq!(run.read_metrics().unwrap().len(), 8);
+    assert!(torn.join("images/step-3/clean.png").exists() && !torn.join("images/step-6").exists());
     let events = "tensorboard/events.out.tfevents.0000000000.safemed";
-    for file in ["metrics.jsonl", "completions.jsonl", events] {
+    let rebuilt = fs::read(torn.join(events)).unwrap();
+    write(&mut run, 6..=9);
+    for file in ["metrics.jsonl", "completions.jsonl", events, "images/step-9/adversarial.png"] {
         assert_eq!(fs::read(whole.join(file)).unwrap(), fs::read(torn.join(file)).unwrap(), "{file}");
     }
+    // Texts of even steps only, pictures of every third.
+    let of = |needle: &str| {
+        let bytes = fs::read(whole.join(events)).unwrap();
+        assert!(bytes.starts_with(&rebuilt));
+        bytes.windows(needle.len()).filter(|window| *window == needle.as_bytes()).count()
+    };
+    assert_eq!((of("<answer> 4<"), of("<answer> 5<"), of("IHDR")), (2, 0, 6));
+    // A step that has lost its line is no whole log.
+    let log = torn.join("metrics.jsonl");
+    let lines = fs::read_to_string(&log).unwrap();
+    fs::write(
+        &log,
+        lines
+            .lines()
+            .filter(|line| !line.contains("\"step\":2,"))
+            .map(|line| line.to_owned() + "\n")
+            .collect::<String>(),
+    )
+    .unwrap();
+    drop(run);
+    let error = open(&torn, true).rewind_to(5).unwrap_err();
+    assert!(error.to_string().contains("only 1 of the steps before it are logged"), "{error}");
 }
 
 #[test]
