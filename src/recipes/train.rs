@@ -2,6 +2,7 @@
 
 use super::adapter::Chosen;
 use super::config::{DenoiserSettings, RecipeName, RunConfig};
+use super::failure::{self, Evidence};
 use super::fit::{self, Fit, Learner, Student};
 use super::grpo::{self, Assumed, Sampling};
 use super::inputs;
@@ -10,9 +11,11 @@ use super::job::{Job, Outcome};
 use super::lesson::Lesson;
 use super::progress::Progress;
 use super::report::{self, ReportOptions};
+use super::room;
 use super::run::{Run, Stop};
 use super::scratch::{self, Scratch};
 use super::sft::StepReport;
+use super::watch::{self, Watch};
 use super::{denoise, sft};
 use crate::backend::peak_memory_bytes;
 use crate::data::Dataset;
@@ -121,6 +124,7 @@ fn learn(material: Material, config: &RunConfig, run: &mut Run, progress: &dyn P
         run.provenance("adapter_sha256", json!(inputs::adapter_sha256(&adapter.dir)?))?;
     }
     inputs::note_denoiser(run, config)?;
+    room::check(model.as_ref(), &material.assistant, dataset, config, run, progress);
     let num_questions = dataset.samples.len();
     let checkpoint = follow(material, config, &mut Whole { run, progress }, progress)?;
     let summary = json!({
@@ -130,6 +134,7 @@ fn learn(material: Material, config: &RunConfig, run: &mut Run, progress: &dyn P
         "num_steps": config.train.num_steps,
         "checkpoint": checkpoint.strip_prefix(run.dir()).unwrap_or(&checkpoint),
         "metrics": run.read_metrics()?.last().cloned().unwrap_or(Value::Null),
+        "warnings": watch::counts(&run.read_warnings()?),
         "seconds": run.seconds(),
     });
     run.summary(&summary)?;
@@ -172,6 +177,7 @@ pub(super) fn follow<C: Course>(
         config: settings,
         seed: config.seed,
         features: sees_alike.then(|| FeatureCache::new(config.feature_bytes())),
+        evidence: Evidence::default(),
     };
     if settings.recipe == RecipeName::Denoiser {
         let DenoiserSettings { width, depth, .. } = settings.denoiser;
@@ -197,7 +203,7 @@ pub(super) fn follow<C: Course>(
 }
 
 /// What the names of the vision tower's parameters begin with, those of its merger too.
-const VISION: &str = "model.visual.";
+pub(super) const VISION: &str = "model.visual.";
 
 /// Which parameters a choice of parts trains.
 pub fn trains(name: &str, vision: bool, merger: bool, text: bool) -> bool {
@@ -241,11 +247,13 @@ fn train_steps<L: Learner>(
     };
     fit::rotate(&checkpoints, fit.step, settings.keep_checkpoints, &is_due)?;
     let logged = run.read_metrics()?;
+    let mut watch = Watch::new(&settings.watch, &logged);
     let mut num_tokens = logged.last().and_then(|line| line["num_tokens"].as_u64()).unwrap_or(0);
     progress.start(settings.num_steps, fit.step as usize, settings.recipe.word());
     let mut saved = None;
     while fit.step < settings.num_steps as u64 {
-        let report = step(&mut fit, Assumed::default()).map_err(|error| lesson.located(error, fit.step))?;
+        let report = step(&mut fit, Assumed::default())
+            .map_err(|error| failure::explain(lesson, &fit, run.dir(), error))?;
         fit.step += 1;
         let mut metrics = serde_json::Map::new();
         metrics.insert("step".into(), json!(fit.step));
@@ -268,6 +276,7 @@ fn train_steps<L: Learner>(
             SHOWN.iter().filter_map(|(key, short)| Some((*short, metrics.get(*key)?.as_f64()?))).collect();
         progress.tick(fit.step as usize, &shown);
         run.metrics(&metrics)?;
+        watch.report(&metrics, run, progress)?;
         let seconds: f64 = report.phases.iter().map(|(_, seconds)| seconds).sum();
         let mut figures = report.phases;
         figures.extend(peak_memory_bytes().map(|bytes| ("peak_memory_bytes", bytes as f64)));
@@ -275,6 +284,7 @@ fn train_steps<L: Learner>(
         let is_last = fit.step == settings.num_steps as u64;
         let is_stopping = run.stop_requested();
         if is_due(fit.step) || is_stopping {
+            run.sync_logs()?;
             saved = Some(fit.save(&checkpoints)?);
             fit::rotate(&checkpoints, fit.step, settings.keep_checkpoints, &is_due)?;
         }

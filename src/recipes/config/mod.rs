@@ -14,7 +14,7 @@ pub use layers::Override;
 pub use show::show;
 pub use train::{
     AdversaryConfig, DenoiserSettings, GrpoSettings, ImportanceName, KlImage, LossType, RecipeName,
-    ScaleRewards, ScheduleName, TargetName, TrainConfig, TrainParts,
+    ScaleRewards, ScheduleName, TargetName, TrainConfig, TrainParts, WatchSettings,
 };
 pub use values::DeviceWord;
 
@@ -620,7 +620,7 @@ impl RunConfig {
             Command::Certify => vec!["data", "certify", "generation"],
             Command::Train => {
                 let recipe = self.train.recipe;
-                let mut sections = vec!["data", "train", "train.parts"];
+                let mut sections = vec!["data", "train", "train.parts", "train.watch"];
                 sections.extend(recipe.is_grpo().then_some("train.grpo"));
                 sections.extend(recipe.is_adversarial().then_some("train.adversary"));
                 sections.extend((recipe == RecipeName::Denoiser).then_some("train.denoiser"));

@@ -27,6 +27,8 @@ pub struct RunDir {
     pub records: Vec<Value>,
     /// `metrics.jsonl`.
     pub metrics: Vec<Value>,
+    /// `warnings.jsonl`.
+    pub warnings: Vec<Value>,
 }
 
 /// Reads the runs at `dirs`; a directory that holds `runs/` stands for itself and for every run in there.
@@ -97,6 +99,7 @@ fn read(dir: &Path) -> Result<RunDir> {
         summary,
         records,
         metrics: JsonLines::new(dir.join("metrics.jsonl")).read()?,
+        warnings: JsonLines::new(dir.join("warnings.jsonl")).read()?,
         dir: dir.to_path_buf(),
     })
 }

@@ -37,6 +37,7 @@ pub struct Run {
     records: JsonLines,
     metrics: JsonLines,
     completions: JsonLines,
+    warnings: JsonLines,
     timings: JsonLines,
     events: EventFile,
     /// Held, never read: the system gives the lock back when the process ends, however it ends.
@@ -83,6 +84,7 @@ impl Run {
             records: JsonLines::new(dir.join("records.jsonl")),
             metrics: JsonLines::new(dir.join("metrics.jsonl")),
             completions: JsonLines::new(dir.join("completions.jsonl")),
+            warnings: JsonLines::new(dir.join("warnings.jsonl")),
             timings: JsonLines::new(dir.join("timings.jsonl")),
             events: EventFile::new(&dir.join("tensorboard")),
             dir,
@@ -259,12 +261,30 @@ impl Run {
         self.completions.append(&value)
     }
 
-    /// Takes metrics, events and completions back to the end of `step` (the last checkpoint's; 0: to the beginning),
+    /// Appends one warning about the course of training, with a field `step`.
+    pub fn warning(&mut self, warning: &impl Serialize) -> Result<()> {
+        let value = serde_json::to_value(warning).map_err(anyhow::Error::from)?;
+        self.warnings.append(&value)
+    }
+
+    /// All warnings so far.
+    pub fn read_warnings(&self) -> Result<Vec<Value>> {
+        self.warnings.read()
+    }
+
+    /// Brings the logs of training to the disk: call it before a checkpoint appears, which is worth nothing without the log of
+    /// the steps before it.
+    pub fn sync_logs(&self) -> Result<()> {
+        [&self.metrics, &self.completions, &self.warnings].into_iter().try_for_each(JsonLines::sync)
+    }
+
+    /// Takes metrics, events, warnings and completions back to the end of `step` (the last checkpoint's; 0: to the beginning),
     /// so that a resumed run writes what an uninterrupted one would have.
     pub fn rewind_to(&mut self, step: u64) -> Result<()> {
         let within = |value: &Value| value["step"].as_u64().is_some_and(|at| at <= step);
         self.metrics.keep_while(within)?;
         self.completions.keep_while(within)?;
+        self.warnings.keep_while(within)?;
         let metrics = self.metrics.read()?;
         let steps =
             (1..=step).zip(&metrics).filter(|(step, line)| line["step"].as_u64() == Some(*step)).count();
