@@ -25,7 +25,7 @@ const ADAPTER: [(&str, &str); 14] = [
     ("data.limit", "12"),
     ("train.batch_size", "4"),
     ("train.micro_batch_size", "2"),
-    ("train.num_steps", "8"),
+    ("train.num_steps", "12"),
     ("train.save_every", "1"),
     ("train.keep_checkpoints", "3"),
     ("train.learning_rate", "0.002"),
@@ -242,6 +242,7 @@ fn a_second_signal_ends_a_long_step_at_once() {
         ("data.limit", "40"),
         ("train.grpo.group_size", "32"),
         ("max_new_tokens", "96"),
+        ("train.grpo.temperature", "2"),
     ];
     let more = [&ADAPTER[..], &slow].concat();
     for (first, second) in [("TERM", "TERM"), ("INT", "TERM"), ("USR1", "INT")] {
@@ -275,6 +276,7 @@ fn a_step_that_is_not_finite_is_dumped_and_repeats_to_the_bit() {
             ("train.save_every", "1"),
             ("train.grpo.group_size", "4"),
             ("train.adversary.num_steps", "2"),
+            ("train.permute_options", "true"),
             ("train.noise_sigma", if recipe == "denoiser" { "0.2" } else { "0" }),
         ];
         let more = [&PLAIN[..], &own].concat();
@@ -356,7 +358,7 @@ fn a_walk_names_the_first_layer_that_is_not_finite_and_the_question() {
             "`model.language_model.layers.1 output` is NaN",
         ),
         (
-            "model.language_model.layers.0.mlp.down_proj.weight",
+            "model.language_model.layers.0.mlp.up_proj.weight",
             3e38,
             "`model.language_model.layers.0 output` is ",
         ),

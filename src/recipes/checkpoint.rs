@@ -113,9 +113,12 @@ pub fn discard(root: &Path, step: u64) -> Result<()> {
 
 /// Bytes free for this user on the disk that `path` is or will be on; none where the system does not tell.
 pub fn free_disk_bytes(path: &Path) -> Option<u64> {
-    let there = path.ancestors().find(|part| part.exists())?;
-    let there = if there.as_os_str().is_empty() { Path::new(".") } else { there };
-    free_at(there)
+    // The ancestors of a relative path end with an empty one, which stands for the working directory.
+    let place = |part: &Path| {
+        let is_here = part.as_os_str().is_empty();
+        if is_here { PathBuf::from(".") } else { part.to_path_buf() }
+    };
+    free_at(&path.ancestors().map(place).find(|part| part.exists())?)
 }
 
 #[cfg(unix)]
