@@ -17,6 +17,8 @@ mod commands;
 mod config_errors;
 /// Estimates of memory and time, and what then happens.
 mod estimates;
+/// Training that goes wrong: numbers, disks, kills, signals, damaged checkpoints; what is said, and that nothing is lost.
+mod failures;
 /// Files of strangers, damaged at random and by hand: one clear error, no panic, little memory, little time.
 mod hostile;
 /// Checkpoints by hub id, against a hub on this machine.

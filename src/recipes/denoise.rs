@@ -4,6 +4,7 @@
 //! The loss is the mean squared error (Salman et al. 2020, the objective that needs no classifier), so one denoiser serves
 //! every model that takes the same pixels.
 
+use super::failure::Noted;
 use super::fit::Fit;
 use super::lesson::Lesson;
 use super::sft::StepReport;
@@ -26,6 +27,9 @@ pub fn step(lesson: &Lesson<'_>, fit: &mut Fit<Denoiser>, assistant: &Assistant)
     let started = Instant::now();
     let clean = crops(lesson, assistant, fit.step)?;
     let noisy = lesson.with_noise(std::slice::from_ref(&clean), fit.step)?.remove(0);
+    lesson.evidence.note(|noted| {
+        *noted = Noted { phase: "update", pixels: vec![noisy.clone()], ..Noted::default() };
+    });
     report.phases.push(("data", started.elapsed().as_secs_f64()));
 
     let started = Instant::now();

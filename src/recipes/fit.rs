@@ -3,7 +3,9 @@
 //! Everything random is drawn from streams named by the step, so the step number is the whole state of the data order
 //! and of every generator.
 
+use super::checkpoint::{self, saved_steps};
 use super::config::{ScheduleName, TrainConfig};
+use super::failure::{self, Noted, Walk};
 use crate::error::{Error, Result};
 use crate::model::assistant::Assistant;
 use crate::model::denoiser::{self, Denoiser};
@@ -38,6 +40,19 @@ pub trait Learner {
     /// # Errors
     /// When it is damaged.
     fn open(&self, dir: &Path) -> Result<Saved>;
+
+    /// Bytes of what [`Learner::save`] writes, at most and to within small files.
+    fn saved_bytes(&self) -> u64;
+
+    /// Where numbers first stop being finite on the way of a batch through the learner, and what each of its items comes to:
+    /// for the report of a failure.
+    ///
+    /// # Errors
+    /// When the batch cannot be run.
+    fn walk(&self, batch: &Noted) -> Result<Walk> {
+        let _ = batch;
+        Ok(Walk::default())
+    }
 }
 
 /// A vision-language model that learns.
@@ -86,6 +101,16 @@ impl Learner for Student {
             None => Saved::Model(weights::Weights::open(dir)?),
         })
     }
+
+    fn saved_bytes(&self) -> u64 {
+        let parameters = self.assistant.vlm.parameters();
+        let (all, trained) = parameters.count();
+        (size_of::<f32>() * if self.adapter.is_some() { trained } else { all }) as u64
+    }
+
+    fn walk(&self, batch: &Noted) -> Result<Walk> {
+        failure::walk(&self.frozen, batch)
+    }
 }
 
 impl Learner for Denoiser {
@@ -99,6 +124,11 @@ impl Learner for Denoiser {
 
     fn open(&self, dir: &Path) -> Result<Saved> {
         Ok(Saved::Tensors { file: TensorFile::open(&dir.join(denoiser::TENSOR_FILE))?, root: "" })
+    }
+
+    fn saved_bytes(&self) -> u64 {
+        let trained: usize = Learner::trained(self).iter().map(|(_, var)| var.as_tensor().elem_count()).sum();
+        (size_of::<f32>() * trained) as u64
     }
 }
 
@@ -149,7 +179,7 @@ impl<L: Learner> Fit<L> {
     /// One AdamW update with clipped gradients. Parameters without a gradient stay as they are.
     ///
     /// # Errors
-    /// When a gradient is not finite: the tensor is named.
+    /// When a gradient, or a weight after the update, is not finite: the tensor is named.
     pub fn update(&mut self, gradients: &Gradients, config: &TrainConfig) -> Result<Update> {
         let mut values: Vec<Option<Vec<f32>>> = Vec::with_capacity(self.parameters.len());
         for (_, var) in &self.parameters {
@@ -176,7 +206,7 @@ impl<L: Learner> Fit<L> {
             adam_epsilon: config.adam_epsilon,
             weight_decay: config.weight_decay,
         };
-        for (((_, var), gradient), moments) in self.parameters.iter().zip(values).zip(&mut self.moments) {
+        for (((name, var), gradient), moments) in self.parameters.iter().zip(values).zip(&mut self.moments) {
             let Some(mut gradient) = gradient else { continue };
             if scale < 1.0 {
                 for value in &mut gradient {
@@ -185,6 +215,13 @@ impl<L: Learner> Fit<L> {
             }
             let mut weights: Vec<f32> = var.as_tensor().flatten_all()?.to_vec1()?;
             adamw.step(self.updates, learning_rate, &mut weights, &gradient, moments)?;
+            // Found here, before a checkpoint of it takes the place of a good one.
+            if let Some(at) = weights.iter().position(|weight| !weight.is_finite()) {
+                let value = weights[at];
+                return Err(Error::NonFinite(format!(
+                    "the update makes the weight `{name}` {value} at element {at}"
+                )));
+            }
             var.set(&Tensor::from_vec(weights, var.as_tensor().shape(), var.as_tensor().device())?)?;
         }
         Ok(Update { grad_norm, learning_rate })
@@ -196,16 +233,11 @@ impl<L: Learner> Fit<L> {
     /// # Errors
     /// When a file cannot be written; the last checkpoint is untouched then.
     pub fn save(&self, root: &Path) -> Result<PathBuf> {
-        let dir = root.join(format!("step-{}", self.step));
-        let partial = root.join(format!(".step-{}.partial", self.step));
-        let io = |what: &str, path: &Path| {
-            let (what, path) = (what.to_owned(), path.to_path_buf());
-            move |error| Error::io(what, &path, error)
-        };
-        if partial.exists() {
-            fs::remove_dir_all(&partial).map_err(io("cannot remove", &partial))?;
-        }
-        self.learner.save(&partial)?;
+        checkpoint::write(root, self.step, self.checkpoint_bytes(), |partial| self.write_into(partial))
+    }
+
+    fn write_into(&self, partial: &Path) -> Result<()> {
+        self.learner.save(partial)?;
         let mut tensors = Vec::with_capacity(2 * self.moments.len());
         for ((name, var), moments) in self.parameters.iter().zip(&self.moments) {
             let shape = var.as_tensor().shape();
@@ -218,22 +250,25 @@ impl<L: Learner> Fit<L> {
         weights::save_file(&partial.join("optimizer.safetensors"), &tensors, &[("format", "pt")])?;
         let state = json!({"step": self.step, "updates": self.updates});
         let path = partial.join("state.json");
-        fs::write(&path, format!("{state:#}\n")).map_err(io("cannot write", &path))?;
-        if dir.exists() {
-            fs::remove_dir_all(&dir).map_err(io("cannot remove", &dir))?;
-        }
-        fs::rename(&partial, &dir).map_err(io("cannot complete", &dir))?;
-        Ok(dir)
+        fs::write(&path, format!("{state:#}\n")).map_err(|error| Error::io("cannot write", &path, error))
     }
 
-    /// Takes up the newest checkpoint below `root`, if there is one.
+    /// Bytes of a checkpoint, to within its small files: what the learner saves, and two moments of every trained parameter.
+    pub fn checkpoint_bytes(&self) -> u64 {
+        let trained: usize = self.parameters.iter().map(|(_, var)| var.as_tensor().elem_count()).sum();
+        self.learner.saved_bytes() + (2 * size_of::<f32>() * trained) as u64
+    }
+
+    /// Takes up the newest checkpoint below `root` that is whole, if there is one; see [`checkpoint::take_up`].
     ///
     /// # Errors
-    /// When it is damaged.
+    /// When there are some and none is whole.
     pub fn resume(&mut self, root: &Path) -> Result<bool> {
-        let Some(newest) = saved_steps(root).into_iter().max() else { return Ok(false) };
-        let dir = root.join(format!("step-{newest}"));
-        let saved = self.learner.open(&dir)?;
+        checkpoint::take_up(root, |dir, step| self.open(dir, step))
+    }
+
+    fn open(&mut self, dir: &Path, newest: u64) -> Result<()> {
+        let saved = self.learner.open(dir)?;
         let optimizer = TensorFile::open(&dir.join("optimizer.safetensors"))?;
         for ((name, var), moments) in self.parameters.iter().zip(&mut self.moments) {
             var.set(&saved.get(name, var.as_tensor().dims())?.to_device(var.as_tensor().device())?)?;
@@ -264,7 +299,7 @@ impl<L: Learner> Fit<L> {
                 path.display()
             )));
         }
-        Ok(true)
+        Ok(())
     }
 }
 
@@ -287,16 +322,9 @@ pub fn rotate(
     let (due, others): (Vec<u64>, Vec<u64>) = steps.into_iter().partition(|&saved| is_due(saved));
     let old = due.into_iter().skip(if keep == 0 { usize::MAX } else { keep });
     for old in old.chain(others.into_iter().filter(|&other| other != step)) {
-        let dir = root.join(format!("step-{old}"));
-        fs::remove_dir_all(&dir).map_err(|error| Error::io("cannot remove", &dir, error))?;
+        checkpoint::discard(root, old)?;
     }
     Ok(())
-}
-
-fn saved_steps(root: &Path) -> Vec<u64> {
-    let Ok(entries) = fs::read_dir(root) else { return Vec::new() };
-    let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
-    names.filter_map(|name| name.strip_prefix("step-")?.parse().ok()).collect()
 }
 
 /// The values of a checkpoint.

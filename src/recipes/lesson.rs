@@ -2,6 +2,7 @@
 
 use super::aims::{self, Asked};
 use super::config::{AdversaryConfig, NormName, ObjectiveName, TargetName, TrainConfig};
+use super::failure::{Evidence, Noted};
 use super::items::{self, Images};
 use crate::attack::{self, Fraction, NoiseBank, Norm, PgdOutput, Problem, pgd};
 use crate::data::Sample;
@@ -35,6 +36,8 @@ pub struct Lesson<'a> {
     pub seed: u64,
     /// What a vision tower that does not train said about clean images; none when it trains.
     pub features: Option<FeatureCache>,
+    /// What the present step works on, for the report of its failure.
+    pub evidence: Evidence,
 }
 
 /// The questions of one step.
@@ -103,7 +106,18 @@ impl Lesson<'_> {
             .iter()
             .map(|sample| assistant.target(&self.template.target(sample, self.is_cot())))
             .collect::<Result<_>>()?;
-        Ok(Questions { samples, prompts, targets, images })
+        let questions = Questions { samples, prompts, targets, images };
+        self.evidence.note(|noted| {
+            *noted = Noted {
+                phase: "data",
+                samples: questions.samples.clone(),
+                prompts: questions.prompts.clone(),
+                targets: questions.targets.clone(),
+                images: questions.images.clone(),
+                ..Noted::default()
+            };
+        });
+        Ok(questions)
     }
 
     /// The images of the questions of step `step`.
@@ -214,6 +228,7 @@ pub fn attack_batch(
     step: u64,
 ) -> Result<Attacked> {
     let epsilon = lesson.epsilon_at(step);
+    lesson.evidence.note(|noted| (noted.phase, noted.epsilon) = ("attack", Some(epsilon)));
     let settings = &lesson.config.adversary;
     let attacked = lesson.num_attacked(questions.samples.len());
     let mut pixels = Vec::new();

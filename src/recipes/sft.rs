@@ -65,6 +65,7 @@ pub fn step(lesson: &Lesson<'_>, fit: &mut Fit<Student>, is_adversarial: bool) -
         (items::stack(&fit.learner.frozen, &questions.images)?, None)
     };
     let pixels = lesson.with_noise(&pixels, fit.step)?;
+    lesson.evidence.note(|noted| (noted.phase, noted.pixels) = ("update", pixels.clone()));
     report.phases.push(("attack", started.elapsed().as_secs_f64()));
 
     let started = Instant::now();

@@ -2,6 +2,7 @@
 
 use super::adapter::Chosen;
 use super::config::{DenoiserSettings, MetricName, RecipeName, RunConfig};
+use super::failure::{self, Evidence};
 use super::fit::{self, Fit, Learner, Student};
 use super::grpo::{self, Assumed, Sampling};
 use super::inputs;
@@ -10,10 +11,12 @@ use super::job::{Job, Outcome};
 use super::lesson::Lesson;
 use super::progress::Progress;
 use super::report::{self, ReportOptions};
+use super::room;
 use super::run::{Run, Stop};
 use super::scratch::{self, Scratch};
 use super::sft::StepReport;
 use super::validation::{self, Best, Exam};
+use super::watch::{self, Watch};
 use super::{denoise, sft};
 use crate::backend::peak_memory_bytes;
 use crate::data::Dataset;
@@ -136,6 +139,7 @@ fn learn(material: Material, config: &RunConfig, run: &mut Run, progress: &dyn P
         run.provenance("adapter_sha256", json!(inputs::adapter_sha256(&adapter.dir)?))?;
     }
     inputs::note_denoiser(run, config)?;
+    room::check(model.as_ref(), &material.assistant, dataset, config, run, progress);
     let num_questions = dataset.samples.len();
     let checkpoint = follow(material, config, &mut Whole { run, progress }, progress)?;
     let mut summary = json!({
@@ -145,6 +149,7 @@ fn learn(material: Material, config: &RunConfig, run: &mut Run, progress: &dyn P
         "num_steps": config.train.num_steps,
         "checkpoint": checkpoint.strip_prefix(run.dir()).unwrap_or(&checkpoint),
         "metrics": run.read_metrics()?.last().cloned().unwrap_or(Value::Null),
+        "warnings": watch::counts(&run.read_warnings()?),
         "seconds": run.seconds(),
     });
     if let Some(validation) = run.read_validation()?.last() {
@@ -211,6 +216,7 @@ pub(super) fn follow<C: Course>(
         config: settings,
         seed: config.seed,
         features: sees_alike.then(|| FeatureCache::new(config.feature_bytes())),
+        evidence: Evidence::default(),
     };
     let own = validation::own_config(config);
     let exam = match &validation {
@@ -241,7 +247,7 @@ pub(super) fn follow<C: Course>(
 }
 
 /// What the names of the vision tower's parameters begin with, those of its merger too.
-const VISION: &str = "model.visual.";
+pub(super) const VISION: &str = "model.visual.";
 
 /// Which parameters a choice of parts trains.
 pub fn trains(name: &str, vision: bool, merger: bool, text: bool) -> bool {
@@ -279,12 +285,13 @@ impl Course for Whole<'_> {
         keeper.find_best(self.run)?;
         keeper.rotate(fit.step)?;
         let logged = self.run.read_metrics()?;
-        let mut num_tokens = logged.last().and_then(|line| line["num_tokens"].as_u64()).unwrap_or(0);
+        let num_tokens = logged.last().and_then(|line| line["num_tokens"].as_u64()).unwrap_or(0);
+        let mut so_far = SoFar { num_tokens, watch: Watch::new(&lesson.config.watch, &logged) };
         let num_steps = lesson.config.num_steps as u64;
         self.begin(lesson, fit.step);
         loop {
             if keeper.is_due(fit.step) {
-                keeper.save(&fit)?;
+                keeper.save(&fit, self.run)?;
             }
             if let Some(exam) = exam
                 && exam.is_due(fit.step, num_steps)
@@ -297,14 +304,15 @@ impl Course for Whole<'_> {
                 break;
             }
             if self.run.stop_requested() {
-                keeper.save(&fit)?;
+                keeper.save(&fit, self.run)?;
                 keeper.rotate(fit.step)?;
                 return Err(Error::Stopped);
             }
             let report =
-                step(&mut fit, Assumed::default()).map_err(|error| lesson.located(error, fit.step))?;
+                step(&mut fit, Assumed::default())
+                .map_err(|error| failure::explain(lesson, &fit, self.run.dir(), error))?;
             fit.step += 1;
-            self.write_down(lesson, fit.step, report, &mut num_tokens)?;
+            self.write_down(lesson, fit.step, report, &mut so_far)?;
         }
         self.progress.finish();
         Ok(keeper.root.join(format!("step-{}", fit.step)))
@@ -328,7 +336,7 @@ impl Whole<'_> {
             }
             Err(error) => {
                 if matches!(error, Error::Stopped) {
-                    keeper.save(fit)?;
+                    keeper.save(fit, self.run)?;
                     keeper.rotate(fit.step)?;
                 }
                 return Err(error);
@@ -336,7 +344,7 @@ impl Whole<'_> {
         }
         let before = keeper.best;
         if keeper.find_best(self.run)? != before {
-            keeper.save(fit)?;
+            keeper.save(fit, self.run)?;
         }
         validation::remove_old_images(self.run, &self.run.read_validation()?, keeper.best)
     }
@@ -347,15 +355,15 @@ impl Whole<'_> {
         lesson: &Lesson<'_>,
         step: u64,
         report: StepReport,
-        num_tokens: &mut u64,
+        so_far: &mut SoFar<'_>,
     ) -> Result<()> {
         let mut metrics = serde_json::Map::new();
         metrics.insert("step".into(), json!(step));
         let seen = step as f64 * lesson.config.batch_size as f64;
         metrics.insert("epoch".into(), json!(seen / lesson.samples.len() as f64));
         if report.num_tokens > 0 {
-            *num_tokens += report.num_tokens;
-            metrics.insert("num_tokens".into(), json!(num_tokens));
+            so_far.num_tokens += report.num_tokens;
+            metrics.insert("num_tokens".into(), json!(so_far.num_tokens));
         }
         metrics.extend(report.metrics);
         for completion in report.completions {
@@ -374,11 +382,21 @@ impl Whole<'_> {
         if let Some(pictures) = &report.pictures {
             self.run.pictures(step, &pictures.files, &pictures.about)?;
         }
-        self.run.updates(&sft::lines_of(metrics, &report.updates))?;
+        let lines = sft::lines_of(metrics, &report.updates);
+        for line in &lines {
+            so_far.watch.report(line, self.run, self.progress)?;
+        }
+        self.run.updates(&lines)?;
         let mut figures = report.phases;
         figures.extend(peak_memory_bytes().map(|bytes| ("peak_memory_bytes", bytes as f64)));
         self.run.timing("step", seconds, &figures)
     }
+}
+
+/// What is carried from step to step.
+struct SoFar<'a> {
+    num_tokens: u64,
+    watch: Watch<'a>,
 }
 
 /// Which checkpoints there are.
@@ -398,8 +416,9 @@ impl Keeper<'_> {
     }
 
     /// Saves unless that was done already; before the first step there is nothing to save.
-    fn save<L: Learner>(&mut self, fit: &Fit<L>) -> Result<()> {
+    fn save<L: Learner>(&mut self, fit: &Fit<L>, run: &Run) -> Result<()> {
         if fit.step > 0 && self.saved != Some(fit.step) {
+            run.sync_logs()?;
             fit.save(&self.root)?;
             self.saved = Some(fit.step);
         }

@@ -13,8 +13,7 @@ mod values;
 pub use layers::Override;
 pub use show::show;
 pub use train::{
-    AdversaryConfig, DenoiserSettings, GrpoSettings, ImportanceName, KlImage, LossType, MetricName,
-    RecipeName, ScaleRewards, ScheduleName, TargetName, TrainConfig, TrainParts, ValidationConfig,
+    AdversaryConfig, DenoiserSettings, GrpoSettings, ImportanceName, KlImage, LossType, MetricName, RecipeName, ScaleRewards, ScheduleName, TargetName, TrainConfig, TrainParts, ValidationConfig, WatchSettings,
 };
 pub use values::DeviceWord;
 
@@ -623,7 +622,7 @@ impl RunConfig {
             Command::Certify => vec!["data", "certify", "generation"],
             Command::Train => {
                 let recipe = self.train.recipe;
-                let mut sections = vec!["data", "train", "train.parts", "train.validation"];
+                let mut sections = vec!["data", "train", "train.parts", "train.validation", "train.watch"];
                 sections.extend(recipe.is_grpo().then_some("train.grpo"));
                 sections.extend(recipe.is_adversarial().then_some("train.adversary"));
                 sections.extend((recipe == RecipeName::Denoiser).then_some("train.denoiser"));

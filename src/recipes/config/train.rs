@@ -187,6 +187,33 @@ section! {
         validation: ValidationConfig = ValidationConfig::default(),
         /// The network, for the recipe `denoiser`.
         denoiser: DenoiserSettings = DenoiserSettings::default(),
+        /// When a run is said to go wrong.
+        watch: WatchSettings = WatchSettings::default(),
+    }
+}
+
+section! {
+    /// `[train.watch]`: when a run is said to go wrong. Warnings go to the terminal and to `warnings.jsonl`, once per episode, which
+    /// ends after `window` steps without the trouble; they change nothing else and cost nothing.
+    pub struct WatchSettings {
+        /// Steps in a row that a standing trouble lasts before it is warned of: rewards that are all 0, groups without variance,
+        /// completions cut off, attacks without effect; a learning rate of 0 is warned of at its second step. 0: nothing is
+        /// watched.
+        patience: usize = 20,
+        /// Steps that tell what is usual: their median for gradients, losses and divergences, their mean for the length of
+        /// completions, the first so many against the last.
+        window: usize = 20 => Range::at_least(2.0),
+        /// A gradient norm, a loss (of supervised recipes; above half of what it began with) or a divergence (above a tenth of
+        /// `max_kl`) is a spike when it exceeds the usual one this many times.
+        spike_factor: f64 = 10.0 => Range::above(1.0),
+        /// Divergence from the reference policy, in nats per token, above which the policy is said to run away.
+        max_kl: f64 = 1.0 => Range::above(0.0),
+        /// Completions have collapsed when the mean length falls below this share of what it was first; 0: never.
+        min_length_ratio: f64 = 0.25 => Range::closed(0.0, 1.0),
+        /// Completions run into the limit when at least this share of them is cut off.
+        max_clipped_ratio: f64 = 0.95 => Range::open_closed(0.0, 1.0),
+        /// An attack is without effect when it raises the mean loss by less than this, in nats.
+        min_pgd_gain: f64 = 1e-3 => Range::at_least(0.0),
     }
 }
 

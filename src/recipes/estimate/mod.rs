@@ -237,7 +237,7 @@ const CHANGES: [Change; 4] = [
 ];
 
 /// Whether frozen weights are held in bfloat16.
-fn holds_half(config: &RunConfig, subject: &Subject) -> bool {
+pub(super) fn holds_half(config: &RunConfig, subject: &Subject) -> bool {
     match config.precision() {
         Precision::AsStored => subject.is_half,
         Precision::Single => false,

@@ -9,6 +9,7 @@ use crate::model::positions::image_tokens;
 use crate::model::truncate::count_parameters;
 use crate::pixels::decode;
 use crate::recipes::config::{RecipeName, RunConfig, TargetName};
+use crate::recipes::failure::Evidence;
 use crate::recipes::items::{CACHE_BYTES, Images};
 use crate::recipes::lesson::Lesson;
 use rayon::prelude::*;
@@ -122,6 +123,7 @@ impl Workload {
             config: train,
             seed: config.seed,
             features: None,
+            evidence: Evidence::default(),
         };
         let (all, vision, tables) = count_parameters(&subject.config)?;
         let unit = subject.config.vision.merge_unit() as f64;

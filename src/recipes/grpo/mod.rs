@@ -70,6 +70,9 @@ pub fn step(lesson: &Lesson<'_>, fit: &mut Fit<Student>, sampling: &Sampling<'_>
     };
     let pixels =
         &lesson.with_noise(attacked.as_ref().map_or(&clean, |attacked| &attacked.pixels), fit.step)?;
+    lesson.evidence.note(|noted| {
+        (noted.phase, noted.pixels, noted.temperature) = ("rollout", pixels.clone(), settings.temperature);
+    });
     report.phases.push(("attack", started.elapsed().as_secs_f64()));
 
     let started = Instant::now();
@@ -88,7 +91,13 @@ pub fn step(lesson: &Lesson<'_>, fit: &mut Fit<Student>, sampling: &Sampling<'_>
 
     let started = Instant::now();
     let rewards: Vec<Vec<f64>> = groups.iter().map(|group| group.total.clone()).collect();
+    lesson.evidence.note(|noted| {
+        let ids = |group: &Group| group.completions.iter().map(|c| c.ids.clone()).collect();
+        (noted.phase, noted.completions) = ("update", groups.iter().map(ids).collect());
+        noted.rewards.clone_from(&rewards);
+    });
     let advantages = advantages_of(&rewards, settings)?;
+    lesson.evidence.note(|noted| noted.advantages.clone_from(&advantages));
     // Of a vision tower that does not train they hold for the update too, and for the reference.
     let features = lesson.features.is_some().then_some(features);
     let seen = Seen { pixels, clean: &clean, features, sampling };

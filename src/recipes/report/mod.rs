@@ -76,6 +76,7 @@ pub fn report_data(runs: &[RunDir], options: &ReportOptions, progress: &dyn Prog
             notes.push(format!("{} is unfinished: {done} {what} so far", run.name));
         }
     }
+    notes.extend(runs.iter().flat_map(training_warnings));
     let mut tables = tables::tables(runs);
     notes.append(&mut tables.notes);
     let mut cards = if options.images { cards::cards(runs, progress) } else { cards::without_pictures(runs) };
@@ -98,6 +99,24 @@ pub fn report_data(runs: &[RunDir], options: &ReportOptions, progress: &dyn Prog
         cards,
         provenance: runs.iter().flat_map(provenance).collect(),
     })
+}
+
+/// What was warned of while a run trained: the first warning of each kind, and how many there were.
+fn training_warnings(run: &RunDir) -> Vec<String> {
+    let mut kinds: Vec<(&str, &Value, usize)> = Vec::new();
+    for warning in &run.warnings {
+        let kind = warning["kind"].as_str().unwrap_or_default();
+        match kinds.iter_mut().find(|(known, ..)| *known == kind) {
+            Some((_, _, count)) => *count += 1,
+            None => kinds.push((kind, warning, 1)),
+        }
+    }
+    let told = |(kind, first, count): (&str, &Value, usize)| {
+        let times = if count > 1 { format!(" ({count} times)") } else { String::new() };
+        let message = first["message"].as_str().unwrap_or_default();
+        format!("{}: warning `{kind}`{times} at step {}: {message}", run.name, first["step"])
+    };
+    kinds.into_iter().map(told).collect()
 }
 
 /// The facts of `run.json` that a reader may ask for.

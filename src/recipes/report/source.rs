@@ -33,6 +33,8 @@ pub struct RunDir {
     pub validation: Vec<Value>,
     /// `timings.jsonl` of training.
     pub timings: Vec<Value>,
+    /// `warnings.jsonl`.
+    pub warnings: Vec<Value>,
 }
 
 /// Reads the runs at `dirs`; a directory that holds `runs/` stands for itself and for every run in there.
@@ -107,6 +109,7 @@ fn read(dir: &Path) -> Result<RunDir> {
         metrics: lines("metrics.jsonl")?,
         completions: lines("completions.jsonl")?,
         validation: lines("validation.jsonl")?,
+        warnings: lines("warnings.jsonl")?,
         timings,
         dir: dir.to_path_buf(),
     })

@@ -19,11 +19,16 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
         file.write_all(bytes)?;
         file.sync_all()
     });
-    written.and_then(|()| fs::rename(&temporary, path)).map_err(|error| {
+    let replaced = written.and_then(|()| fs::rename(&temporary, path)).map_err(|error| {
         // What could not be written whole is of no use to anyone; the error is what matters.
         let _ = fs::remove_file(&temporary);
         Error::io("cannot write", path, error)
-    })
+    });
+    // The new name is on the disk once the directory is; not every file system lets one open a directory.
+    if let (Ok(()), Some(Ok(parent))) = (&replaced, path.parent().map(File::open)) {
+        let _ = parent.sync_all();
+    }
+    replaced
 }
 
 /// A file of JSON objects, one a line, appended and flushed one by one.
@@ -60,6 +65,12 @@ impl JsonLines {
             }
         };
         file.write_all(lines.as_bytes()).map_err(|error| Error::io("cannot append a line", &self.path, error))
+    }
+
+    /// Brings the lines so far to the disk: a power cut cannot take them back.
+    pub fn sync(&self) -> Result<()> {
+        let Some(file) = &self.file else { return Ok(()) };
+        file.sync_all().map_err(|error| Error::io("cannot bring to the disk", &self.path, error))
     }
 
     /// Every whole line. A last line without its end, or that is no JSON, is torn and left out.

@@ -38,6 +38,7 @@ pub struct Run {
     metrics: JsonLines,
     completions: JsonLines,
     validation: JsonLines,
+    warnings: JsonLines,
     timings: JsonLines,
     events: EventFile,
     /// Of validation: TensorBoard shows them as a run of its own, in the same charts.
@@ -92,6 +93,7 @@ impl Run {
             metrics: JsonLines::new(dir.join("metrics.jsonl")),
             completions: JsonLines::new(dir.join("completions.jsonl")),
             validation: JsonLines::new(dir.join("validation.jsonl")),
+            warnings: JsonLines::new(dir.join("warnings.jsonl")),
             timings: JsonLines::new(dir.join("timings.jsonl")),
             events: EventFile::new(&dir.join("tensorboard")),
             validation_events: EventFile::new(&dir.join("tensorboard/validation")),
@@ -332,7 +334,24 @@ impl Run {
         Ok(())
     }
 
-    /// Takes metrics, events, examinations, completions and pictures back to the end of `step` (the last checkpoint's; 0: to the beginning),
+    /// Appends one warning about the course of training, with a field `step`.
+    pub fn warning(&mut self, warning: &impl Serialize) -> Result<()> {
+        let value = serde_json::to_value(warning).map_err(anyhow::Error::from)?;
+        self.warnings.append(&value)
+    }
+
+    /// All warnings so far.
+    pub fn read_warnings(&self) -> Result<Vec<Value>> {
+        self.warnings.read()
+    }
+
+    /// Brings the logs of training to the disk: call it before a checkpoint appears, which is worth nothing without the log of
+    /// the steps before it.
+    pub fn sync_logs(&self) -> Result<()> {
+        [&self.metrics, &self.completions, &self.validation, &self.warnings].into_iter().try_for_each(JsonLines::sync)
+    }
+
+    /// Takes metrics, events, examinations, warnings, completions and pictures back to the end of `step` (the last checkpoint's; 0: to the beginning),
     /// so that a resumed run writes what an uninterrupted one would have.
     pub fn rewind_to(&mut self, step: u64) -> Result<()> {
         let within = |value: &Value| value["step"].as_u64().is_some_and(|at| at <= step);
@@ -343,6 +362,7 @@ impl Run {
         let lines = self.validation.read()?;
         let shown: Vec<Shown<'_>> = lines.iter().map(|line| self.examined(line)).collect();
         self.validation_events.write(shown)?;
+        self.warnings.keep_while(within)?;
         let metrics = self.metrics.read()?;
         // Lines of one step stand together, one for each of its updates.
         let by_step = || metrics.chunk_by(|a, b| a["step"] == b["step"]);

@@ -1,4 +1,7 @@
-//! Requests to stop: the first SIGINT, SIGTERM or SIGUSR1 asks, a second SIGINT ends the process with 130 at once.
+//! Requests to stop: the first SIGINT, SIGTERM or SIGUSR1 asks, and the run ends where everything is saved. A step, an attack or
+//! a validation may take minutes until then: a second SIGINT or SIGTERM, whichever came first, ends the process with 130 at once.
+//!
+//! SIGUSR1 is a scheduler's warning of the SIGTERM to come and is not counted: the SIGTERM after it asks once more.
 
 use crate::error::{Error, Result};
 use std::sync::Arc;
@@ -14,12 +17,13 @@ impl Stop {
         use signal_hook::consts::{SIGINT, SIGTERM};
         let stop = Self::default();
         let install = || -> std::io::Result<()> {
-            // The order matters: when the first SIGINT comes by here, it has not been noted yet.
             let interrupted = Arc::new(AtomicBool::new(false));
-            signal_hook::flag::register_conditional_shutdown(SIGINT, 130, Arc::clone(&interrupted))?;
-            signal_hook::flag::register(SIGINT, interrupted)?;
-            signal_hook::flag::register(SIGINT, Arc::clone(&stop.0))?;
-            signal_hook::flag::register(SIGTERM, Arc::clone(&stop.0))?;
+            for signal in [SIGINT, SIGTERM] {
+                // The order matters: when the first signal comes by here, it has not been noted yet.
+                signal_hook::flag::register_conditional_shutdown(signal, 130, Arc::clone(&interrupted))?;
+                signal_hook::flag::register(signal, Arc::clone(&interrupted))?;
+                signal_hook::flag::register(signal, Arc::clone(&stop.0))?;
+            }
             #[cfg(unix)]
             signal_hook::flag::register(signal_hook::consts::SIGUSR1, Arc::clone(&stop.0))?;
             Ok(())
@@ -51,8 +55,9 @@ mod tests {
 
     #[test]
     fn each_signal_that_asks_to_stop_raises_the_flag() {
+        // A second SIGINT or SIGTERM would end this process: that is tested on another one.
         for signal in
-            [signal_hook::consts::SIGTERM, signal_hook::consts::SIGUSR1, signal_hook::consts::SIGINT]
+            [signal_hook::consts::SIGUSR1, signal_hook::consts::SIGUSR1, signal_hook::consts::SIGTERM]
         {
             let stop = Stop::on_signals().unwrap();
             assert!(stop.check().is_ok());

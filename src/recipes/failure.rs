@@ -1,0 +1,328 @@
+//! A step that came to numbers that are not finite: where they began, and a dump of its batch.
+//!
+//! While a step runs, [`Evidence`] keeps what it works on. When it fails, [`explain`] looks through the trained weights, walks
+//! the batch forward until a tensor is not finite, and writes `failure/step-N/`. Nothing is repaired, and checkpoints are left as
+//! they are: resuming repeats the steps from the last one, to the same failure.
+
+use super::checkpoint::{self, saved_steps};
+use super::fit::{self, Fit, Learner};
+use super::items;
+use super::lesson::Lesson;
+use super::run::write_atomic;
+use crate::data::Sample;
+use crate::error::{Error, Result};
+use crate::model::assistant::Assistant;
+use crate::model::generate::Prompt;
+use crate::model::processor::ProcessedImage;
+use crate::model::weights;
+use crate::nn::recompute::Stage;
+use crate::pixels::{RgbImage8, decode};
+use crate::roles::policy::{self, Scoring};
+use candle_core::{DType, Device, Tensor};
+use serde_json::{Value, json};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// The file of a dump that says what happened.
+pub const REPORT: &str = "failure.json";
+
+/// The images of a dump, exactly: `pixels.I`, `[3, height, width]` in float32, for place I of the batch.
+pub const PIXELS: &str = "pixels.safetensors";
+
+/// What a step works on, as far as it has come. Lists go by the places of the batch.
+#[derive(Debug, Clone, Default)]
+pub struct Noted {
+    /// What it was at: `data`, `attack`, `rollout` or `update`.
+    pub phase: &'static str,
+    /// Its questions, with their options in this step's order.
+    pub samples: Vec<Sample>,
+    /// They in tokens.
+    pub prompts: Vec<Prompt>,
+    /// The right completion of each.
+    pub targets: Vec<Vec<u32>>,
+    /// The clean images, at the model's resolution.
+    pub images: Vec<Arc<ProcessedImage>>,
+    /// The images as the model sees them, attacked and noisy: tensors `[n, 3, height, width]` in [0, 1], one place after another;
+    /// none before they are made.
+    pub pixels: Vec<Tensor>,
+    /// The adversary's budget.
+    pub epsilon: Option<f64>,
+    /// Sampled completions in tokens.
+    pub completions: Vec<Vec<Vec<u32>>>,
+    /// What they are worth.
+    pub rewards: Vec<Vec<f64>>,
+    /// Relative to their group.
+    pub advantages: Vec<Vec<f64>>,
+    /// Temperature of the log-probabilities; 0 stands for 1, that of supervised recipes.
+    pub temperature: f64,
+}
+
+/// Keeps what the present step works on; no numbers are copied but token ids.
+#[derive(Debug, Default)]
+pub struct Evidence(Mutex<Noted>);
+
+impl Evidence {
+    /// Changes what is known.
+    pub fn note(&self, change: impl FnOnce(&mut Noted)) {
+        change(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// What is known.
+    pub fn noted(&self) -> Noted {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// What a walk of a batch through a model found.
+#[derive(Debug, Clone, Default)]
+pub struct Walk {
+    /// The first tensor that is not finite and the place of its question: `model.language_model.layers.3 output is NaN ...`.
+    pub first_bad: Option<(usize, String)>,
+    /// For each place: negative log-likelihood by token of the right completion, or of each sampled one, and their text.
+    pub items: Vec<Value>,
+}
+
+/// Walks every question of a batch, one at a time, through the stages of the model, and names the first whose output is not
+/// finite.
+///
+/// # Errors
+/// When the batch cannot be run.
+pub fn walk(assistant: &Assistant, noted: &Noted) -> Result<Walk> {
+    let mut found = Walk::default();
+    for (place, prompt) in noted.prompts.iter().enumerate() {
+        let completions = match noted.completions.get(place) {
+            Some(sampled) if !sampled.is_empty() => sampled.clone(),
+            _ => vec![noted.targets[place].clone()],
+        };
+        let pixels = seen(assistant, noted, place)?;
+        let scoring =
+            Scoring::new(assistant, std::slice::from_ref(prompt), std::slice::from_ref(&completions))?;
+        let (bad, log_probs) = walk_one(assistant, noted, &scoring, pixels)?;
+        if let (None, Some(bad)) = (&found.first_bad, bad) {
+            found.first_bad = Some((place, bad));
+        }
+        let losses = scoring.spans[0].iter().map(|span| {
+            let values = log_probs.get(span.clone()).unwrap_or_default();
+            number(-values.iter().map(|v| f64::from(*v)).sum::<f64>() / values.len() as f64)
+        });
+        let texts = completions.iter().map(|ids| assistant.tokenizer.decode(ids, false));
+        found.items.push(json!({
+            "losses": losses.collect::<Vec<_>>(),
+            "texts": texts.collect::<Result<Vec<_>>>()?,
+        }));
+    }
+    Ok(found)
+}
+
+/// The image of one place as the model sees it, or the clean one when it is not made yet; none for a question without one.
+fn seen(assistant: &Assistant, noted: &Noted, place: usize) -> Result<Vec<Tensor>> {
+    if !noted.pixels.is_empty() {
+        return items::pick(&noted.pixels, &[place]);
+    }
+    match noted.images.get(place) {
+        Some(_) => items::stack(assistant, &noted.images[place..=place]),
+        None => Ok(Vec::new()),
+    }
+}
+
+/// The first tensor that is not finite, and the log-probabilities of the target tokens, none where the walk ended before them.
+fn walk_one(
+    assistant: &Assistant,
+    noted: &Noted,
+    scoring: &Scoring,
+    pixels: Vec<Tensor>,
+) -> Result<(Option<String>, Vec<f32>)> {
+    if let Some(bad) = first_bad("the image", &pixels)? {
+        return Ok((Some(bad), Vec::new()));
+    }
+    let plan = if pixels.is_empty() {
+        None
+    } else {
+        Some(assistant.vlm.vision_plan(&policy::grids_of(assistant, &pixels)?)?)
+    };
+    let (vision, text) = ("model.visual", "model.language_model");
+    let mut stages: Vec<(String, Stage<'_>)> = Vec::new();
+    if let Some(plan) = &plan {
+        let all = assistant.vlm.vision_stages(plan);
+        let last = all.len() - 1;
+        stages.extend(all.into_iter().enumerate().map(|(index, stage)| match index {
+            0 => (format!("{vision}.patch_embed"), stage),
+            index if index == last => (format!("{vision}.merger"), stage),
+            index => (format!("{vision}.blocks.{}", index - 1), stage),
+        }));
+    }
+    let all = scoring.stages(assistant);
+    let last = all.len() - 1;
+    stages.extend(all.into_iter().enumerate().map(|(index, stage)| match index {
+        0 => (format!("{text}.embed_tokens"), stage),
+        index if index == last => (format!("{text}.norm"), stage),
+        index => (format!("{text}.layers.{}", index - 1), stage),
+    }));
+    let mut state = pixels;
+    for (name, stage) in stages {
+        state = stage(&state)?;
+        if let Some(bad) = first_bad(&format!("`{name} output`"), &state)? {
+            return Ok((Some(bad), Vec::new()));
+        }
+    }
+    let temperature = if noted.temperature > 0.0 { noted.temperature } else { 1.0 };
+    let log_probs = scoring.log_probs(assistant, &state[0], temperature)?;
+    let bad =
+        first_bad("`lm_head` (the log-probabilities of the completion)", std::slice::from_ref(&log_probs))?;
+    Ok((bad, log_probs.to_vec1()?))
+}
+
+/// What is wrong with the first of `tensors` that holds a number that is not finite.
+fn first_bad(name: &str, tensors: &[Tensor]) -> Result<Option<String>> {
+    for tensor in tensors {
+        let values: Vec<f32> = floats(tensor)?;
+        if let Some(at) = values.iter().position(|value| !value.is_finite()) {
+            return Ok(Some(format!("{name} is {} at element {at} of {:?}", values[at], tensor.dims())));
+        }
+    }
+    Ok(None)
+}
+
+fn floats(tensor: &Tensor) -> Result<Vec<f32>> {
+    Ok(tensor.detach().to_device(&Device::Cpu)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
+}
+
+/// A number, or the word for one that JSON does not have.
+fn number(value: f64) -> Value {
+    if value.is_finite() { json!(value) } else { json!(value.to_string()) }
+}
+
+/// Adds to an error of a step which step and questions it is about; to one of numbers that are not finite also the tensor they
+/// began in, and where the batch was written.
+pub fn explain<L: Learner>(lesson: &Lesson<'_>, fit: &Fit<L>, run: &Path, error: Error) -> Error {
+    if !matches!(error, Error::NonFinite(_)) {
+        return lesson.located(error, fit.step);
+    }
+    let what = error.to_string();
+    let noted = lesson.evidence.noted();
+    // The weights first: one that is not finite spoils everything behind it.
+    let weight = fit.learner.trained().into_iter().find_map(|(name, var)| {
+        first_bad(&format!("weights are non-finite: `{name}`"), &[var.as_tensor().clone()]).ok().flatten()
+    });
+    // A walk that fails says nothing; what it was to explain is known all the same.
+    let walk = fit.learner.walk(&noted).unwrap_or_default();
+    let ids: Vec<&str> = lesson.picked(fit.step).iter().map(|&i| lesson.samples[i].id.as_str()).collect();
+    let at = walk.first_bad.as_ref().map(|(place, bad)| {
+        let id = ids.get(*place).copied().unwrap_or_default();
+        format!("{bad}, question `{id}`")
+    });
+    let began: Vec<String> = weight.into_iter().chain(at).collect();
+    let dir = run.join(format!("failure/step-{}", fit.step + 1));
+    let batch = Batch { noted: &noted, walk: &walk, ids: &ids };
+    let dumped = dump(&dir, run, lesson, fit, &batch, (&what, &began));
+    let mut error = lesson.located(error, fit.step);
+    for place in &began {
+        error = error.at(&format!("first not finite: {place}"));
+    }
+    let error = match dumped {
+        Ok(()) => error.at(&format!("the batch lies in {}", dir.display())),
+        Err(reason) => error.at(&format!("the batch could not be written down: {reason}")),
+    };
+    let text = error.to_string();
+    let advice = "lower `train.learning_rate`, add `train.warmup_steps`, or set `train.max_grad_norm`; the last checkpoint is kept";
+    Error::NonFinite(if text.contains("\n   = help: ") {
+        format!("{text}; {advice}")
+    } else {
+        format!("{text}\n   = help: {advice}")
+    })
+}
+
+/// A failed batch.
+struct Batch<'a> {
+    noted: &'a Noted,
+    walk: &'a Walk,
+    ids: &'a [&'a str],
+}
+
+/// Writes everything that the step depended on beside the weights, which the last checkpoint leads to.
+fn dump<L: Learner>(
+    dir: &Path,
+    run: &Path,
+    lesson: &Lesson<'_>,
+    fit: &Fit<L>,
+    batch: &Batch<'_>,
+    (what, began): (&str, &[String]),
+) -> Result<()> {
+    let Batch { noted, walk, ids } = *batch;
+    let images = dump_images(dir, noted, ids.len())?;
+    let last = saved_steps(&run.join("checkpoints")).into_iter().max();
+    let items: Vec<Value> = ids
+        .iter()
+        .enumerate()
+        .map(|(place, id)| {
+            let sample = noted.samples.get(place);
+            let groups = |list: &[Vec<f64>]| {
+                list.get(place).map(|group| group.iter().copied().map(number).collect::<Vec<_>>())
+            };
+            json!({
+                "id": id,
+                "question": sample,
+                "prompt": sample.map(|sample| lesson.template.user_text(sample)),
+                "prompt_ids": noted.prompts.get(place).map(|prompt| &prompt.ids),
+                "target_ids": noted.targets.get(place),
+                "completion_ids": noted.completions.get(place),
+                "texts": walk.items.get(place).map(|item| item["texts"].clone()),
+                "losses": walk.items.get(place).map(|item| item["losses"].clone()),
+                "rewards": groups(&noted.rewards),
+                "advantages": groups(&noted.advantages),
+                "image": images.get(place),
+            })
+        })
+        .collect();
+    let report = json!({
+        "what": what,
+        "first_not_finite": began,
+        "step": fit.step + 1,
+        "phase": noted.phase,
+        "updates": fit.updates,
+        "ids": ids,
+        "seed": lesson.seed,
+        "learning_rate": number(fit::learning_rate_at(lesson.config, fit.step)),
+        "epsilon": noted.epsilon,
+        "train": lesson.config,
+        "checkpoint": last.map(|last| checkpoint::named(Path::new("checkpoints"), last)),
+        "images": if noted.pixels.is_empty() { "clean: the step ended before its own were made" } else { "as the model saw them" },
+        "reproduce": "run the same command with --resume: it goes on from `checkpoint` (or from the beginning) and repeats this step to the bit",
+        "items": items,
+    });
+    write_atomic(&dir.join(REPORT), format!("{report:#}\n").as_bytes())
+}
+
+/// Writes the images of a batch as PNG, rounded to eight bits, and as they are; gives the name of each PNG, null where there is
+/// none.
+fn dump_images(dir: &Path, noted: &Noted, count: usize) -> Result<Vec<Value>> {
+    let (mut names, mut tensors) = (Vec::new(), Vec::new());
+    for place in 0..count {
+        let pixels = match (noted.pixels.is_empty(), noted.images.get(place)) {
+            (false, _) => items::pick(&noted.pixels, &[place])?.into_iter().next(),
+            (true, Some(image)) => Some(image.resized.to_tensor(&Device::Cpu)?.unsqueeze(0)?),
+            (true, None) => None,
+        };
+        let Some(pixels) = pixels else {
+            names.push(Value::Null);
+            continue;
+        };
+        let pixels = pixels.detach().to_device(&Device::Cpu)?.to_dtype(DType::F32)?.get(0)?;
+        // A picture of numbers that are none cannot be shown; the exact ones are in the other file.
+        names.push(match RgbImage8::from_tensor(&pixels) {
+            Ok(image) => {
+                let name = format!("image-{place}.png");
+                write_atomic(&dir.join(&name), &decode::encode_png(&image)?)?;
+                json!(name)
+            }
+            Err(_) => Value::Null,
+        });
+        tensors.push((format!("pixels.{place}"), pixels.contiguous()?));
+    }
+    if !tensors.is_empty() {
+        std::fs::create_dir_all(dir).map_err(|error| Error::io("cannot create the directory", dir, error))?;
+        let path: PathBuf = dir.join(PIXELS);
+        weights::save_file(&path, &tensors, &[])?;
+    }
+    Ok(names)
+}

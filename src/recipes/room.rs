@@ -1,0 +1,351 @@
+//! Room on the disk and in memory, looked at before the first step: what will not fit is said while it costs nothing.
+//!
+//! Memory is counted by a formula, not measured: `train --dry-run` measures. What can be done about memory that runs out on the
+//! processor is little: the system hands out more than it has and kills the process at some later write (status 137), or the
+//! allocator aborts it (134); neither can be caught. The last checkpoint is whole, and `--resume` goes on from it, with
+//! `train.recompute` and the like unchanged, since they are part of what a run is.
+
+use super::checkpoint::{self, saved_steps};
+use super::config::{RecipeName, RunConfig};
+use super::estimate::subject::Subject;
+use super::estimate::workload::Workload;
+use super::estimate::{free_bytes, holds_half};
+use super::progress::{Progress, Silent};
+use super::run::Run;
+use super::train::VISION;
+use crate::data::Dataset;
+use crate::error::Result;
+use crate::model::assistant::Assistant;
+use crate::model::config::VlmConfig;
+use crate::model::hub::Location;
+use std::fmt::Write as _;
+
+/// Questions that are looked at for the longest, evenly spread.
+const LOOKED_AT: usize = 256;
+
+/// Rank of the adapter that is suggested.
+const RANK: usize = 16;
+
+/// Bytes of a float32.
+const FLOAT: u64 = 4;
+
+/// Warns of a run whose checkpoints will not fit on the disk or whose heaviest step will not fit in memory. What cannot be counted,
+/// such as a damaged image, is left to the step that needs it.
+pub(super) fn check(
+    model: Option<&Location>,
+    assistant: &Assistant,
+    dataset: &Dataset,
+    config: &RunConfig,
+    run: &Run,
+    progress: &dyn Progress,
+) {
+    // A denoiser and a model from scratch are small.
+    let Some(model) = model.filter(|_| config.train.recipe != RecipeName::Denoiser) else { return };
+    let root = run.path("checkpoints");
+    let plan = Plan::of(assistant, config);
+    let there = saved_steps(&root).len() as u64;
+    let warning = checkpoint::free_disk_bytes(&root).and_then(|free| {
+        disk_warning(plan.checkpoint_bytes(), checkpoints(config).saturating_sub(there), free)
+    });
+    if let Some(warning) = warning {
+        progress.note(&warning);
+    }
+    let Some(free) = free_bytes().filter(|_| assistant.vlm.device().is_cpu()) else { return };
+    let is_visual = |(name, _): &(String, candle_core::Var)| name.starts_with(VISION);
+    let is_seen =
+        config.train.recipe.is_adversarial() || assistant.vlm.parameters().trained().iter().any(is_visual);
+    let warning = longest(&plan, model, dataset, config, (run, is_seen))
+        .map(|(plan, shape)| plan.memory_warning(&shape, free));
+    if let Ok(Some(warning)) = warning {
+        progress.note(&warning);
+    }
+}
+
+/// The plan with the lengths of its questions, and the shape of the model.
+fn longest(
+    plan: &Plan,
+    model: &Location,
+    dataset: &Dataset,
+    config: &RunConfig,
+    (run, is_seen): (&Run, bool),
+) -> Result<(Plan, VlmConfig)> {
+    let stride = dataset.samples.len().div_ceil(LOOKED_AT).max(1);
+    let some = dataset.samples.iter().step_by(stride).cloned().collect();
+    let some = Dataset::new(dataset.root.clone(), some);
+    let dir = model.dir.display().to_string();
+    let about = (&some.samples[..], config.prompt.parse()?);
+    let subject = Subject::open(&dir, None, about, run.stop(), &Silent)?;
+    let work = Workload::count(config, &subject, &some, Some(config.max_new_tokens))?;
+    let merged = subject.config.vision.merge_unit();
+    let patches = |tokens: usize| if is_seen { tokens * merged } else { 0 };
+    let mut items: Vec<(usize, usize)> =
+        work.items.iter().map(|item| (item.rows(work.group), patches(item.image))).collect();
+    items.sort_unstable();
+    Ok((Plan { is_single: !holds_half(config, &subject), items, ..plan.clone() }, subject.config))
+}
+
+/// What decides how much memory a step takes beside the weights.
+#[derive(Debug, Clone, Default)]
+struct Plan {
+    /// Parameters, those that train, and those that an adapter of rank [`RANK`] would have.
+    all: u64,
+    trained: u64,
+    adapter: u64,
+    /// Whether an adapter trains.
+    is_adapter: bool,
+    /// Whether frozen weights are float32.
+    is_single: bool,
+    micro_batch_size: usize,
+    is_recomputed: bool,
+    /// Rows of the decoder, and patches of the vision tower, that a gradient of each question goes through; ascending.
+    items: Vec<(usize, usize)>,
+}
+
+impl Plan {
+    fn of(assistant: &Assistant, config: &RunConfig) -> Self {
+        let train = &config.train;
+        let parameters = assistant.vlm.parameters();
+        let (all, trained) = parameters.count();
+        let linear = |name: &str| !["embed", "lm_head"].iter().any(|part| name.contains(part));
+        let adapter: usize = parameters
+            .shapes()
+            .filter(|(name, shape)| shape.len() == 2 && linear(name))
+            .map(|(_, shape)| RANK * (shape[0] + shape[1]))
+            .sum();
+        let is_adapter = train.lora_rank > 0 || config.adapter.is_some();
+        Self {
+            all: all as u64,
+            trained: trained as u64,
+            adapter: adapter as u64,
+            is_adapter,
+            is_single: true,
+            micro_batch_size: train.micro_batch_size.unwrap_or(train.batch_size),
+            is_recomputed: train.recompute,
+            items: Vec::new(),
+        }
+    }
+
+    /// Weights or adapter in float32, and two moments.
+    fn checkpoint_bytes(&self) -> u64 {
+        FLOAT * (if self.is_adapter { self.trained } else { self.all } + 2 * self.trained)
+    }
+
+    /// Two moments, a gradient and its copy for the update, of every trained parameter.
+    fn optimizer_bytes(&self) -> u64 {
+        4 * FLOAT * self.trained
+    }
+
+    /// Frozen weights are laid out a second time when a gradient first passes them.
+    fn frozen_bytes(&self) -> u64 {
+        let frozen = if self.is_adapter { self.all } else { self.all - self.trained };
+        frozen * if self.is_single { FLOAT } else { FLOAT / 2 }
+    }
+
+    /// What the gradient of the heaviest pass keeps: the longest question and others of median length.
+    fn activation_bytes(&self, model: &VlmConfig) -> u64 {
+        let (Some(most), Some(median)) = (self.items.last(), self.items.get(self.items.len() / 2)) else {
+            return 0;
+        };
+        let others = self.micro_batch_size.saturating_sub(1) as u64;
+        let (rows, patches) =
+            (most.0 as u64 + others * median.0 as u64, most.1 as u64 + others * median.1 as u64);
+        let (text, vision) = (&model.text, &model.vision);
+        let heads = ((text.num_heads + text.num_kv_heads) * text.head_dim) as u64;
+        let hidden = text.hidden_size as u64;
+        // Per row: norms and sums, queries and keys before and after norm and rotation, values, the mixture, the gated MLP.
+        let inside = 4 * hidden + 3 * heads + heads + 3 * text.intermediate_size as u64;
+        let seen_inside = 8 * vision.hidden_size as u64 + 3 * vision.intermediate_size as u64;
+        let chain = |count: u64, depth: usize, state: u64, inside: u64| {
+            let depth = depth as u64;
+            count * if self.is_recomputed { (depth + 1) * state + inside } else { depth * inside }
+        };
+        let decoder = chain(rows, text.num_layers, hidden, inside);
+        let tower = chain(patches, vision.depth, vision.hidden_size as u64, seen_inside);
+        FLOAT * (decoder + tower)
+    }
+
+    fn bytes(&self, model: &VlmConfig) -> u64 {
+        self.optimizer_bytes() + self.frozen_bytes() + self.activation_bytes(model)
+    }
+
+    /// What to say when `free` bytes are not enough, with the changes, each on top of those before, that would make it fit.
+    fn memory_warning(&self, model: &VlmConfig, free: u64) -> Option<String> {
+        let need = self.bytes(model);
+        if need <= free {
+            return None;
+        }
+        let mut text = format!(
+            "warning: the heaviest step takes about {} more memory (optimiser and gradients {}, frozen weights on the way back {}, activations {}), and {} are free: the system would end this process without a word.",
+            gib(need),
+            gib(self.optimizer_bytes()),
+            gib(self.frozen_bytes()),
+            gib(self.activation_bytes(model)),
+            gib(free)
+        );
+        let (mut plan, mut freed, mut changes) = (self.clone(), 0, Vec::new());
+        for change in CHANGES {
+            let Some((what, gain)) = change(&mut plan) else { continue };
+            freed += gain;
+            changes.push(what);
+            if plan.bytes(model) <= free + freed {
+                let needed = plan.bytes(model).saturating_sub(freed);
+                let _ = write!(text, " With {} it would be about {}.", changes.join(", "), gib(needed));
+                return Some(text + MEASURE);
+            }
+        }
+        text.push_str(" No setting makes it fit: take a smaller model, or smaller images.");
+        Some(text + MEASURE)
+    }
+}
+
+const MEASURE: &str = " `safemed train --dry-run` measures it";
+
+/// A change of settings in words, with the bytes of weights that it frees; none where it changes nothing.
+type Change = fn(&mut Plan) -> Option<(String, u64)>;
+
+/// What lowers memory, what changes the training least first.
+const CHANGES: [Change; 4] = [
+    |plan| {
+        let is_new = plan.micro_batch_size > 1;
+        plan.micro_batch_size = 1;
+        is_new.then(|| ("train.micro_batch_size=1".to_owned(), 0))
+    },
+    |plan| {
+        let is_new = !plan.is_recomputed;
+        plan.is_recomputed = true;
+        is_new.then(|| ("train.recompute=true".to_owned(), 0))
+    },
+    |plan| {
+        let is_new = !plan.is_adapter;
+        if is_new {
+            (plan.trained, plan.is_adapter) = (plan.adapter, true);
+        }
+        is_new.then(|| (format!("train.lora_rank={RANK}"), 0))
+    },
+    |plan| {
+        let is_new = plan.is_adapter && plan.is_single;
+        plan.is_single = false;
+        is_new.then(|| ("dtype=bf16".to_owned(), plan.all * FLOAT / 2))
+    },
+];
+
+/// Checkpoints that are there at once: those that are kept and the one being written.
+fn checkpoints(config: &RunConfig) -> u64 {
+    let train = &config.train;
+    let saves = train.num_steps.checked_div(train.save_every).unwrap_or(0) + 1;
+    (if train.keep_checkpoints == 0 { saves } else { saves.min(train.keep_checkpoints + 1) }) as u64
+}
+
+fn disk_warning(bytes: u64, count: u64, free: u64) -> Option<String> {
+    (bytes.saturating_mul(count) > free).then(|| {
+        format!(
+            "warning: a checkpoint takes about {}, {count} more of them are to be there at once, and {} are free on this disk: make room, lower `train.keep_checkpoints`, or train an adapter (`train.lora_rank`)",
+            gib(bytes),
+            gib(free)
+        )
+    })
+}
+
+fn gib(bytes: u64) -> String {
+    let gib = bytes as f64 / f64::from(1 << 30);
+    if gib >= 0.1 { format!("{gib:.1} GiB") } else { format!("{:.1} MiB", gib * 1024.0) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::config::{ModelSizes, SpecialIds};
+
+    fn tiny_config() -> VlmConfig {
+        let sizes = ModelSizes {
+            vocab_size: 64,
+            hidden_size: 32,
+            intermediate_size: 48,
+            num_layers: 6,
+            num_heads: 2,
+            num_kv_heads: 1,
+            head_dim: 16,
+            vision_depth: 8,
+            vision_hidden_size: 32,
+            vision_intermediate_size: 48,
+            vision_num_heads: 2,
+            patch_size: 8,
+            spatial_merge_size: 2,
+            position_side: 4,
+            deepstack_layers: vec![2, 5],
+            window_size: 32,
+            full_attention_blocks: vec![3, 7],
+            max_position_embeddings: 512,
+            tie_word_embeddings: false,
+        };
+        let ids =
+            SpecialIds { image: 1, video: 2, vision_start: 3, vision_end: 4, turn_end: 5, document_end: 6 };
+        VlmConfig::new_qwen3_vl(&sizes, ids).unwrap()
+    }
+
+    fn plan() -> Plan {
+        Plan {
+            all: 1000,
+            trained: 1000,
+            adapter: 10,
+            is_single: true,
+            micro_batch_size: 3,
+            items: vec![(10, 4), (20, 8), (100, 40)],
+            ..Plan::default()
+        }
+    }
+
+    #[test]
+    fn memory_is_counted_over_the_longest_question_and_median_others() {
+        let model = tiny_config();
+        let (text, vision) = (&model.text, &model.vision);
+        let heads = (text.num_heads + text.num_kv_heads) * text.head_dim;
+        let row = 4 * text.hidden_size + 4 * heads + 3 * text.intermediate_size;
+        let patch = 8 * vision.hidden_size + 3 * vision.intermediate_size;
+        let kept = 140 * row * text.num_layers + 56 * patch * vision.depth;
+        assert_eq!(plan().activation_bytes(&model), 4 * kept as u64);
+        let items = vec![(10, 0), (100, 0)];
+        let blind = Plan { items, micro_batch_size: 1, is_recomputed: true, ..plan() };
+        let again = 100 * ((text.num_layers + 1) * text.hidden_size + row);
+        assert_eq!(blind.activation_bytes(&model), 4 * again as u64);
+        assert_eq!((plan().optimizer_bytes(), plan().checkpoint_bytes()), (16_000, 12_000));
+        let adapter = Plan { trained: 10, is_adapter: true, ..plan() };
+        assert_eq!(
+            (adapter.checkpoint_bytes(), adapter.frozen_bytes(), plan().frozen_bytes()),
+            (120, 4000, 0)
+        );
+    }
+
+    #[test]
+    fn what_would_fit_is_found_in_order_and_enough_room_says_nothing() {
+        let model = tiny_config();
+        let need = plan().bytes(&model);
+        assert_eq!(plan().memory_warning(&model, need), None);
+        let said = |free: u64| plan().memory_warning(&model, free).unwrap();
+        assert!(said(need - 1).contains("With train.micro_batch_size=1 it"), "{}", said(need - 1));
+        let one = Plan { micro_batch_size: 1, ..plan() };
+        let second = said(one.bytes(&model) - 1);
+        assert!(second.contains("With train.micro_batch_size=1, train.recompute=true it"), "{second}");
+        let low = Plan { is_recomputed: true, ..one };
+        assert!(said(low.bytes(&model) - 1).contains("train.lora_rank=16 it"));
+        let adapter = Plan { trained: 10, is_adapter: true, ..low };
+        let bytes = adapter.bytes(&model);
+        assert!(said(bytes - 1).contains("dtype=bf16 it"), "{}", said(bytes - 1));
+        assert!(said(bytes - 4001).contains("No setting makes it fit"));
+    }
+
+    #[test]
+    fn checkpoints_that_do_not_fit_on_the_disk_are_warned_of() {
+        assert_eq!(disk_warning(100, 3, 300), None);
+        assert!(disk_warning(100, 3, 299).unwrap().contains("train.keep_checkpoints"));
+        let mut config = RunConfig::default();
+        for (steps, every, keep, wanted) in
+            [(1000, 100, 2, 3), (1000, 100, 0, 11), (1000, 0, 2, 1), (100, 100, 5, 2)]
+        {
+            config.train.num_steps = steps;
+            config.train.save_every = every;
+            config.train.keep_checkpoints = keep;
+            assert_eq!(checkpoints(&config), wanted, "{steps} {every} {keep}");
+        }
+    }
+}

@@ -1,0 +1,439 @@
+//! Training that goes wrong: what is said and kept of numbers that are not finite, of full disks, damaged checkpoints, signals
+//! and kills at any moment; and that a run goes on from there to the bytes of one to which nothing happened.
+
+use crate::support::{run as call, safemed, texts};
+use crate::tiny::{Kind, Weights, assistant_of};
+use crate::training::{arguments, check_same, copy, lines, material, run_as, settings};
+use candle_core::{Device, Tensor};
+use safemed::error::ExitStatus;
+use safemed::model::weights::TensorFile;
+use safemed::pixels::RgbImage8;
+use safemed::pixels::decode::decode_file;
+use safemed::recipes::config::Command::Train;
+use safemed::recipes::failure::{Noted, walk};
+use safemed::roles::policy::Scoring;
+use serde_json::{Value, json};
+use std::fs;
+use std::path::Path;
+use std::process::{Child, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// A policy with an adapter: several passes and several updates of each step, a checkpoint after each, warnings on the way.
+const ADAPTER: [(&str, &str); 14] = [
+    ("train.recipe", "grpo"),
+    ("data.limit", "12"),
+    ("train.batch_size", "4"),
+    ("train.micro_batch_size", "2"),
+    ("train.num_steps", "12"),
+    ("train.save_every", "1"),
+    ("train.keep_checkpoints", "3"),
+    ("train.learning_rate", "0.002"),
+    ("train.lora_rank", "2"),
+    ("train.grpo.group_size", "4"),
+    ("train.grpo.num_updates", "2"),
+    ("train.grpo.temperature", "0.2"),
+    ("train.watch.patience", "2"),
+    ("train.watch.max_clipped_ratio", "0.01"),
+];
+
+/// Few steps of supervised training.
+const PLAIN: [(&str, &str); 7] = [
+    ("train.recipe", "sft"),
+    ("data.limit", "12"),
+    ("train.batch_size", "3"),
+    ("train.num_steps", "6"),
+    ("train.save_every", "2"),
+    ("train.keep_checkpoints", "0"),
+    ("train.learning_rate", "0.002"),
+];
+
+type Damage<'a> = &'a dyn Fn(&Path);
+
+/// The arguments of a training in `out` that goes on where it was.
+fn words(out: &Path, more: &[(&str, &str)]) -> Vec<String> {
+    let mut words = arguments(Train, &settings(&material().loud, out, more));
+    words.extend(["--resume", "--threads", "1"].map(str::to_owned));
+    words
+}
+
+fn go_on(out: &Path, more: &[(&str, &str)]) -> (i32, String) {
+    let words = words(out, more);
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let (status, _, err) = call(out.parent().unwrap(), &words);
+    (status, err)
+}
+
+fn start(out: &Path, more: &[(&str, &str)]) -> Child {
+    let mut command = safemed(out.parent().unwrap());
+    command.args(words(out, more)).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
+}
+
+/// Waits until `is_so`; false when the child ends, or a minute passes, before.
+fn wait_until(child: &mut Child, mut is_so: impl FnMut() -> bool) -> bool {
+    let started = Instant::now();
+    while started.elapsed() < Duration::from_secs(60) {
+        if is_so() {
+            return true;
+        }
+        if child.try_wait().unwrap().is_some() {
+            return false;
+        }
+        std::hint::spin_loop();
+    }
+    false
+}
+
+fn steps_logged(out: &Path) -> usize {
+    fs::read_to_string(out.join("metrics.jsonl")).map_or(0, |text| text.lines().count())
+}
+
+fn has_partial(out: &Path) -> bool {
+    let Ok(entries) = fs::read_dir(out.join("checkpoints")) else { return false };
+    entries.flatten().any(|entry| entry.file_name().to_string_lossy().ends_with(".partial"))
+}
+
+#[test]
+fn training_killed_at_any_moment_goes_on_to_the_same_bytes() {
+    let dir = tempfile::tempdir().unwrap();
+    let whole = dir.path().join("whole");
+    run_as(Train, &settings(&material().loud, &whole, &ADAPTER), 2).unwrap();
+    assert!(!lines(&whole, "warnings.jsonl").is_empty(), "nothing to be rewound");
+    let (mut kills, mut inside) = (0, 0);
+    for seed in 0u64..3 {
+        let out = dir.path().join(format!("killed-{seed}"));
+        let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) + 1;
+        for round in 0..5 {
+            let mut child = start(&out, &ADAPTER);
+            let before = steps_logged(&out);
+            // By turns while a checkpoint is written, and a while after a step.
+            let is_due = if round % 2 == 0 {
+                wait_until(&mut child, || steps_logged(&out) > before && has_partial(&out))
+            } else {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                let is_due = wait_until(&mut child, || steps_logged(&out) > before);
+                std::thread::sleep(Duration::from_millis(state >> 33 & 63));
+                is_due
+            };
+            if is_due {
+                child.kill().unwrap();
+            }
+            let was_killed = child.wait().unwrap().code().is_none();
+            kills += usize::from(was_killed);
+            inside += usize::from(was_killed && has_partial(&out));
+        }
+        let (status, err) = go_on(&out, &ADAPTER);
+        assert_eq!(status, 0, "{err}");
+        check_same(&whole, &out);
+    }
+    assert!(kills >= 6 && inside > 0, "{kills} kills, {inside} while a checkpoint was written");
+}
+
+#[test]
+fn damaged_checkpoints_are_named_and_the_one_before_goes_on_to_the_same_bytes() {
+    let dir = tempfile::tempdir().unwrap();
+    let whole = dir.path().join("whole");
+    run_as(Train, &settings(&material().loud, &whole, &PLAIN), 2).unwrap();
+    let cut = |path: &Path, length: u64| {
+        fs::OpenOptions::new().write(true).open(path).unwrap().set_len(length).unwrap();
+    };
+    let cases: [(&str, &[u64], Damage<'_>); 4] = [
+        ("truncated", &[6], &|step| cut(&step.join("optimizer.safetensors"), 1000)),
+        ("empty", &[6, 4], &|step| cut(&step.join("model.safetensors"), 0)),
+        ("missing", &[6], &|step| fs::remove_file(step.join("tokenizer.json")).unwrap()),
+        // Checkpoints of earlier versions have no list of their files.
+        ("unlisted", &[6], &|step| {
+            fs::remove_file(step.join("files.json")).unwrap();
+            cut(&step.join("optimizer.safetensors"), 1000);
+        }),
+    ];
+    for (name, steps, damage) in cases {
+        let out = dir.path().join(name);
+        copy(&whole, &out);
+        for step in steps {
+            damage(&out.join(format!("checkpoints/step-{step}")));
+        }
+        let (status, err) = go_on(&out, &PLAIN);
+        assert_eq!(status, 0, "{name}: {err}");
+        let last = format!("step-{}", 6 - 2 * steps.len());
+        for step in steps {
+            assert!(err.contains(&format!("step-{step} is damaged")) && err.contains(&last), "{name}: {err}");
+        }
+        check_same(&whole, &out);
+    }
+    let out = dir.path().join("all");
+    copy(&whole, &out);
+    for step in [2, 4, 6] {
+        cut(&out.join(format!("checkpoints/step-{step}/state.json")), 3);
+    }
+    let (status, err) = go_on(&out, &PLAIN);
+    assert!(status == 3 && err.contains("no checkpoint of this run is whole"), "{status} {err}");
+    assert!([2, 4, 6].iter().all(|step| err.contains(&format!("step {step}: "))), "{err}");
+}
+
+#[test]
+fn a_disk_that_is_full_leaves_the_last_checkpoint_and_the_run_goes_on_when_there_is_room() {
+    let dir = tempfile::tempdir().unwrap();
+    let (whole, out) = (dir.path().join("whole"), dir.path().join("full"));
+    run_as(Train, &settings(&material().loud, &whole, &PLAIN), 2).unwrap();
+    let mut child = start(&out, &PLAIN);
+    assert!(wait_until(&mut child, || steps_logged(&out) >= 3));
+    child.kill().unwrap();
+    child.wait().unwrap();
+    // Files longer than this are refused, as by a full disk: the optimiser's, of all that a checkpoint has.
+    let optimizer = fs::metadata(whole.join("checkpoints/step-2/optimizer.safetensors")).unwrap().len();
+    let script = format!("trap '' XFSZ; ulimit -f {}; exec \"$@\"", (optimizer - 1) / 512);
+    let mut command = std::process::Command::new("sh");
+    command.args(["-c", &script, "sh", env!("CARGO_BIN_EXE_safemed")]).args(words(&out, &PLAIN));
+    let (status, _, err) = texts(&command.current_dir(dir.path()).output().unwrap());
+    assert_eq!(status, 1, "{err}");
+    for part in ["checkpoint of step 4 cannot be written", "step 2 is kept", "--resume"] {
+        assert!(err.contains(part), "{part}: {err}");
+    }
+    // What it says a checkpoint takes is what it takes.
+    let checkpoint = fs::read_dir(whole.join("checkpoints/step-2")).unwrap();
+    let bytes: u64 = checkpoint.map(|entry| entry.unwrap().metadata().unwrap().len()).sum();
+    let said = err.split("it takes about ").nth(1).unwrap().split(' ').next().unwrap();
+    let said: u64 = said.parse().unwrap();
+    assert!(said <= bytes && said * 4 > bytes * 3, "{said} {bytes}");
+    let mut left: Vec<String> = fs::read_dir(out.join("checkpoints"))
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    left.sort();
+    assert_eq!(left, ["step-2"]);
+    let (status, err) = go_on(&out, &PLAIN);
+    assert_eq!(status, 0, "{err}");
+    check_same(&whole, &out);
+}
+
+fn signal(child: &Child, name: &str) {
+    let sent =
+        std::process::Command::new("kill").args([&format!("-{name}"), &child.id().to_string()]).status();
+    assert!(sent.unwrap().success());
+}
+
+#[test]
+fn a_signal_saves_and_the_run_goes_on_to_the_same_bytes() {
+    let dir = tempfile::tempdir().unwrap();
+    let more = [&ADAPTER[..], &[("train.num_steps", "30"), ("train.save_every", "7")]].concat();
+    let whole = dir.path().join("whole");
+    run_as(Train, &settings(&material().loud, &whole, &more), 2).unwrap();
+    for name in ["TERM", "USR1", "INT"] {
+        let out = dir.path().join(name);
+        let mut child = start(&out, &more);
+        assert!(wait_until(&mut child, || steps_logged(&out) >= 2), "SIG{name}");
+        signal(&child, name);
+        assert_eq!(child.wait().unwrap().code(), Some(75), "SIG{name}");
+        let done = steps_logged(&out);
+        assert!(out.join(format!("checkpoints/step-{done}/files.json")).exists(), "SIG{name}");
+        let (status, err) = go_on(&out, &more);
+        assert_eq!(status, 0, "{err}");
+        check_same(&whole, &out);
+    }
+}
+
+#[test]
+fn a_second_signal_ends_a_long_step_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let slow = [
+        ("train.batch_size", "36"),
+        ("train.micro_batch_size", "36"),
+        ("data.limit", "40"),
+        ("train.grpo.group_size", "32"),
+        ("max_new_tokens", "96"),
+        ("train.grpo.temperature", "2"),
+    ];
+    let more = [&ADAPTER[..], &slow].concat();
+    for (first, second) in [("TERM", "TERM"), ("INT", "TERM"), ("USR1", "INT")] {
+        let out = dir.path().join(format!("{first}-{second}"));
+        let mut child = start(&out, &more);
+        let begun =
+            || fs::read_to_string(out.join("run.json")).is_ok_and(|text| text.contains("model_sha256"));
+        assert!(wait_until(&mut child, begun));
+        for name in [first, second] {
+            signal(&child, name);
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        if first == "USR1" {
+            // It is not counted: the next one asks, and one more ends.
+            assert!(child.try_wait().unwrap().is_none(), "a warning and one request");
+            signal(&child, "TERM");
+        }
+        assert_eq!(child.wait().unwrap().code(), Some(130), "{first} {second}");
+        assert_eq!(steps_logged(&out), 0);
+    }
+}
+
+#[test]
+fn a_step_that_is_not_finite_is_dumped_and_repeats_to_the_bit() {
+    let dir = tempfile::tempdir().unwrap();
+    for recipe in ["sft", "at_grpo", "denoiser"] {
+        let out = dir.path().join(recipe);
+        let own = [
+            ("train.recipe", recipe),
+            ("train.learning_rate", "1e30"),
+            ("train.save_every", "1"),
+            ("train.grpo.group_size", "4"),
+            ("train.adversary.num_steps", "2"),
+            ("train.permute_options", "true"),
+            ("train.noise_sigma", if recipe == "denoiser" { "0.2" } else { "0" }),
+        ];
+        let more = [&PLAIN[..], &own].concat();
+        let error = run_as(Train, &settings(&material().loud, &out, &more), 2).unwrap_err();
+        assert_eq!(error.status(), ExitStatus::NonFinite, "{recipe}: {error}");
+        let text = error.to_string();
+        let dump = out.join("failure/step-2");
+        for part in ["step 2, questions `Phantom_", &dump.display().to_string(), "= help: "] {
+            assert!(text.contains(part), "{recipe}: {part}: {text}");
+        }
+        let bytes = fs::read(dump.join("failure.json")).unwrap();
+        let report: Value = serde_json::from_slice(&bytes).unwrap();
+        assert_eq!((&report["step"], &report["checkpoint"]), (&json!(2), &json!("checkpoints/step-1")));
+        assert_eq!(report["train"]["recipe"], recipe);
+        assert!(report["learning_rate"].as_f64() > Some(1e29));
+        assert!(out.join("checkpoints/step-1/state.json").exists() && !out.join("summary.json").exists());
+        let items = report["items"].as_array().unwrap();
+        assert_eq!(items.len(), 3);
+        let tensors = TensorFile::open(&dump.join("pixels.safetensors")).unwrap();
+        for (place, item) in items.iter().enumerate() {
+            assert_eq!(item["id"], report["ids"][place]);
+            let exact = tensors.floats(&format!("pixels.{place}")).unwrap();
+            assert!(!exact.is_empty() && exact.iter().all(|value| value.is_finite()));
+            let shown = decode_file(&dump.join(item["image"].as_str().unwrap())).unwrap();
+            let shown =
+                shown.to_tensor(&Device::Cpu).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            assert_eq!(shown.len(), exact.len());
+            if recipe == "sft" {
+                assert_eq!(shown, exact, "a clean image has eight bits");
+            }
+            if recipe != "denoiser" {
+                assert!(
+                    text.contains("first not finite: `model.") || text.contains("weights are non-finite"),
+                    "{text}"
+                );
+                assert!(!item["prompt_ids"].as_array().unwrap().is_empty());
+                let question = item["question"]["question"].as_str().unwrap();
+                assert!(item["prompt"].as_str().unwrap().contains(question));
+                assert!(!item["target_ids"].as_array().unwrap().is_empty());
+            }
+        }
+        // The command of the report: the same step fails in the same way.
+        let (status, err) = go_on(&out, &more);
+        assert!(status == 4 && err.contains("step 2, questions"), "{status} {err}");
+        assert_eq!(fs::read(dump.join("failure.json")).unwrap(), bytes, "{recipe}");
+    }
+}
+
+#[test]
+fn a_walk_names_the_first_layer_that_is_not_finite_and_the_question() {
+    let image = |assistant: &safemed::model::assistant::Assistant, level: u8| {
+        Arc::new(assistant.process(&RgbImage8::filled(32, 32, [level, 90, 7]).unwrap()).unwrap())
+    };
+    let batch = |assistant: &safemed::model::assistant::Assistant| {
+        let images = [image(assistant, 10), image(assistant, 200)];
+        let prompt = |text: &str, image: &safemed::model::processor::ProcessedImage| {
+            assistant.prompt(text, Some(image.grid)).unwrap()
+        };
+        Noted {
+            prompts: vec![prompt("first", &images[0]), prompt("second", &images[1])],
+            targets: vec![assistant.target("<answer> A</answer>").unwrap(), assistant.target("no").unwrap()],
+            images: images.to_vec(),
+            ..Noted::default()
+        }
+    };
+    let found = |name: &str, value: f64| {
+        let assistant = assistant_of(Kind::Qwen3, Weights::Loud, true);
+        let (_, var) =
+            assistant.vlm.parameters().trained().into_iter().find(|(own, _)| own == name).expect(name);
+        var.set(&(var.as_tensor().ones_like().unwrap() * value).unwrap()).unwrap();
+        walk(&assistant, &batch(&assistant)).unwrap().first_bad
+    };
+    for (weight, value, layer) in [
+        ("model.visual.blocks.1.attn.proj.weight", f64::NAN, "`model.visual.blocks.1 output` is NaN"),
+        ("model.visual.merger.linear_fc2.weight", f64::NAN, "`model.visual.merger output` is NaN"),
+        (
+            "model.language_model.layers.1.mlp.up_proj.weight",
+            f64::NAN,
+            "`model.language_model.layers.1 output` is NaN",
+        ),
+        (
+            "model.language_model.layers.0.mlp.up_proj.weight",
+            3e38,
+            "`model.language_model.layers.0 output` is ",
+        ),
+        ("model.language_model.norm.weight", f64::INFINITY, "`model.language_model.norm output` is "),
+        ("lm_head.weight", f64::NAN, "`lm_head`"),
+    ] {
+        let (place, bad) = found(weight, value).unwrap_or_else(|| panic!("{weight}"));
+        assert!(place == 0 && bad.starts_with(layer), "{weight}: {bad}");
+    }
+    let assistant = assistant_of(Kind::Qwen3, Weights::Loud, false);
+    let sound = batch(&assistant);
+    let walked = walk(&assistant, &sound).unwrap();
+    assert_eq!(walked.first_bad, None);
+    for (place, item) in walked.items.iter().enumerate() {
+        let scoring =
+            Scoring::new(&assistant, &sound.prompts[place..=place], &[vec![sound.targets[place].clone()]])
+                .unwrap();
+        let pixels = sound.images[place].resized.to_tensor(&Device::Cpu).unwrap().unsqueeze(0).unwrap();
+        let features = safemed::roles::policy::encode(&assistant, &[pixels]).unwrap();
+        let log_probs = scoring.evaluate(&assistant, Some(&features), 1.0).unwrap();
+        let mean = -log_probs.iter().map(|v| f64::from(*v)).sum::<f64>() / log_probs.len() as f64;
+        assert!((item["losses"][0].as_f64().unwrap() - mean).abs() < 1e-6, "{item} {mean}");
+    }
+    // One question of two: its image holds a number that is none.
+    let mut values = vec![0.5f32; 2 * 3 * 32 * 32];
+    values[3 * 32 * 32 + 5] = f32::NAN;
+    let pixels = vec![Tensor::from_vec(values, (2, 3, 32, 32), &Device::Cpu).unwrap()];
+    let (place, bad) = walk(&assistant, &Noted { pixels, ..sound }).unwrap().first_bad.unwrap();
+    assert_eq!((place, bad.as_str()), (1, "the image is NaN at element 5 of [1, 3, 32, 32]"));
+}
+
+#[test]
+fn a_run_that_learns_nothing_says_so_in_its_files() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    let more = [&PLAIN[..], &[("train.learning_rate", "0")]].concat();
+    let outcome = run_as(Train, &settings(&material().loud, &out, &more), 2).unwrap();
+    let warnings = lines(&out, "warnings.jsonl");
+    assert_eq!(warnings.len(), 1, "{warnings:?}");
+    assert_eq!((&warnings[0]["step"], &warnings[0]["kind"]), (&json!(2), &json!("learning_rate_zero")));
+    assert_eq!(warnings[0]["figures"]["learning_rate"], 0.0);
+    assert_eq!(outcome.summary["warnings"], json!({"learning_rate_zero": 1}));
+    let report = fs::read_to_string(out.join("report.md")).unwrap();
+    assert!(report.contains("learning_rate_zero") && report.contains("at step 2"), "{report}");
+    // A run that learns has none.
+    let out = dir.path().join("other");
+    let outcome = run_as(Train, &settings(&material().loud, &out, &PLAIN), 2).unwrap();
+    assert!(outcome.summary["warnings"] == json!({}) && !out.join("warnings.jsonl").exists());
+}
+
+#[test]
+fn every_bad_row_is_listed_with_its_line_before_weights_are_looked_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("data");
+    copy(&material().data, &data);
+    let folder = data.join("QA_information/Open-access");
+    let file = fs::read_dir(&folder).unwrap().next().unwrap().unwrap().path();
+    let text = fs::read_to_string(&file).unwrap();
+    let mut records: Vec<Value> = serde_json::from_str(&text).unwrap();
+    for at in [1, 4, 9] {
+        records[at].as_object_mut().unwrap().remove("gt_answer").unwrap();
+    }
+    let rows: Vec<String> = records.iter().map(Value::to_string).collect();
+    fs::write(&file, format!("[\n{}\n]\n", rows.join(",\n"))).unwrap();
+    let data = data.display().to_string();
+    let out = dir.path().join("out");
+    let more = [&PLAIN[..], &[("data.omnimedvqa", data.as_str())]].concat();
+    let absent = dir.path().join("no-such-model");
+    let error = run_as(Train, &settings(&absent, &out, &more), 1).unwrap_err();
+    assert_eq!(error.status(), ExitStatus::Data);
+    let text = error.to_string();
+    assert!(text.starts_with("3 problems in the data"), "{text}");
+    let name = file.file_name().unwrap().to_string_lossy().into_owned();
+    for line in [3, 6, 11] {
+        assert!(text.contains(&format!("{name}:{line}: record {}", line - 1)), "{line}: {text}");
+    }
+    assert!(!out.exists());
+}
