@@ -1,7 +1,7 @@
 //! Training: questions, one step after another, checkpoints.
 
 use super::adapter::Chosen;
-use super::config::{DenoiserSettings, RecipeName, RunConfig};
+use super::config::{DenoiserSettings, GrpoSettings, RecipeName, RunConfig};
 use super::fit::{self, Fit, Learner, Student};
 use super::grpo::{self, Assumed, Sampling};
 use super::inputs;
@@ -98,7 +98,7 @@ pub(super) fn material(
     let assistant = inputs::behind_denoiser(config, assistant)?;
     // The policy as it is before the first step: a new adapter changes nothing, so this is its base.
     let reference = if needs_reference { Some(assistant.frozen_copy()?) } else { None };
-    let adapter = chosen.settings(&assistant)?;
+    let adapter = chosen.settings(&assistant, config.train.lora_dropout)?;
     Ok(Material { dataset, model, assistant, chosen, adapter, reference })
 }
 
@@ -178,7 +178,7 @@ pub(super) fn follow<C: Course>(
         let shape = DenoiserConfig::new(width, depth, settings.noise_sigma);
         let denoiser = Denoiser::untrained(shape, config.seed, assistant.vlm.device())?;
         let step = |fit: &mut Fit<Denoiser>, _: Assumed| denoise::step(&lesson, fit, &assistant);
-        course.run(&lesson, Fit::new(denoiser)?, &step)
+        course.run(&lesson, Fit::new(denoiser)?.averaged(settings.ema_decay)?, &step)
     } else {
         if let Some(text) = chosen.describe(&assistant)? {
             progress.note(&text);
@@ -186,18 +186,27 @@ pub(super) fn follow<C: Course>(
         let is_adversarial = settings.recipe.is_adversarial();
         let step = |fit: &mut Fit<Student>, assumed: Assumed| {
             if settings.recipe.is_grpo() {
-                let (reference, max_new_tokens) = (reference.as_ref(), config.max_new_tokens);
-                grpo::step(&lesson, fit, &Sampling { reference, max_new_tokens, is_adversarial, assumed })
+                let (reference, max_new_tokens) = (fit.learner.reference(), config.max_new_tokens);
+                let reference = reference.as_deref();
+                let sampling = Sampling { reference, max_new_tokens, is_adversarial, assumed };
+                let report = grpo::step(&lesson, fit, &sampling)?;
+                let GrpoSettings { ref_sync_steps, ref_sync_alpha, .. } = settings.grpo;
+                if ref_sync_steps > 0 && (fit.step + 1).is_multiple_of(ref_sync_steps as u64) {
+                    fit.learner.move_reference(ref_sync_alpha)?;
+                }
+                Ok(report)
             } else {
                 sft::step(&lesson, fit, is_adversarial)
             }
         };
-        course.run(&lesson, Fit::new(Student::new(assistant, adapter)?)?, &step)
+        let follows = settings.grpo.ref_sync_steps > 0;
+        let student = Student::new(assistant, adapter)?.with_reference(reference, follows)?;
+        course.run(&lesson, Fit::new(student)?.averaged(settings.ema_decay)?, &step)
     }
 }
 
 /// What the names of the vision tower's parameters begin with, those of its merger too.
-const VISION: &str = "model.visual.";
+pub(super) const VISION: &str = "model.visual.";
 
 /// Which parameters a choice of parts trains.
 pub fn trains(name: &str, vision: bool, merger: bool, text: bool) -> bool {
@@ -247,6 +256,9 @@ fn train_steps<L: Learner>(
     while fit.step < settings.num_steps as u64 {
         let report = step(&mut fit, Assumed::default()).map_err(|error| lesson.located(error, fit.step))?;
         fit.step += 1;
+        if let Some(warning) = fit.take_warning() {
+            progress.note(&warning);
+        }
         let mut metrics = serde_json::Map::new();
         metrics.insert("step".into(), json!(fit.step));
         let seen = fit.step as f64 * settings.batch_size as f64;

@@ -13,8 +13,8 @@ mod values;
 pub use layers::Override;
 pub use show::show;
 pub use train::{
-    AdversaryConfig, DenoiserSettings, GrpoSettings, ImportanceName, KlImage, LossType, RecipeName,
-    ScaleRewards, ScheduleName, TargetName, TrainConfig, TrainParts,
+    AdversaryConfig, DenoiserSettings, GrpoSettings, ImportanceName, KlImage, LearningRates, LossType,
+    RecipeName, ScaleRewards, ScheduleName, TargetName, TrainConfig, TrainParts,
 };
 pub use values::DeviceWord;
 
@@ -514,6 +514,7 @@ impl RunConfig {
                     .push(ConfigError::new("train.grpo.clip_high", message).with_help("set clip_high = 5.0"));
             }
         }
+        problems.extend(train.parameter_problems(self.adapter.is_some()));
         if train.captions && recipe != RecipeName::Sft {
             problems.push(
                 ConfigError::new("train.captions", format!("recipe `{recipe}` needs images, not captions"))
@@ -620,7 +621,7 @@ impl RunConfig {
             Command::Certify => vec!["data", "certify", "generation"],
             Command::Train => {
                 let recipe = self.train.recipe;
-                let mut sections = vec!["data", "train", "train.parts"];
+                let mut sections = vec!["data", "train", "train.parts", "train.learning_rates"];
                 sections.extend(recipe.is_grpo().then_some("train.grpo"));
                 sections.extend(recipe.is_adversarial().then_some("train.adversary"));
                 sections.extend((recipe == RecipeName::Denoiser).then_some("train.denoiser"));
