@@ -25,6 +25,8 @@ mod hostile;
 mod hub;
 /// The network itself: gradients against differences, independence of neighbours, generation with and without a cache.
 mod network;
+/// What moves in training and how: rates of parts, dropout, averages, references.
+mod parameters;
 /// The program, run in a directory of its own.
 mod support;
 /// A tiny checkpoint and drawn questions, for any test.

@@ -134,6 +134,8 @@ pub struct LoraConfig {
     pub rank_pattern: Vec<(String, f64)>,
     /// Alphas, likewise.
     pub alpha_pattern: Vec<(String, f64)>,
+    /// Share of the input's entries that training dropped before the update; nothing is dropped afterwards.
+    pub dropout: f64,
     /// The base model, as the file names it.
     pub base_model: Option<String>,
 }
@@ -151,6 +153,7 @@ impl LoraConfig {
             layers_pattern: Vec::new(),
             rank_pattern: Vec::new(),
             alpha_pattern: Vec::new(),
+            dropout: 0.0,
             base_model: None,
         }
     }
@@ -216,6 +219,8 @@ impl LoraConfig {
             layers_pattern,
             rank_pattern: patterns("rank_pattern")?,
             alpha_pattern: patterns("alpha_pattern")?,
+            // It decides no number here: what training drops is its own setting.
+            dropout: value["lora_dropout"].as_f64().unwrap_or(0.0),
             base_model: value["base_model_name_or_path"].as_str().map(str::to_owned),
         })
     }
@@ -241,7 +246,7 @@ impl LoraConfig {
             "layers_pattern": if self.layers_pattern.is_empty() { Value::Null } else { json!(self.layers_pattern) },
             "layers_to_transform": self.layers_to_transform,
             "lora_alpha": whole_or_float(self.alpha),
-            "lora_dropout": 0.0,
+            "lora_dropout": self.dropout,
             "modules_to_save": null,
             "peft_type": "LORA",
             "r": self.rank,

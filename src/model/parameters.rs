@@ -2,9 +2,12 @@
 
 use super::tensor_file::Numbers;
 use crate::error::{Error, Result};
+use crate::nn::dropout::{Dropout, LayerDropout};
 use crate::nn::linear::{Arithmetic, Linear, LowRank, Reader};
+use crate::rng;
 use candle_core::{DType, Device, Tensor, Var};
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Gives the numbers of a canonical name, checked to have this shape.
@@ -54,6 +57,30 @@ pub struct Parameters {
     entries: Vec<(String, Holder)>,
     /// Tensors of low-rank updates, beside the model's own.
     low_rank: Vec<(String, Holder)>,
+    /// Of the inputs of all low-rank updates.
+    dropout: Arc<Dropout>,
+}
+
+/// What the rows of a linear layer's input stand for; names of rows tell kinds apart by these numbers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RowKind {
+    /// Patches of images, in the vision tower's order.
+    Patches = 0,
+    /// Image tokens, in the same order.
+    Merged = 1,
+    /// Tokens of the decoder.
+    Tokens = 2,
+}
+
+impl RowKind {
+    /// Of the linear layer named `module`.
+    fn of(module: &str) -> Self {
+        match module.strip_prefix("model.visual.") {
+            Some(rest) if rest.contains("merger") => Self::Merged,
+            Some(_) => Self::Patches,
+            None => Self::Tokens,
+        }
+    }
 }
 
 impl Parameters {
@@ -80,6 +107,11 @@ impl Parameters {
     /// As [`Parameters::tensors`].
     pub fn low_rank(&self) -> Result<Vec<(String, Tensor)>> {
         values(&self.low_rank)
+    }
+
+    /// The dropout before low-rank updates; it drops nothing until it is begun, and never in detached or frozen copies.
+    pub fn dropout(&self) -> &Arc<Dropout> {
+        &self.dropout
     }
 
     /// Names and shapes of the model's own parameters; no number is copied.
@@ -197,7 +229,12 @@ impl<'a> Builder<'a> {
             Ok(tensor)
         };
         let (a, b) = (tensor("A", &low_rank.a)?, tensor("B", &low_rank.b)?);
-        Ok(linear.with_low_rank(LowRank { a, b, scaling: low_rank.scaling }))
+        let dropout = LayerDropout {
+            dropout: self.parameters.dropout.clone(),
+            layer: rng::key_of(prefix),
+            kind: RowKind::of(prefix) as usize,
+        };
+        Ok(linear.with_low_rank(LowRank { a, b, scaling: low_rank.scaling }).with_dropout(dropout))
     }
 
     fn base(&mut self, prefix: &str, shape: &[usize], has_bias: bool) -> Result<Linear> {

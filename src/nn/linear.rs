@@ -3,6 +3,7 @@
 //! On the CPU a frozen weight is rearranged once into the panels that the matrix product reads, which serves one row
 //! of decoding as well as a thousand of prefill; its backward never computes a weight gradient.
 
+use super::dropout::LayerDropout;
 use super::kernel::gemm::{
     Packed, Right, Start, View, gemm, gemm_new, half_product_new, product, product_new,
 };
@@ -22,6 +23,8 @@ pub struct Linear {
     weight: Weight,
     bias: Option<Tensor>,
     low_rank: Option<LowRank>,
+    /// Of the low-rank update's input.
+    dropout: Option<LayerDropout>,
     arithmetic: Arithmetic,
 }
 
@@ -121,7 +124,7 @@ impl FrozenWeight {
 
 impl Linear {
     fn of_parts(weight: Weight, bias: Option<Tensor>) -> Self {
-        Self { weight, bias, low_rank: None, arithmetic: Arithmetic::default() }
+        Self { weight, bias, low_rank: None, dropout: None, arithmetic: Arithmetic::default() }
     }
 
     /// A layer whose weights never get a gradient.
@@ -207,6 +210,12 @@ impl Linear {
         Self { low_rank: Some(low_rank), ..self }
     }
 
+    /// The same layer with dropout before its low-rank update, as PEFT has it: the weight itself sees all of its input.
+    #[must_use]
+    pub fn with_dropout(self, dropout: LayerDropout) -> Self {
+        Self { dropout: Some(dropout), ..self }
+    }
+
     /// `x · weightᵀ + bias`, and the low-rank update where there is one.
     ///
     /// # Shapes
@@ -233,9 +242,10 @@ impl Linear {
     }
 
     fn adapted(&self, y: Tensor, x: &Tensor) -> Result<Tensor> {
-        match &self.low_rank {
-            Some(low_rank) => low_rank.add_to(&y, x),
-            None => Ok(y),
+        let Some(low_rank) = &self.low_rank else { return Ok(y) };
+        match self.dropout.as_ref().map(|dropout| dropout.apply(x)).transpose()?.flatten() {
+            Some(dropped) => low_rank.add_to(&y, &dropped),
+            None => low_rank.add_to(&y, x),
         }
     }
 
@@ -283,7 +293,7 @@ impl Linear {
         }
     }
 
-    /// The same layer over `f` of every tensor that may train; frozen weights are shared.
+    /// The same layer over `f` of every tensor that may train; frozen weights are shared, and nothing is ever dropped.
     pub fn map(&self, f: TensorMap<'_>) -> Result<Self> {
         let weight = match &self.weight {
             Weight::Tensor(weight) => Weight::Tensor(f(weight)?),
@@ -294,6 +304,7 @@ impl Linear {
             weight,
             bias: self.bias.as_ref().map(f).transpose()?,
             low_rank,
+            dropout: None,
             arithmetic: self.arithmetic,
         })
     }

@@ -103,11 +103,11 @@ impl Chosen {
     }
 
     /// The settings that checkpoints keep: a set of modules that was not written as PEFT's own names or pattern
-    /// becomes the list of its modules, which means the same to every reader.
+    /// becomes the list of its modules, which means the same to every reader. `dropout`: of this training.
     ///
     /// # Errors
     /// A usage error when no module is meant.
-    pub fn settings(&self, assistant: &Assistant) -> Result<Option<LoraConfig>> {
+    pub fn settings(&self, assistant: &Assistant, dropout: f64) -> Result<Option<LoraConfig>> {
         let config = match self {
             Self::None => return Ok(None),
             Self::New(config) => config,
@@ -138,7 +138,7 @@ impl Chosen {
         let is_pattern_of_ours = is_ours && matches!(config.exclude_modules, None | Some(Modules::Names(_)));
         let target_modules =
             if is_pattern_of_ours { Modules::Names(modules) } else { config.target_modules.clone() };
-        Ok(Some(LoraConfig { target_modules, ..config.clone() }))
+        Ok(Some(LoraConfig { target_modules, dropout, ..config.clone() }))
     }
 
     /// What is told before training: rank, layers by kind, parameters.
@@ -146,7 +146,7 @@ impl Chosen {
     /// # Errors
     /// As [`Chosen::settings`].
     pub fn describe(&self, assistant: &Assistant) -> Result<Option<String>> {
-        let Some(settings) = self.settings(assistant)? else { return Ok(None) };
+        let Some(settings) = self.settings(assistant, 0.0)? else { return Ok(None) };
         let modules = modules(assistant)?;
         let (all, trained) = assistant.vlm.parameters().count();
         Ok(Some(format!(

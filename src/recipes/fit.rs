@@ -1,4 +1,7 @@
-//! What changes while a model is trained: weights, the optimiser's moments, the step; saved and found again.
+//! What changes while a model is trained: weights, the optimiser's moments, averages, the step; saved and found again.
+//!
+//! Which group of the optimiser a tensor belongs to (its learning rate and weight decay) is a function of its name and the
+//! configuration, so a checkpoint holds the moments of each tensor and no groups.
 //!
 //! Everything random is drawn from streams named by the step, so the step number is the whole state of the data order
 //! and of every generator.
@@ -6,6 +9,7 @@
 use super::checkpoint::{self, saved_steps};
 use super::config::{ScheduleName, TrainConfig};
 use super::failure::{self, Noted, Walk};
+use super::train;
 use crate::error::{Error, Result};
 use crate::model::assistant::Assistant;
 use crate::model::denoiser::{self, Denoiser};
@@ -18,6 +22,7 @@ use candle_core::{Device, Tensor, Var};
 use serde_json::json;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// What can be trained: variables with names, and checkpoints that hold them.
 pub trait Learner {
@@ -53,6 +58,22 @@ pub trait Learner {
         let _ = batch;
         Ok(Walk::default())
     }
+
+    /// Writes what else changes in training beside the variables.
+    ///
+    /// # Errors
+    /// When a file cannot be written.
+    fn save_state(&self, _dir: &Path) -> Result<()> {
+        Ok(())
+    }
+
+    /// Takes up what [`Learner::save_state`] wrote.
+    ///
+    /// # Errors
+    /// When it is damaged.
+    fn open_state(&mut self, _dir: &Path) -> Result<()> {
+        Ok(())
+    }
 }
 
 /// A vision-language model that learns.
@@ -64,7 +85,19 @@ pub struct Student {
     pub frozen: Assistant,
     /// Settings of the adapter, when that is what trains: checkpoints hold it and not the weights.
     adapter: Option<LoraConfig>,
+    reference: Option<Reference>,
 }
+
+/// The frozen policy of GRPO's KL term.
+#[derive(Debug)]
+struct Reference {
+    assistant: Arc<Assistant>,
+    /// Its values of what trains, in the order of the variables, where it follows them.
+    values: Option<Vec<Tensor>>,
+}
+
+/// The file of a reference that follows the trained policy.
+const REFERENCE_FILE: &str = "reference.safetensors";
 
 impl Student {
     /// A model at the beginning of its training.
@@ -72,8 +105,63 @@ impl Student {
     /// # Errors
     /// When the device has no room.
     pub fn new(assistant: Assistant, adapter: Option<LoraConfig>) -> Result<Self> {
-        Ok(Self { frozen: assistant.detached()?, assistant, adapter })
+        Ok(Self { frozen: assistant.detached()?, assistant, adapter, reference: None })
     }
+
+    /// The same with the policy as it is now, `assistant`, for reference; `follows`: it will be moved.
+    ///
+    /// # Errors
+    /// When the device has no room.
+    pub fn with_reference(self, assistant: Option<Assistant>, follows: bool) -> Result<Self> {
+        let Some(assistant) = assistant else { return Ok(self) };
+        let values = if follows {
+            let copy = |(_, var): &(String, Var)| Ok(var.as_tensor().copy()?.detach());
+            Some(self.trained().iter().map(copy).collect::<Result<_>>()?)
+        } else {
+            None
+        };
+        Ok(Self { reference: Some(Reference { assistant: Arc::new(assistant), values }), ..self })
+    }
+
+    /// The frozen policy of the KL term, as it is now.
+    pub fn reference(&self) -> Option<Arc<Assistant>> {
+        self.reference.as_ref().map(|reference| reference.assistant.clone())
+    }
+
+    /// Moves the reference to `alpha` x trained + (1 - `alpha`) x reference; does nothing to one that stays where it is.
+    ///
+    /// # Errors
+    /// When the device has no room.
+    pub fn move_reference(&mut self, alpha: f64) -> Result<()> {
+        let Some(Reference { values: Some(values), .. }) = &self.reference else { return Ok(()) };
+        let mix = |((_, var), old): (&(String, Var), &Tensor)| -> Result<Tensor> {
+            Ok(((var.as_tensor().detach() * alpha)? + (old * (1.0 - alpha))?)?)
+        };
+        let mixed = self.trained().iter().zip(values).map(mix).collect::<Result<Vec<_>>>()?;
+        self.set_reference(mixed)
+    }
+
+    fn set_reference(&mut self, values: Vec<Tensor>) -> Result<()> {
+        let assistant = with_values(&self.trained(), &values, || self.assistant.frozen_copy())?;
+        self.reference = Some(Reference { assistant: Arc::new(assistant), values: Some(values) });
+        Ok(())
+    }
+}
+
+/// What `f` gives while the variables hold `values`; they hold their own again afterwards, whatever came of it.
+fn with_values<T>(
+    variables: &[(String, Var)],
+    values: &[Tensor],
+    f: impl FnOnce() -> Result<T>,
+) -> Result<T> {
+    let own: Vec<Tensor> =
+        variables.iter().map(|(_, var)| var.as_tensor().copy()).collect::<candle_core::Result<_>>()?;
+    let set = |values: &[Tensor]| -> Result<()> {
+        Ok(variables.iter().zip(values).try_for_each(|((_, var), value)| var.set(value))?)
+    };
+    let result = set(values).and_then(|()| f());
+    set(&own)?;
+    result
 }
 
 impl Learner for Student {
@@ -111,6 +199,27 @@ impl Learner for Student {
     fn walk(&self, batch: &Noted) -> Result<Walk> {
         failure::walk(&self.frozen, batch)
     }
+
+    /// The reference, where it follows the trained policy.
+    fn save_state(&self, dir: &Path) -> Result<()> {
+        let Some(Reference { values: Some(values), .. }) = &self.reference else { return Ok(()) };
+        let mut named: Vec<(String, Tensor)> =
+            self.trained().into_iter().map(|(name, _)| name).zip(values.iter().cloned()).collect();
+        named.sort_by(|a, b| a.0.cmp(&b.0));
+        weights::save_file(&dir.join(REFERENCE_FILE), &named, &[("format", "pt")])
+    }
+
+    fn open_state(&mut self, dir: &Path) -> Result<()> {
+        if !matches!(&self.reference, Some(Reference { values: Some(_), .. })) {
+            return Ok(());
+        }
+        let saved = Saved::Tensors { file: TensorFile::open(&dir.join(REFERENCE_FILE))?, root: "" };
+        let value = |(name, var): &(String, Var)| -> Result<Tensor> {
+            Ok(saved.get(name, var.as_tensor().dims())?.to_device(var.as_tensor().device())?)
+        };
+        let values = self.trained().iter().map(value).collect::<Result<Vec<_>>>()?;
+        self.set_reference(values)
+    }
 }
 
 impl Learner for Denoiser {
@@ -139,18 +248,33 @@ pub struct Fit<L> {
     pub learner: L,
     parameters: Vec<(String, Var)>,
     moments: Vec<Moments>,
+    average: Option<Average>,
+    /// Whether a first update has shown which tensors get gradients.
+    is_examined: bool,
+    warning: Option<String>,
     /// Optimiser updates applied so far.
     pub updates: u64,
     /// Steps done.
     pub step: u64,
 }
 
+/// An exponential moving average of what trains.
+#[derive(Debug)]
+struct Average {
+    decay: f64,
+    /// In the order of the variables.
+    values: Vec<Vec<f32>>,
+}
+
+/// The directory of the averaged weights inside a checkpoint.
+const AVERAGE_DIR: &str = "ema";
+
 /// What one update did.
 #[derive(Debug, Clone, Copy)]
 pub struct Update {
     /// Norm of all gradients before clipping.
     pub grad_norm: f64,
-    /// Learning rate applied.
+    /// Base learning rate of the step, that of `train.learning_rate`.
     pub learning_rate: f64,
 }
 
@@ -168,7 +292,31 @@ impl<L: Learner> Fit<L> {
         }
         let moments =
             parameters.iter().map(|(_, var)| Moments::zeros(var.as_tensor().elem_count())).collect();
-        Ok(Self { learner, parameters, moments, updates: 0, step: 0 })
+        Ok(Self {
+            learner,
+            parameters,
+            moments,
+            average: None,
+            is_examined: false,
+            warning: None,
+            updates: 0,
+            step: 0,
+        })
+    }
+
+    /// The same with a moving average of what trains, from the weights as they are now on; none without a decay.
+    ///
+    /// # Errors
+    /// When the device has no room.
+    pub fn averaged(self, decay: Option<f64>) -> Result<Self> {
+        let Some(decay) = decay else { return Ok(self) };
+        let values = self.parameters.iter().map(|(_, var)| floats(var)).collect::<Result<_>>()?;
+        Ok(Self { average: Some(Average { decay, values }), ..self })
+    }
+
+    /// What the first update showed to be wrong, once.
+    pub fn take_warning(&mut self) -> Option<String> {
+        self.warning.take()
     }
 
     /// The tensors whose gradients are wanted.
@@ -176,10 +324,11 @@ impl<L: Learner> Fit<L> {
         self.parameters.iter().map(|(_, var)| var.as_tensor().clone()).collect()
     }
 
-    /// One AdamW update with clipped gradients. Parameters without a gradient stay as they are.
+    /// One AdamW update with clipped gradients. Parameters without a gradient stay as they are; the first update that moves
+    /// anything leaves a warning about them.
     ///
     /// # Errors
-    /// When a gradient, or a weight after the update, is not finite: the tensor is named.
+    /// When a gradient, or a weight after the update, is not finite: the tensor is named. When no parameter has one.
     pub fn update(&mut self, gradients: &Gradients, config: &TrainConfig) -> Result<Update> {
         let mut values: Vec<Option<Vec<f32>>> = Vec::with_capacity(self.parameters.len());
         for (_, var) in &self.parameters {
@@ -193,6 +342,9 @@ impl<L: Learner> Fit<L> {
             .filter_map(|((name, _), values)| values.as_ref().map(|v| (name.as_str(), v.as_slice())))
             .collect();
         let grad_norm = optimizer::global_norm(named)?;
+        if !self.is_examined {
+            self.examine(&values, config)?;
+        }
         let scale = if config.max_grad_norm > 0.0 {
             optimizer::clip_factor(grad_norm, config.max_grad_norm)
         } else {
@@ -206,14 +358,17 @@ impl<L: Learner> Fit<L> {
             adam_epsilon: config.adam_epsilon,
             weight_decay: config.weight_decay,
         };
+        let undecayed = AdamWConfig { weight_decay: 0.0, ..adamw.clone() };
         for (((name, var), gradient), moments) in self.parameters.iter().zip(values).zip(&mut self.moments) {
             let Some(mut gradient) = gradient else { continue };
+            let learning_rate = group_rate_at(config, name, self.step);
+            let adamw = if config.weight_decay_norms || decays(name) { &adamw } else { &undecayed };
             if scale < 1.0 {
                 for value in &mut gradient {
                     *value *= scale;
                 }
             }
-            let mut weights: Vec<f32> = var.as_tensor().flatten_all()?.to_vec1()?;
+            let mut weights = floats(var)?;
             adamw.step(self.updates, learning_rate, &mut weights, &gradient, moments)?;
             // Found here, before a checkpoint of it takes the place of a good one.
             if let Some(at) = weights.iter().position(|weight| !weight.is_finite()) {
@@ -224,11 +379,75 @@ impl<L: Learner> Fit<L> {
             }
             var.set(&Tensor::from_vec(weights, var.as_tensor().shape(), var.as_tensor().device())?)?;
         }
+        if let Some(Average { decay, values }) = &mut self.average {
+            let share = (1.0 - *decay) as f32;
+            for ((_, var), average) in self.parameters.iter().zip(values) {
+                for (average, value) in average.iter_mut().zip(floats(var)?) {
+                    // In this form what does not change has itself for its average, to the bit.
+                    *average += share * (value - *average);
+                }
+            }
+        }
         Ok(Update { grad_norm, learning_rate })
     }
 
-    /// Writes `checkpoints/step-N`: the learner's checkpoint, the optimiser and the step; the directory appears only once
-    /// it is whole.
+    /// Looks at the gradients of a first update for tensors that would never learn. One in which everything is zero, as GRPO
+    /// has where a reference is all that speaks, shows nothing.
+    fn examine(&mut self, gradients: &[Option<Vec<f32>>], config: &TrainConfig) -> Result<()> {
+        if gradients.iter().all(Option::is_none) {
+            return Err(Error::usage(format!(
+                "none of the {} trained tensors got a gradient, such as `{}`: nothing would be learnt\n   = help: `train.parts` and `train.lora_target_modules` say what trains; the loss must depend on it",
+                self.parameters.len(),
+                self.parameters.first().map_or("", |(name, _)| name.as_str())
+            )));
+        }
+        let is_zero = |values: &[f32]| values.iter().all(|value| *value == 0.0);
+        if gradients.iter().flatten().all(|values| is_zero(values)) {
+            return Ok(());
+        }
+        self.is_examined = true;
+        let (mut without, mut zero) = (Vec::new(), Vec::new());
+        for ((name, _), gradient) in self.parameters.iter().zip(gradients) {
+            match gradient {
+                // No image is shown with captions, which the configuration says.
+                None if !(config.captions && name.starts_with(train::VISION)) => without.push(name.as_str()),
+                Some(values) if is_zero(values) && !self.waits(name)? => zero.push(name.as_str()),
+                _ => {}
+            }
+        }
+        let total = self.parameters.len();
+        let told = |names: &[&str], what: &str| {
+            let listed: Vec<String> = names.iter().take(3).map(|name| format!("`{name}`")).collect();
+            let more = if names.len() > 3 { format!(" and {} more", names.len() - 3) } else { String::new() };
+            let count = names.len();
+            format!(
+                "{count} of {total} trained tensors {what} in the first update: {}{more}",
+                listed.join(", ")
+            )
+        };
+        let mut said = Vec::new();
+        if !without.is_empty() {
+            said.push(told(&without, "got no gradient"));
+        }
+        if !zero.is_empty() {
+            said.push(told(&zero, "got a gradient of zero"));
+        }
+        self.warning = (!said.is_empty()).then(|| said.join("; "));
+        Ok(())
+    }
+
+    /// Whether `name` is the A of an adapter whose B is still zero: it learns from the second update on.
+    fn waits(&self, name: &str) -> Result<bool> {
+        let Some(layer) = name.strip_suffix(".lora_A.weight") else { return Ok(false) };
+        let partner = format!("{layer}.lora_B.weight");
+        match self.parameters.iter().find(|(name, _)| *name == partner) {
+            Some((_, var)) => Ok(floats(var)?.iter().all(|value| *value == 0.0)),
+            None => Ok(false),
+        }
+    }
+
+    /// Writes `checkpoints/step-N`: the learner's checkpoint, the optimiser and the step, and in `ema` a second checkpoint of
+    /// the learner with averaged weights, where they are kept; the directory appears only once it is whole.
     ///
     /// # Errors
     /// When a file cannot be written; the last checkpoint is untouched then.
@@ -238,6 +457,15 @@ impl<L: Learner> Fit<L> {
 
     fn write_into(&self, partial: &Path) -> Result<()> {
         self.learner.save(partial)?;
+        self.learner.save_state(partial)?;
+        if let Some(Average { values, .. }) = &self.average {
+            let tensor = |((_, var), values): (&(String, Var), &Vec<f32>)| {
+                Tensor::from_slice(values, var.as_tensor().shape(), var.as_tensor().device())
+            };
+            let values: Vec<Tensor> =
+                self.parameters.iter().zip(values).map(tensor).collect::<candle_core::Result<_>>()?;
+            with_values(&self.parameters, &values, || self.learner.save(&partial.join(AVERAGE_DIR)))?;
+        }
         let mut tensors = Vec::with_capacity(2 * self.moments.len());
         for ((name, var), moments) in self.parameters.iter().zip(&self.moments) {
             let shape = var.as_tensor().shape();
@@ -256,7 +484,9 @@ impl<L: Learner> Fit<L> {
     /// Bytes of a checkpoint, to within its small files: what the learner saves, and two moments of every trained parameter.
     pub fn checkpoint_bytes(&self) -> u64 {
         let trained: usize = self.parameters.iter().map(|(_, var)| var.as_tensor().elem_count()).sum();
-        self.learner.saved_bytes() + (2 * size_of::<f32>() * trained) as u64
+        // The average of an adapter or of a model is as large as that itself.
+        let copies = if self.average.is_some() { 2 } else { 1 };
+        copies * self.learner.saved_bytes() + (2 * size_of::<f32>() * trained) as u64
     }
 
     /// Takes up the newest checkpoint below `root` that is whole, if there is one; see [`checkpoint::take_up`].
@@ -281,6 +511,13 @@ impl<L: Learner> Fit<L> {
                 )));
             }
         }
+        if let Some(Average { values, .. }) = &mut self.average {
+            let saved = self.learner.open(&dir.join(AVERAGE_DIR))?;
+            for ((name, var), value) in self.parameters.iter().zip(values) {
+                *value = saved.get(name, var.as_tensor().dims())?.flatten_all()?.to_vec1()?;
+            }
+        }
+        self.learner.open_state(&dir)?;
         let path = dir.join("state.json");
         let text = fs::read(&path).map_err(|error| Error::io("cannot read", &path, error))?;
         let state: serde_json::Value = serde_json::from_slice(&text)
@@ -359,8 +596,37 @@ impl Saved {
     }
 }
 
-/// The learning rate of step `step` (from 0).
+/// The numbers of a variable.
+fn floats(var: &Var) -> Result<Vec<f32>> {
+    Ok(var.as_tensor().flatten_all()?.to_vec1()?)
+}
+
+/// The base learning rate of step `step` (from 0).
 pub fn learning_rate_at(config: &TrainConfig, step: u64) -> f64 {
+    config.learning_rate * schedule_factor(config, step)
+}
+
+/// The learning rate of the tensor `name` at step `step`: that of its part of the model, and of an adapter's B by the ratio.
+fn group_rate_at(config: &TrainConfig, name: &str, step: u64) -> f64 {
+    let rates = &config.learning_rates;
+    let own = [
+        (rates.vision, train::trains(name, true, false, false)),
+        (rates.merger, train::trains(name, false, true, false)),
+        (rates.text, train::trains(name, false, false, true)),
+    ];
+    let peak = own.into_iter().find_map(|(rate, is_own)| rate.filter(|_| is_own));
+    let ratio = if name.ends_with(".lora_B.weight") { config.lora_plus_ratio } else { 1.0 };
+    peak.unwrap_or(config.learning_rate) * schedule_factor(config, step) * ratio
+}
+
+/// Whether weight decay is for the tensor `name`: not for biases and the weights of norms.
+fn decays(name: &str) -> bool {
+    let (module, last) = name.rsplit_once('.').unwrap_or(("", name));
+    let module = module.rsplit('.').next().unwrap_or(module);
+    last != "bias" && !module.contains("norm") && !module.starts_with("ln_")
+}
+
+fn schedule_factor(config: &TrainConfig, step: u64) -> f64 {
     let kind = match config.schedule {
         ScheduleName::Constant => ScheduleKind::Constant,
         ScheduleName::Linear => ScheduleKind::Linear,
@@ -371,8 +637,12 @@ pub fn learning_rate_at(config: &TrainConfig, step: u64) -> f64 {
         warmup_steps: config.warmup_steps as u64,
         final_fraction: config.min_learning_rate_ratio,
     };
-    config.learning_rate * schedule.factor(step, config.num_steps as u64)
+    schedule.factor(step, config.num_steps as u64)
 }
+
+#[cfg(test)]
+#[path = "fit_tests.rs"]
+mod update_tests;
 
 #[cfg(test)]
 mod tests {

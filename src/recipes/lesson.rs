@@ -3,6 +3,7 @@
 use super::aims::{self, Asked};
 use super::config::{AdversaryConfig, NormName, ObjectiveName, TargetName, TrainConfig};
 use super::failure::{Evidence, Noted};
+use super::fit::{Fit, Student};
 use super::items::{self, Images};
 use crate::attack::{self, Fraction, NoiseBank, Norm, PgdOutput, Problem, pgd};
 use crate::data::Sample;
@@ -12,10 +13,11 @@ use crate::model::assistant::Assistant;
 use crate::model::generate::Prompt;
 use crate::model::processor::ProcessedImage;
 use crate::model::vlm::Features;
+use crate::nn::dropout::{Active, Draw};
 use crate::reward::Format;
 use crate::rng;
 use crate::roles::features::FeatureCache;
-use crate::roles::policy;
+use crate::roles::policy::{self, Scoring};
 use crate::roles::target::{Aim, Target};
 use candle_core::Tensor;
 use rand::seq::SliceRandom;
@@ -198,6 +200,27 @@ impl Lesson<'_> {
                 Ok((tensor + Tensor::from_vec(noise, tensor.shape(), tensor.device())?)?)
             })
             .collect()
+    }
+
+    /// Begins the adapter's dropout for one pass of the learner over the questions at `places` of the step, laid out as in
+    /// `scoring`, with images of `grids` where the vision tower is part of it; none where nothing is dropped.
+    pub fn dropout(
+        &self,
+        fit: &Fit<Student>,
+        scoring: &Scoring,
+        places: &[usize],
+        grids: &[[usize; 3]],
+    ) -> Option<Active> {
+        let vlm = &fit.learner.assistant.vlm;
+        (self.config.lora_dropout > 0.0).then(|| {
+            vlm.parameters().dropout().begin(Draw {
+                rate: self.config.lora_dropout,
+                seed: self.seed,
+                // Fresh at each update, of which a step may have several.
+                index: fit.updates,
+                rows: scoring.row_names(places, grids, vlm.config().vision.merge_unit()),
+            })
+        })
     }
 
     /// How many of a step's questions are attacked: the first so many, the rest stay clean.

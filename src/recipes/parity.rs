@@ -1,10 +1,11 @@
 //! Whether this build computes what Hugging Face transformers computes: every number of an export, compared.
 //!
 //! Inputs (tokens, prompts, pictures) are compared in [`super::parity_io`], the network in [`network`], adapters
-//! in [`lora`], attacks in [`pgd`], losses and optimiser in [`training`]; [`dump`] writes this build's own numbers for the opposite direction. What an export holds and this build
+//! in [`lora`], attacks in [`pgd`], losses and optimiser in [`training`] and `golden`; [`dump`] writes this build's own numbers for the opposite direction. What an export holds and this build
 //! does not compare is named in [`ParityReport::not_checked`], so that a pass says no more than it should.
 
 pub mod dump;
+mod golden;
 pub mod lora;
 pub mod network;
 pub mod pgd;
@@ -64,7 +65,7 @@ pub fn parity(dir: &Path, device: &Device, progress: &mut dyn FnMut(&str)) -> Re
     progress("adapters");
     checks.extend(lora::check(dir, device)?);
     progress("training");
-    checks.extend(training::check(dir)?);
+    checks.extend(training::check(dir, &mut not_checked)?);
     progress("attacks");
     checks.extend(pgd::check(dir, device)?);
     if checks.is_empty() {

@@ -117,11 +117,13 @@ fn loss_of(
             part.iter().map(|&i| vec![questions.targets[i].clone()]).collect();
         let prompts = &questions.prompts[part[0]..part[0] + part.len()];
         let scoring = Scoring::new(&fit.learner.assistant, prompts, &completions)?;
+        let grids = policy::grids_of(&fit.learner.assistant, &pixels)?;
         let (vision, inputs) = match cache {
             _ if pixels.is_empty() => (None, pixels),
             Some(cache) => (None, cache.encode(&fit.learner.frozen, &pixels)?.into_state()),
-            None => (Some(vlm.vision_plan(&policy::grids_of(&fit.learner.assistant, &pixels)?)?), pixels),
+            None => (Some(vlm.vision_plan(&grids)?), pixels),
         };
+        let _dropout = lesson.dropout(fit, &scoring, part, &grids);
         let mut stages: Vec<Stage<'_>> =
             vision.as_ref().map(|plan| vlm.vision_stages(plan)).unwrap_or_default();
         stages.extend(scoring.stages(&fit.learner.assistant));

@@ -1,7 +1,7 @@
 //! Training: questions, one step after another, checkpoints.
 
 use super::adapter::Chosen;
-use super::config::{DenoiserSettings, MetricName, RecipeName, RunConfig};
+use super::config::{DenoiserSettings, GrpoSettings, MetricName, RecipeName, RunConfig};
 use super::failure::{self, Evidence};
 use super::fit::{self, Fit, Learner, Student};
 use super::grpo::{self, Assumed, Sampling};
@@ -116,7 +116,7 @@ pub(super) fn material(
     let assistant = inputs::behind_denoiser(config, assistant)?;
     // The policy as it is before the first step: a new adapter changes nothing, so this is its base.
     let reference = if needs_reference { Some(assistant.frozen_copy()?) } else { None };
-    let adapter = chosen.settings(&assistant)?;
+    let adapter = chosen.settings(&assistant, config.train.lora_dropout)?;
     Ok(Material { dataset, model, assistant, chosen, adapter, reference, validation })
 }
 
@@ -228,7 +228,7 @@ pub(super) fn follow<C: Course>(
         let shape = DenoiserConfig::new(width, depth, settings.noise_sigma);
         let denoiser = Denoiser::untrained(shape, config.seed, assistant.vlm.device())?;
         let step = |fit: &mut Fit<Denoiser>, _: Assumed| denoise::step(&lesson, fit, &assistant);
-        course.run(&lesson, Fit::new(denoiser)?, &step, None)
+        course.run(&lesson, Fit::new(denoiser)?.averaged(settings.ema_decay)?, &step, None)
     } else {
         if let Some(text) = chosen.describe(&assistant)? {
             progress.note(&text);
@@ -236,13 +236,22 @@ pub(super) fn follow<C: Course>(
         let is_adversarial = settings.recipe.is_adversarial();
         let step = |fit: &mut Fit<Student>, assumed: Assumed| {
             if settings.recipe.is_grpo() {
-                let (reference, max_new_tokens) = (reference.as_ref(), config.max_new_tokens);
-                grpo::step(&lesson, fit, &Sampling { reference, max_new_tokens, is_adversarial, assumed })
+                let (reference, max_new_tokens) = (fit.learner.reference(), config.max_new_tokens);
+                let reference = reference.as_deref();
+                let sampling = Sampling { reference, max_new_tokens, is_adversarial, assumed };
+                let report = grpo::step(&lesson, fit, &sampling)?;
+                let GrpoSettings { ref_sync_steps, ref_sync_alpha, .. } = settings.grpo;
+                if ref_sync_steps > 0 && (fit.step + 1).is_multiple_of(ref_sync_steps as u64) {
+                    fit.learner.move_reference(ref_sync_alpha)?;
+                }
+                Ok(report)
             } else {
                 sft::step(&lesson, fit, is_adversarial)
             }
         };
-        course.run(&lesson, Fit::new(Student::new(assistant, adapter)?)?, &step, exam.as_ref())
+        let follows = settings.grpo.ref_sync_steps > 0;
+        let student = Student::new(assistant, adapter)?.with_reference(reference, follows)?;
+        course.run(&lesson, Fit::new(student)?.averaged(settings.ema_decay)?, &step, exam.as_ref())
     }
 }
 
@@ -312,6 +321,9 @@ impl Course for Whole<'_> {
                 step(&mut fit, Assumed::default())
                 .map_err(|error| failure::explain(lesson, &fit, self.run.dir(), error))?;
             fit.step += 1;
+            if let Some(warning) = fit.take_warning() {
+                self.progress.note(&warning);
+            }
             self.write_down(lesson, fit.step, report, &mut so_far)?;
         }
         self.progress.finish();

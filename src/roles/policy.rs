@@ -3,12 +3,16 @@
 use crate::error::Result;
 use crate::model::assistant::Assistant;
 use crate::model::generate::{Completion, Prompt, PromptRows, generate};
+use crate::model::parameters::RowKind;
 use crate::model::sampling::Decoding;
 use crate::model::vlm::{Batch, Features};
 use crate::nn::attention::{Block, Layout};
+use crate::nn::dropout::{NamedRows, RowName};
 use crate::nn::recompute::Stage;
 use crate::nn::rows;
+use crate::rng;
 use candle_core::Tensor;
+use rand::RngCore;
 use std::ops::Range;
 
 /// One question put to the model: its prompt and the size of its image.
@@ -84,7 +88,20 @@ pub struct Scoring {
     targets: Vec<u32>,
     /// For prompt `p` and completion `c`, where its tokens stand in the list of targets.
     pub spans: Vec<Vec<Range<usize>>>,
+    layout: Vec<OwnRows>,
 }
+
+/// Where the rows of a prompt stand.
+#[derive(Debug, Clone)]
+struct OwnRows {
+    /// In the order of its tokens.
+    prompt: Vec<Range<usize>>,
+    /// Of each of its completions.
+    completions: Vec<Range<usize>>,
+}
+
+/// What the names of rows begin with that several prompts share; places are smaller.
+const SHARED: u64 = u64::MAX;
 
 impl Scoring {
     /// Lays out `completions[p]` behind prompt `p`; every completion has at least one token.
@@ -95,10 +112,12 @@ impl Scoring {
         let PromptRows { mut input_ids, image_rows, mut positions, mut blocks, prompts: ranges } =
             PromptRows::of(prompts);
         let (mut scored_rows, mut targets, mut spans) = (Vec::new(), Vec::new(), Vec::new());
+        let mut row_layout = Vec::with_capacity(prompts.len());
         for ((prompt, shared), completions) in prompts.iter().zip(ranges).zip(completions) {
             let next = prompt.next_position();
             let last = shared.last().map_or(0, |range| range.end as u32 - 1);
             let mut own_spans = Vec::with_capacity(completions.len());
+            let mut own_rows = Vec::with_capacity(completions.len());
             for completion in completions {
                 let first_target = targets.len();
                 // The prompt's last row predicts the first token, each token but the last predicts the next.
@@ -113,11 +132,13 @@ impl Scoring {
                 }
                 if !own.is_empty() {
                     let keys = shared.iter().cloned().chain([own.clone()]).collect();
-                    blocks.push(Block { queries: own, keys, is_causal: true });
+                    blocks.push(Block { queries: own.clone(), keys, is_causal: true });
                 }
+                own_rows.push(own);
                 own_spans.push(first_target..targets.len());
             }
             spans.push(own_spans);
+            row_layout.push(OwnRows { prompt: shared, completions: own_rows });
         }
         let mut wanted = scored_rows.clone();
         wanted.sort_unstable();
@@ -128,7 +149,8 @@ impl Scoring {
                 *row = wanted.partition_point(|wanted| wanted < row) as u32;
             }
         }
-        Ok(Self { batch: Batch { input_ids, image_rows, plan }, rows: scored_rows, targets, spans })
+        let batch = Batch { input_ids, image_rows, plan };
+        Ok(Self { batch, rows: scored_rows, targets, spans, layout: row_layout })
     }
 
     /// Number of target tokens.
@@ -148,6 +170,54 @@ impl Scoring {
     ) -> candle_core::Result<Tensor> {
         let rows = rows::select(hidden, &self.rows)?;
         assistant.vlm.log_probs(&rows, &self.targets, temperature)
+    }
+
+    /// Names, for dropout, of every row that a layer sees: those of the decoder and, for images of `grids`, of the vision
+    /// tower. `places[p]` is the place of prompt `p` in the whole batch, of which this may be a part: a row has one name
+    /// however the batch is cut. What prompts have in common before their images is computed once, so its names say
+    /// what was read so far and not by whom.
+    pub fn row_names(&self, places: &[usize], grids: &[[usize; 3]], merge_unit: usize) -> Vec<NamedRows> {
+        let Batch { input_ids, image_rows, plan } = &self.batch;
+        let mut is_image = vec![false; input_ids.len()];
+        for &row in image_rows {
+            is_image[row as usize] = true;
+        }
+        let mut tokens: Vec<RowName> = vec![[0; 3]; input_ids.len()];
+        let (mut patches, mut merged) = (Vec::new(), Vec::new());
+        let mut images = grids.iter().map(|[frames, height, width]| frames * height * width);
+        for (OwnRows { prompt, completions }, &place) in self.layout.iter().zip(places) {
+            let place = place as u64;
+            let mut read = Some(0);
+            let mut image_tokens = 0;
+            for (index, row) in prompt.iter().cloned().flatten().enumerate() {
+                image_tokens += usize::from(is_image[row]);
+                read = read
+                    .filter(|_| !is_image[row])
+                    .map(|before| rng::stream(before, "prefix", &[u64::from(input_ids[row])]).next_u64());
+                tokens[row] = read.map_or([place, 0, index as u64], |read| [SHARED, read, index as u64]);
+            }
+            for (number, rows) in (1..).zip(completions) {
+                for (index, row) in rows.clone().enumerate() {
+                    tokens[row] = [place, number, index as u64];
+                }
+            }
+            let mut image = 0;
+            while image_tokens > 0 {
+                let Some(count) = images.next() else { break };
+                let name = |index: usize| [place, image, index as u64];
+                patches.extend((0..count).map(name));
+                merged.extend((0..count / merge_unit).map(name));
+                image_tokens = image_tokens.saturating_sub(count / merge_unit);
+                image += 1;
+            }
+        }
+        let mut rows = vec![(RowKind::Patches as usize, patches), (RowKind::Merged as usize, merged)];
+        if let Some(last) = &plan.last {
+            let wanted = last.rows.iter().map(|&row| tokens[row as usize]).collect();
+            rows.push((RowKind::Tokens as usize, wanted));
+        }
+        rows.push((RowKind::Tokens as usize, tokens));
+        rows
     }
 
     /// Stages from features to the normalised hidden state.

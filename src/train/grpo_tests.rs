@@ -367,6 +367,7 @@ fn equal_to_the_golden_vectors() {
     let old = padded.pack(&golden["old_logps"]);
     let references = padded.pack(&golden["ref_logps"]);
     let advantages = numbers(&golden["advantages"]["group"]);
+    let mut seen = 0;
     for case in golden["cases"].as_array().unwrap() {
         let loss_type: LossType = serde_json::from_value(case["loss_type"].clone()).unwrap();
         let high = if loss_type == LossType::Cispo { "cispo_epsilon_high" } else { "epsilon_high" };
@@ -393,5 +394,24 @@ fn equal_to_the_golden_vectors() {
         let name = format!("{config:?}");
         assert_close(&[got.loss], &[case["loss"].as_f64().unwrap()], 1e-9, &name);
         assert_close(&got.d_log_probs, &padded.pack(&case["grad"]), 1e-6, &name);
+        if loss_type == LossType::Grpo
+            && config.importance_level == ImportanceLevel::Token
+            && config.kl_coef > 0.0
+            && batch.old_log_probs.is_some()
+        {
+            let (stats, metrics) = (got.stats, &golden["metrics"]);
+            for (key, value) in [
+                ("kl", stats.kl.unwrap()),
+                ("clip_ratio/low_mean", stats.clip_low_mean),
+                ("clip_ratio/low_min", stats.clip_low_min),
+                ("clip_ratio/high_mean", stats.clip_high_mean),
+                ("clip_ratio/high_max", stats.clip_high_max),
+                ("clip_ratio/region_mean", stats.clip_region_mean),
+            ] {
+                assert_close(&[value], &[metrics[key].as_f64().unwrap()], 1e-9, key);
+            }
+            seen += 1;
+        }
     }
+    assert!(seen > 0, "no case had the metrics");
 }

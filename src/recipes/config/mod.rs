@@ -13,7 +13,7 @@ mod values;
 pub use layers::Override;
 pub use show::show;
 pub use train::{
-    AdversaryConfig, DenoiserSettings, GrpoSettings, ImportanceName, KlImage, LossType, MetricName, RecipeName, ScaleRewards, ScheduleName, TargetName, TrainConfig, TrainParts, ValidationConfig, WatchSettings,
+    AdversaryConfig, DenoiserSettings, GrpoSettings, ImportanceName, KlImage, LearningRates, LossType, MetricName, RecipeName, ScaleRewards, ScheduleName, TargetName, TrainConfig, TrainParts, ValidationConfig, WatchSettings,
 };
 pub use values::DeviceWord;
 
@@ -514,6 +514,7 @@ impl RunConfig {
             }
         }
         problems.extend(train.validation.problems(recipe, train.captions));
+        problems.extend(train.parameter_problems(self.adapter.is_some()));
         if train.captions && recipe != RecipeName::Sft {
             problems.push(
                 ConfigError::new("train.captions", format!("recipe `{recipe}` needs images, not captions"))
@@ -622,7 +623,7 @@ impl RunConfig {
             Command::Certify => vec!["data", "certify", "generation"],
             Command::Train => {
                 let recipe = self.train.recipe;
-                let mut sections = vec!["data", "train", "train.parts", "train.validation", "train.watch"];
+                let mut sections = vec!["data", "train", "train.parts", "train.learning_rates", "train.validation", "train.watch"];
                 sections.extend(recipe.is_grpo().then_some("train.grpo"));
                 sections.extend(recipe.is_adversarial().then_some("train.adversary"));
                 sections.extend((recipe == RecipeName::Denoiser).then_some("train.denoiser"));

@@ -135,8 +135,10 @@ section! {
         schedule: ScheduleName = ScheduleName::Cosine,
         /// Floor of the learning rate, as a share of its peak.
         min_learning_rate_ratio: f64 = 0.0 => Range::closed(0.0, 1.0),
-        /// Decoupled weight decay.
+        /// Decoupled weight decay, of adapters too; biases and weights of norms are left alone, as by Hugging Face's Trainer.
         weight_decay: f64 = 0.0 => Range::at_least(0.0),
+        /// Whether `weight_decay` is for biases and weights of norms too.
+        weight_decay_norms: bool = false,
         /// Decay of the mean of gradients.
         beta1: f64 = 0.9 => Range::from_below(0.0, 1.0),
         /// Decay of the mean of squared gradients.
@@ -145,6 +147,11 @@ section! {
         adam_epsilon: f64 = 1e-8 => Range::above(0.0),
         /// Global gradient norm above which gradients are scaled down; 0: never.
         max_grad_norm: f64 = 1.0 => Range::at_least(0.0),
+        /// Decay, per update, of an exponential moving average of what trains, 0.999 for example; absent: none is kept. It begins
+        /// at the first weights, and is saved as `ema/` in each checkpoint: a directory like the checkpoint itself. Training,
+        /// its attacks and its metrics go on with the weights themselves. Costs four bytes for each trained parameter
+        /// (twelve while a checkpoint is written), and a second directory of weights on disk.
+        ema_decay: Option<f64> = None => Range::open(0.0, 1.0),
         /// What the model learns to write.
         target: TargetName = TargetName::Cot,
         /// Whether the order of the options is drawn anew each time an item is seen.
@@ -172,6 +179,15 @@ section! {
         lora_alpha: f64 = 32.0 => Range::above(0.0),
         /// Whether it is multiplied by `lora_alpha` / sqrt(`lora_rank`) instead.
         lora_use_rslora: bool = false,
+        /// Share of the entries of the adapter's input that each update drops, the others divided by 1 - `lora_dropout`; the
+        /// weights see all of it. As in PEFT it is for the pass that gives the gradient alone: completions are sampled,
+        /// images attacked and references asked without it. GRPO compares its later updates on one set of completions
+        /// with the first, whose entries were dropped too. What prompts have in common, and the prompt of a group, is computed
+        /// once and so has one mask. Costs memory for one more input of each adapted layer, and a little time. An
+        /// adapter that is trained further takes this setting, not that of its file.
+        lora_dropout: f64 = 0.0 => Range::from_below(0.0, 1.0),
+        /// The learning rate of the adapter's B as a multiple of that of its A (LoRA+, Hayou et al. 2024; 16 is theirs).
+        lora_plus_ratio: f64 = 1.0 => Range::above(0.0),
         /// Linear layers with an adapter, as PEFT names them: `all-linear`, names with commas between, or a regular
         /// expression; absent: every linear layer of the parts that train.
         lora_target_modules: Option<String> = None,
@@ -179,6 +195,8 @@ section! {
         lora_exclude_modules: Option<String> = None,
         /// Which parts of the model train.
         parts: TrainParts = TrainParts::default(),
+        /// Peak learning rates of parts of the model, where they differ.
+        learning_rates: LearningRates = LearningRates::default(),
         /// GRPO, for the recipes `grpo` and `at_grpo`.
         grpo: GrpoSettings = GrpoSettings::default(),
         /// The adversary in training, for the recipes `at_sft` and `at_grpo`.
@@ -269,6 +287,19 @@ section! {
 }
 
 section! {
+    /// `[train.learning_rates]`: peak learning rates of parts of the model, or of the adapters over them. All follow the schedule;
+    /// `learning_rate` in the log stays that of `train.learning_rate`.
+    pub struct LearningRates {
+        /// The vision tower's; absent: `train.learning_rate`.
+        vision: Option<f64> = None => Range::at_least(0.0),
+        /// The merger's; absent: `train.learning_rate`.
+        merger: Option<f64> = None => Range::at_least(0.0),
+        /// The text decoder's; absent: `train.learning_rate`.
+        text: Option<f64> = None => Range::at_least(0.0),
+    }
+}
+
+section! {
     /// `[train.grpo]`: group-relative policy optimisation (Shao et al. 2024).
     pub struct GrpoSettings {
         /// Completions sampled for one question.
@@ -288,6 +319,12 @@ section! {
         kl_coef: f64 = 0.0 => Range::at_least(0.0),
         /// Whether that estimate is multiplied by the ratio, which makes it unbiased off policy.
         kl_bias_correction: bool = false,
+        /// Steps after which the reference policy follows the trained one (TR-DPO, Gorbatovski et al. 2024); 0: it stays what
+        /// training began with, the adapter of `--adapter` included. Costs one more copy of what trains, in memory and in
+        /// each checkpoint.
+        ref_sync_steps: usize = 0,
+        /// How far it then goes: reference = `ref_sync_alpha` x trained + (1 - `ref_sync_alpha`) x reference.
+        ref_sync_alpha: f64 = 0.6 => Range::closed(0.0, 1.0),
         /// The image that the reference policy sees.
         kl_image: KlImage = KlImage::Adversarial,
         /// How token losses become one number.
@@ -432,6 +469,59 @@ impl ValidationConfig {
 }
 
 impl TrainConfig {
+    /// What contradicts itself, or has no effect, in how parameters are updated; `has_adapter`: one trains that exists.
+    pub(super) fn parameter_problems(&self, has_adapter: bool) -> Vec<ConfigError> {
+        let mut problems = Vec::new();
+        let mut refuse = |key: &str, message: String, help: &str| {
+            problems.push(ConfigError::new(format!("train.{key}"), message).with_help(help));
+        };
+        let is_denoiser = self.recipe == RecipeName::Denoiser;
+        if self.lora_rank == 0 && !has_adapter {
+            let help = "set `lora_rank`, 16 for example, or leave it out";
+            let no_adapter = |key: &str| format!("`{key}` has no effect: no adapter trains");
+            if self.lora_dropout > 0.0 {
+                refuse("lora_dropout", no_adapter("lora_dropout"), help);
+            }
+            if self.lora_plus_ratio != 1.0 {
+                refuse("lora_plus_ratio", no_adapter("lora_plus_ratio"), help);
+            }
+        }
+        let (rates, parts) = (&self.learning_rates, &self.parts);
+        for (part, rate, trains) in [
+            ("vision", rates.vision, parts.vision),
+            ("merger", rates.merger, parts.merger),
+            ("text", rates.text, parts.text),
+        ] {
+            let key = format!("learning_rates.{part}");
+            if rate.is_some() && is_denoiser {
+                let message =
+                    format!("`{part}` has no effect: the recipe `denoiser` trains no part of the model");
+                refuse(&key, message, "use `train.learning_rate`");
+            } else if rate.is_some() && !trains {
+                let message = format!("`{part}` has no effect: `train.parts.{part}` is false");
+                refuse(&key, message, "leave one of the two out");
+            }
+        }
+        if self.weight_decay_norms && self.weight_decay == 0.0 {
+            let message = "`weight_decay_norms` has no effect: `weight_decay` is 0".to_owned();
+            refuse("weight_decay_norms", message, "set `weight_decay`, 0.01 for example");
+        }
+        let grpo = &self.grpo;
+        if self.recipe.is_grpo() && grpo.ref_sync_steps > 0 && grpo.kl_coef == 0.0 {
+            let message =
+                "`ref_sync_steps` has no effect: `kl_coef` is 0, so no reference is kept".to_owned();
+            refuse("grpo.ref_sync_steps", message, "set `kl_coef`, 0.04 for example");
+        }
+        if self.recipe.is_grpo()
+            && grpo.ref_sync_steps == 0
+            && grpo.ref_sync_alpha != GrpoSettings::default().ref_sync_alpha
+        {
+            let message = "`ref_sync_alpha` has no effect: `ref_sync_steps` is 0".to_owned();
+            refuse("grpo.ref_sync_alpha", message, "set `ref_sync_steps`, 512 for example");
+        }
+        problems
+    }
+
     /// What is kept for gradients.
     pub const fn memory(&self) -> Memory {
         if self.recompute { Memory::Recompute } else { Memory::Keep }

@@ -361,7 +361,7 @@ fn summarise(rehearsal: &Rehearsal<'_>, work: &Workload, measured: &Measured) ->
     let seconds_saves = get("seconds_per_checkpoint").unwrap_or(0.0) * saves as f64;
     let total = seconds_steps.map(|seconds| seconds_start + seconds + seconds_images + seconds_saves);
     let trained = get("trained").unwrap_or(0.0);
-    // A trained weight is float32, and the optimiser keeps two numbers beside it.
+    // A trained weight is float32, and the optimiser keeps two numbers beside it, an average one more.
     let trains_weights =
         train.lora_rank == 0 && config.adapter.is_none() && train.recipe != RecipeName::Denoiser;
     let frozen = if trains_weights { parameters as f64 - trained } else { parameters as f64 };
@@ -410,7 +410,7 @@ fn summarise(rehearsal: &Rehearsal<'_>, work: &Workload, measured: &Measured) ->
         "parameters": parameters,
         "parameters_trained": trained.round() as u64,
         "weights_bytes": (frozen * if is_half { 2.0 } else { 4.0 }) as u64 + trained_bytes(trained),
-        "optimizer_bytes": 2 * trained_bytes(trained),
+        "optimizer_bytes": (2 + u64::from(train.ema_decay.is_some())) * trained_bytes(trained),
         "kept_images_bytes": work.image_bytes,
         "kept_features_bytes": if remembers(figures) { work.feature_bytes } else { 0 },
         "load_peak_bytes": get("load_peak_bytes").map(|bytes| bytes as u64),

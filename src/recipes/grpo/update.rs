@@ -41,6 +41,8 @@ pub(super) struct UpdateOutcome {
 
 /// Groups of one forward and backward pass.
 struct Pass {
+    /// Of their questions in the step.
+    places: Vec<usize>,
     scoring: Scoring,
     /// Tokens of each completion.
     lengths: Vec<usize>,
@@ -51,6 +53,7 @@ struct Pass {
     inputs: Vec<Tensor>,
     /// Of the vision tower, where it trains.
     vision: Option<VisionPlan>,
+    grids: Vec<[usize; 3]>,
     ref_log_probs: Option<Vec<f64>>,
     /// Under the policy that sampled, known after the first update.
     old_log_probs: Option<Vec<f64>>,
@@ -114,16 +117,19 @@ fn passes_of(
                 LossType::Bnpo => own_tokens as f64 / all_tokens as f64,
                 _ => lengths.len() as f64 / all_completions as f64,
             };
+            let grids = policy::grids_of(assistant, &pixels)?;
             let (vision, inputs) = match features {
                 Some(features) => (None, features.into_state()),
-                None => (Some(assistant.vlm.vision_plan(&policy::grids_of(assistant, &pixels)?)?), pixels),
+                None => (Some(assistant.vlm.vision_plan(&grids)?), pixels),
             };
             Ok(Pass {
+                places: part.to_vec(),
                 lengths,
                 mask,
                 advantages: part.iter().flat_map(|&g| advantages[g].iter().copied()).collect(),
                 inputs,
                 vision,
+                grids,
                 ref_log_probs,
                 old_log_probs: None,
                 share,
@@ -148,6 +154,7 @@ impl Pass {
             self.vision.as_ref().map(|plan| assistant.vlm.vision_stages(plan)).unwrap_or_default();
         stages.extend(self.scoring.stages(assistant));
         let (result, refusal) = (RefCell::new(None), RefCell::new(None));
+        let _dropout = lesson.dropout(fit, &self.scoring, &self.places, &self.grids);
         let loss = |state: &[Tensor]| {
             let log_probs = self.scoring.log_probs(assistant, &state[0], settings.temperature)?;
             let values = to_f64(&log_probs.to_vec1::<f32>()?);

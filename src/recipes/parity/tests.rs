@@ -271,11 +271,12 @@ fn a_wrong_training_number_fails_its_own_check() {
     std::fs::write(dir.path().join("grpo.json"), grpo.to_string()).unwrap();
     assert!(parity(dir.path(), &Device::Cpu, &mut |_| ()).is_ok_and(|report| !report.pass));
     std::fs::write(dir.path().join("optim.json"), optim.to_string()).unwrap();
-    let failed: BTreeSet<String> = parity_io::merge_by_name(training::check(dir.path()).unwrap())
-        .into_iter()
-        .filter(|check| !check.pass)
-        .map(|check| check.name)
-        .collect();
+    let failed: BTreeSet<String> =
+        parity_io::merge_by_name(training::check(dir.path(), &mut Vec::new()).unwrap())
+            .into_iter()
+            .filter(|check| !check.pass)
+            .map(|check| check.name)
+            .collect();
     let wanted = [
         format!("-/{name}/grpo_advantages"),
         format!("-/{kind}/grpo_loss"),
@@ -301,4 +302,58 @@ fn an_attack_of_another_step_size_fails() {
         assert!(checks.len() == 2 && checks.iter().all(|check| !check.pass), "{norm}: {checks:?}");
         attack = kept;
     }
+}
+
+#[test]
+fn golden_vectors_are_matched_case_by_case_and_a_wrong_number_fails_its_own_check() {
+    let Some(source) = fixtures().map(|dir| dir.join("../grpo_golden.json")).filter(|path| path.exists())
+    else {
+        return;
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let mut golden = fixture_json(&source);
+    let write = |name: &str, value: &Value| std::fs::write(dir.path().join(name), value.to_string()).unwrap();
+    write("grpo_golden.json", &golden);
+    let report = run(dir.path());
+    assert!(report.pass && report.not_checked.is_empty(), "{report:#?}");
+    let count = |quantity: &str| report.checks.iter().filter(|check| check.name.ends_with(quantity)).count();
+    let cases = golden["cases"].as_array().unwrap().len();
+    let metrics = golden["metrics"].as_object().unwrap().len();
+    assert_eq!(
+        (count("/grpo_loss"), count("/grpo_gradient"), count("/grpo_advantages"), count("/grpo_metrics")),
+        (cases, cases, 4, metrics),
+        "every case by a name of its own"
+    );
+    assert!(report.checks.iter().all(|check| check.tolerance == 1e-6));
+
+    let add = |value: &mut Value, amount: f64| *value = json!(value.as_f64().unwrap() + amount);
+    add(&mut golden["cases"][3]["loss"], 1e-5);
+    add(&mut golden["cases"][25]["grad"][1][1], 1e-5);
+    add(&mut golden["advantages"]["batch"][0], 1e-5);
+    add(&mut golden["advantages"]["normalize_then_sum"][1], 1e-5);
+    for metric in ["kl", "entropy", "clip_ratio/high_max", "rewards/f1/std"] {
+        add(&mut golden["metrics"][metric], 1e-5);
+    }
+    golden["metrics"]["unheard_of"] = json!(1.0);
+    // By another name beside the first: both are looked at.
+    write("grpo_other.json", &golden);
+    let report = run(dir.path());
+    let failed: BTreeSet<&str> =
+        report.checks.iter().filter(|check| !check.pass).map(|check| check.name.as_str()).collect();
+    let wanted = [
+        "-/grpo.token.beta0.04.delta1.35/grpo_loss",
+        "-/cispo.token.beta0.04/grpo_gradient",
+        "-/batch/grpo_advantages",
+        "-/normalize_then_sum/grpo_advantages",
+        "-/kl/grpo_metrics",
+        "-/entropy/grpo_metrics",
+        "-/clip_ratio/high_max/grpo_metrics",
+        "-/rewards/f1/std/grpo_metrics",
+    ];
+    assert_eq!(failed, wanted.into());
+    assert_eq!(report.not_checked[0].name, "-/unheard_of/grpo_metrics");
+    golden["logps"][0] = json!([0.0]);
+    write("grpo_other.json", &golden);
+    let error = parity(dir.path(), &Device::Cpu, &mut |_| ()).unwrap_err().to_string();
+    assert!(error.contains("another shape") && error.contains("grpo_other.json"), "{error}");
 }

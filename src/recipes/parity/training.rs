@@ -1,8 +1,10 @@
-//! Advantages, policy losses and the optimiser against numbers of TRL and PyTorch: `grpo.json` and `optim.json`.
+//! Advantages, policy losses and the optimiser against numbers of TRL and PyTorch: `grpo*.json` and `optim.json`.
 //!
 //! These need no checkpoint. A curve or table is one comparison, relative to its largest magnitude where that exceeds
 //! one.
 
+use super::golden;
+use super::{Unchecked, unchecked};
 use crate::error::{Error, Result};
 use crate::recipes::parity_io::{Check, optional, read_json, typed};
 use crate::train::advantage::{AdvantageConfig, RewardAggregation, group_relative};
@@ -10,24 +12,31 @@ use crate::train::grpo::{Accumulation, Completions, GrpoConfig, grpo_loss};
 use crate::train::optimizer::{AdamWConfig, Moments, clip_global_norm};
 use crate::train::schedule::{Schedule, ScheduleKind};
 use serde_json::Value;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Largest difference of every quantity here.
 const TOLERANCE: f64 = 1e-6;
 
-/// The checks of the export's training numbers, as far as it has any.
+/// The checks of the export's training numbers, as far as it has any. Files called `grpo….json` hold the numbers of a trainer or
+/// golden vectors, whatever the rest of their names; metrics that are not known are named in `not_checked`.
 ///
 /// # Errors
 /// A data error when a file cannot be read.
-pub fn check(dir: &Path) -> Result<Vec<Check>> {
+pub fn check(dir: &Path, not_checked: &mut Vec<Unchecked>) -> Result<Vec<Check>> {
     let mut checks = Vec::new();
-    let file = |name: &str| Some(dir.join(name)).filter(|path| path.exists());
-    if let Some(path) = file("grpo.json") {
+    for path in policy_files(dir) {
         let report = read_json(&path)?;
-        check_advantages(&report, &mut checks)?;
-        check_losses(&report["loss"], &mut checks)?;
+        let mut compare = || {
+            if golden::is_golden(&report) {
+                return golden::check(&report, &mut checks, not_checked);
+            }
+            check_advantages(&report, &mut checks)?;
+            check_losses(&report["loss"], &mut checks, not_checked)
+        };
+        compare().map_err(|error| error.at(&path.display().to_string()))?;
     }
-    if let Some(path) = file("optim.json") {
+    let path = dir.join("optim.json");
+    if path.exists() {
         let report = read_json(&path)?;
         check_runs(&report, &mut checks)?;
         check_schedules(&report["schedules"], &mut checks)?;
@@ -36,7 +45,19 @@ pub fn check(dir: &Path) -> Result<Vec<Check>> {
     Ok(checks)
 }
 
-fn training_check(case: &str, quantity: &str, found: &[f64], wanted: &[f64]) -> Check {
+/// Files of advantages and policy losses, sorted.
+fn policy_files(dir: &Path) -> Vec<PathBuf> {
+    let Ok(entries) = std::fs::read_dir(dir) else { return Vec::new() };
+    let is_one = |path: &PathBuf| {
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        name.starts_with("grpo") && path.extension().is_some_and(|end| end == "json")
+    };
+    let mut found: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).filter(is_one).collect();
+    found.sort_unstable();
+    found
+}
+
+pub(super) fn training_check(case: &str, quantity: &str, found: &[f64], wanted: &[f64]) -> Check {
     Check::new("-", case, quantity, difference(found, wanted), TOLERANCE)
 }
 
@@ -84,36 +105,42 @@ fn check_advantages(report: &Value, checks: &mut Vec<Check>) -> Result<()> {
 }
 
 /// A padded table of one row per completion, and the mask that says how much of each row counts.
-struct Padded {
-    mask: Vec<Vec<u8>>,
-    lengths: Vec<usize>,
+pub(super) struct Padded {
+    mask: Vec<Vec<bool>>,
+    pub(super) lengths: Vec<usize>,
 }
 
 impl Padded {
-    fn read(mask: &Value) -> Result<Self> {
-        let mask: Vec<Vec<u8>> = typed(mask, "completion_mask")?;
-        let lengths = mask.iter().map(|row| row.iter().filter(|&&kept| kept != 0).count()).collect();
+    pub(super) fn read(mask: &Value) -> Result<Self> {
+        let mask: Vec<Vec<f64>> = typed(mask, "completion_mask")?;
+        let mask: Vec<Vec<bool>> =
+            mask.iter().map(|row| row.iter().map(|&kept| kept != 0.0).collect()).collect();
+        let lengths = mask.iter().map(|row| row.iter().filter(|&&kept| kept).count()).collect();
         Ok(Self { mask, lengths })
     }
 
     /// The entries that count, one row after another.
-    fn pack(&self, table: &Value, what: &str) -> Result<Vec<f64>> {
+    pub(super) fn pack(&self, table: &Value, what: &str) -> Result<Vec<f64>> {
         let rows: Vec<Vec<f64>> = typed(table, what)?;
-        let kept = |(row, mask): (&Vec<f64>, &Vec<u8>)| {
-            row.iter().zip(mask).filter(|(_, kept)| **kept != 0).map(|(value, _)| *value).collect::<Vec<_>>()
+        let is_as_wide = |(row, mask): (&Vec<f64>, &Vec<bool>)| row.len() == mask.len();
+        if rows.len() != self.mask.len() || !rows.iter().zip(&self.mask).all(is_as_wide) {
+            return Err(Error::data(format!("the reference's `{what}` has another shape than its mask")));
+        }
+        let kept = |(row, mask): (&Vec<f64>, &Vec<bool>)| {
+            row.iter().zip(mask).filter(|(_, kept)| **kept).map(|(value, _)| *value).collect::<Vec<_>>()
         };
         Ok(rows.iter().zip(&self.mask).flat_map(kept).collect())
     }
 
     /// The whole table of packed entries, zero where nothing counts.
-    fn unpack(&self, packed: &[f64]) -> Vec<f64> {
+    pub(super) fn unpack(&self, packed: &[f64]) -> Vec<f64> {
         let mut packed = packed.iter();
-        let entry = |kept: &u8| if *kept == 0 { 0.0 } else { packed.next().copied().unwrap_or(f64::NAN) };
+        let entry = |kept: &bool| if *kept { packed.next().copied().unwrap_or(f64::NAN) } else { 0.0 };
         self.mask.iter().flatten().map(entry).collect()
     }
 }
 
-fn check_losses(table: &Value, checks: &mut Vec<Check>) -> Result<()> {
+fn check_losses(table: &Value, checks: &mut Vec<Check>, not_checked: &mut Vec<Unchecked>) -> Result<()> {
     if table.is_null() {
         return Ok(());
     }
@@ -138,6 +165,15 @@ fn check_losses(table: &Value, checks: &mut Vec<Check>) -> Result<()> {
         let wanted: Vec<Vec<f64>> = typed(&row["grad_logps"], "grad_logps")?;
         let gradient = padded.unpack(&found.d_log_probs);
         checks.push(training_check(&case, "grpo_gradient", &gradient, &wanted.concat()));
+        for (key, wanted) in named(&row["metrics"]) {
+            let quantity = "grpo_metrics";
+            match golden::metric(&found.stats, key) {
+                Some(found) => {
+                    checks.push(training_check(&case, quantity, &[found], &[typed(wanted, key)?]));
+                }
+                None => not_checked.push(unchecked("-", &case, quantity, &format!("`{key}` is not known"))),
+            }
+        }
     }
     Ok(())
 }
