@@ -265,7 +265,7 @@ fn completions_of_training_are_shown_best_and_worst_with_the_pictures_of_their_s
     let (best, worst) = (&data.cards[1].answers[0], &data.cards[1].answers[3]);
     assert_eq!((best.prediction.as_str(), best.correct), ("advantage +1.00 · 3 tokens", true));
     assert_eq!((worst.prediction.as_str(), worst.correct), ("advantage -1.00 · 3 tokens, cut off", false));
-    assert_eq!((best.completion.as_str(), data.cards[1].question.as_str()), ("says 2 0 2.0", "Which?"));
+    assert_eq!((best.completion.as_str(), data.cards[1].question.as_str()), ("says 2 0 2", "Which?"));
 
     let folder = dir.path().join("short/images/step-2");
     fs::create_dir_all(&folder).unwrap();
