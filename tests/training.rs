@@ -130,7 +130,13 @@ pub(crate) fn check_same(a: &Path, b: &Path) {
 
 /// Runs the program; once `file` of its run has so many lines it is killed without warning, then run again with
 /// `--resume`, and so on through `kills`; the last run goes to its end. Fails when no kill came in time.
-fn run_with_kills(command: Command, settings: &[(String, String)], out: &Path, file: &str, kills: &[usize]) {
+pub(crate) fn run_with_kills(
+    command: Command,
+    settings: &[(String, String)],
+    out: &Path,
+    file: &str,
+    kills: &[usize],
+) {
     let mut arguments = arguments(command, settings);
     arguments.push("--resume".to_owned());
     let count = |path: &Path| fs::read_to_string(path).map_or(0, |text| text.lines().count());
@@ -189,7 +195,7 @@ fn a_tiny_model_learns_eight_phantoms_by_heart() {
 }
 
 /// Few steps of an adversarial recipe on few questions.
-const SHORT: [(&str, &str); 9] = [
+pub(crate) const SHORT: [(&str, &str); 9] = [
     ("data.limit", "12"),
     ("train.batch_size", "3"),
     ("train.num_steps", "6"),
@@ -386,7 +392,7 @@ fn remembering_images_changes_no_byte_of_training_on_a_frozen_tower() {
 #[test]
 fn passes_of_few_questions_add_up_to_the_whole_batch() {
     let dir = tempfile::tempdir().unwrap();
-    for recipe in ["sft", "at_sft"] {
+    for recipe in ["sft", "at_sft", "trades"] {
         let numbers = ["7", "3", "1"].map(|micro| {
             let out = dir.path().join(format!("{recipe}-{micro}"));
             // Reasonings of different lengths: passes differ in their number of tokens.

@@ -4,6 +4,7 @@
 //! directory.
 
 pub mod adapter;
+pub mod adversary;
 pub mod aims;
 pub mod answers;
 pub mod attack;
@@ -38,5 +39,6 @@ pub mod report;
 pub mod run;
 pub mod scratch;
 pub mod sft;
+pub mod trades;
 pub mod train;
 pub mod verdict;

@@ -13,7 +13,7 @@ use super::report::{self, ReportOptions};
 use super::run::{Run, Stop};
 use super::scratch::{self, Scratch};
 use super::sft::StepReport;
-use super::{denoise, sft};
+use super::{denoise, sft, trades};
 use crate::backend::peak_memory_bytes;
 use crate::data::Dataset;
 use crate::error::{Error, Result};
@@ -188,6 +188,8 @@ pub(super) fn follow<C: Course>(
             if settings.recipe.is_grpo() {
                 let (reference, max_new_tokens) = (reference.as_ref(), config.max_new_tokens);
                 grpo::step(&lesson, fit, &Sampling { reference, max_new_tokens, is_adversarial, assumed })
+            } else if settings.recipe == RecipeName::Trades {
+                trades::step(&lesson, fit)
             } else {
                 sft::step(&lesson, fit, is_adversarial)
             }

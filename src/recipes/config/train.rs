@@ -1,7 +1,7 @@
 //! `[train]` and its sections: what every recipe of training can be told.
 
+use super::adversary::AdversaryConfig;
 use super::keys::{Range, section, words};
-use super::{NormName, ObjectiveName};
 use crate::nn::recompute::Memory;
 use crate::reward::RewardConfig;
 use crate::train::grpo::{self, GrpoConfig};
@@ -17,6 +17,9 @@ words! {
         Grpo = "grpo",
         /// GRPO whose completions are sampled on PGD images.
         AtGrpo = "at_grpo",
+        /// Supervised fine-tuning on clean images, with a penalty on how far PGD images move what the model says (TRADES, Zhang
+        /// et al. 2019).
+        Trades = "trades",
         /// A denoiser to stand in front of the model, which stays as it is.
         Denoiser = "denoiser",
     }
@@ -89,7 +92,8 @@ words! {
 words! {
     /// The image that the reference policy sees.
     pub enum KlImage = Adversarial {
-        /// The image the completion was sampled on.
+        /// The image that the policy sees: the one the completion was sampled on, or that image attacked again
+        /// (`train.adversary.refresh`).
         Adversarial = "adversarial",
         /// The untouched image.
         Clean = "clean",
@@ -137,7 +141,8 @@ section! {
         /// options before it learns to see. A question without a reasoning is told its modality and right option.
         captions: bool = false,
         /// Standard deviation of Gaussian noise added to every training image at the model's resolution, fresh at each step
-        /// and not clipped: what makes smoothing with the same `sigma` certify more (Cohen et al. 2019); 0: none.
+        /// and not clipped: what makes smoothing with the same `sigma` certify more (Cohen et al. 2019); 0: none. Attacked
+        /// images get it after the attack, which knows of it only with `adversary.smoothing_sigma`.
         noise_sigma: f64 = 0.0 => Range::at_least(0.0),
         /// Steps between checkpoints; 0: only at the end.
         save_every: usize = 100,
@@ -158,7 +163,7 @@ section! {
         parts: TrainParts = TrainParts::default(),
         /// GRPO, for the recipes `grpo` and `at_grpo`.
         grpo: GrpoSettings = GrpoSettings::default(),
-        /// The adversary in training, for the recipes `at_sft` and `at_grpo`.
+        /// The adversary in training, for the recipes `at_sft`, `at_grpo` and `trades`.
         adversary: AdversaryConfig = AdversaryConfig::default(),
         /// The network, for the recipe `denoiser`.
         denoiser: DenoiserSettings = DenoiserSettings::default(),
@@ -231,30 +236,6 @@ section! {
     }
 }
 
-section! {
-    /// `[train.adversary]`: the attack inside adversarial training.
-    pub struct AdversaryConfig {
-        /// The norm that bounds the change.
-        norm: NormName = NormName::Linf,
-        /// Full budget, in units of pixel values in [0, 1].
-        epsilon: f64 = 8.0 / 255.0 => Range::at_least(0.0),
-        /// Length of one step, in the units of `epsilon`; absent: 2.5 x the current budget / `num_steps`.
-        step_size: Option<f64> = None => Range::at_least(0.0),
-        /// Gradient steps of one start.
-        num_steps: usize = 3,
-        /// Whether it begins at a random point of the ball.
-        random_start: bool = true,
-        /// What is maximised.
-        objective: ObjectiveName = ObjectiveName::Completion,
-        /// Share of questions left clean.
-        clean_fraction: f64 = 0.25 => Range::closed(0.0, 1.0),
-        /// Budget of the first step, as a share of `epsilon`.
-        epsilon_start_fraction: f64 = 0.25 => Range::closed(0.0, 1.0),
-        /// Share of the steps over which the budget rises linearly to `epsilon`.
-        ramp_fraction: f64 = 0.3 => Range::closed(0.0, 1.0),
-    }
-}
-
 impl RecipeName {
     /// Whether it samples completions and rewards them.
     pub const fn is_grpo(self) -> bool {
@@ -263,7 +244,7 @@ impl RecipeName {
 
     /// Whether it trains on attacked images.
     pub const fn is_adversarial(self) -> bool {
-        matches!(self, Self::AtSft | Self::AtGrpo)
+        matches!(self, Self::AtSft | Self::AtGrpo | Self::Trades)
     }
 }
 

@@ -8,13 +8,14 @@ use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Training metrics worth a plot, the most telling first.
-const TELLING: [&str; 14] = [
+const TELLING: [&str; 15] = [
     "loss",
     "reward",
     "rewards/accuracy/mean",
     "rewards/accuracy_adversarial/mean",
     "rewards/accuracy_clean/mean",
     "pgd_gain",
+    "kl_clean_adversarial",
     "frac_reward_zero_std",
     "kl",
     "entropy",
