@@ -3,6 +3,8 @@
 
 /// Low-rank adapters from training to export.
 mod adapters;
+/// Adversaries of training: gradients against differences, and that their runs are repeatable.
+mod adversaries;
 /// Floors (imports go down only); every module documented.
 mod architecture;
 /// Attacks of every method: budgets, records, curves, smoothed models.

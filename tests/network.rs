@@ -101,7 +101,7 @@ fn difference(variable: &Var, direction: &[f32], step: f64, loss: &dyn Fn() -> f
 
 /// Compares a gradient with differences along directions that mix it with random ones, so that neither a wrong length
 /// nor a missing part passes.
-fn check_slopes(name: &str, variable: &Var, gradient: &Tensor, loss: &dyn Fn() -> f64) {
+pub(crate) fn check_slopes(name: &str, variable: &Var, gradient: &Tensor, loss: &dyn Fn() -> f64) {
     let gradient = values(gradient);
     let norm = |v: &[f32]| v.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
     let length = norm(&gradient);

@@ -200,7 +200,7 @@ fn a_tiny_model_learns_eight_phantoms_by_heart() {
 }
 
 /// Few steps of an adversarial recipe on few questions.
-const SHORT: [(&str, &str); 9] = [
+pub(crate) const SHORT: [(&str, &str); 9] = [
     ("data.limit", "12"),
     ("train.batch_size", "3"),
     ("train.num_steps", "6"),
@@ -540,7 +540,7 @@ fn remembering_images_changes_no_byte_of_training_on_a_frozen_tower() {
 #[test]
 fn passes_of_few_questions_add_up_to_the_whole_batch() {
     let dir = tempfile::tempdir().unwrap();
-    for recipe in ["sft", "at_sft"] {
+    for recipe in ["sft", "at_sft", "trades"] {
         let numbers = ["7", "3", "1"].map(|micro| {
             let out = dir.path().join(format!("{recipe}-{micro}"));
             // Reasonings of different lengths: passes differ in their number of tokens.

@@ -47,7 +47,7 @@ pub(crate) enum CliCommand {
     /// The whole pipeline on built-in phantom images, on the processor, in minutes.
     #[command(after_help = "Examples:\n  safemed demo\n  safemed demo --quick --out demo --seed 1")]
     Demo(DemoArgs),
-    /// Fine-tune: sft, at_sft (on attacked images), grpo, at_grpo.
+    /// Fine-tune: sft, at_sft (on attacked images), trades, grpo, at_grpo.
     #[command(after_help = "Examples:\n  safemed config preset at_grpo > at_grpo.toml\n  \
         safemed train --config at_grpo.toml --model Qwen/Qwen2.5-VL-3B-Instruct --omnimedvqa OmniMedVQA --out runs/at_grpo\n  \
         safemed train --config at_grpo.toml --model Qwen/Qwen2.5-VL-3B-Instruct --omnimedvqa OmniMedVQA --dry-run\n  \

@@ -14,6 +14,7 @@ use super::vision::{VisionPlan, VisionTower};
 use crate::error::Result;
 use crate::nn::attention::Layout;
 use crate::nn::cross_entropy;
+use crate::nn::divergence;
 use crate::nn::linear::TensorMap;
 use crate::nn::recompute::Stage;
 use crate::nn::rows;
@@ -353,6 +354,15 @@ impl Vlm {
         temperature: f64,
     ) -> candle_core::Result<Tensor> {
         cross_entropy::log_probs_of(hidden, &self.decoder.head, targets, temperature)
+    }
+
+    /// Divergence of the next token's distribution at each row of `p` from that at the same row of `q`, `[rows]`, in nats; both
+    /// are normalised hidden rows.
+    ///
+    /// # Errors
+    /// When the two differ in shape.
+    pub fn divergence(&self, p: &Tensor, q: &Tensor) -> candle_core::Result<Tensor> {
+        divergence::divergence_of(p, q, &self.decoder.head)
     }
 }
 

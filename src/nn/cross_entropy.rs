@@ -77,17 +77,18 @@ for_each_isa! {
     }
 }
 
-impl LogProbs {
-    fn chunk_rows(vocab: usize) -> usize {
-        (CHUNK_LOGITS / vocab.max(1)).clamp(1, 4096)
-    }
+/// Rows of `logits` logits each that are held at a time.
+pub(super) fn chunk_rows(logits: usize) -> usize {
+    (CHUNK_LOGITS / logits.max(1)).clamp(1, 4096)
+}
 
+impl LogProbs {
     fn forward(&self, hidden: &[f32]) -> Result<Vec<f32>> {
         let rows = self.targets.len();
         let mut out = zeros(rows);
         with_forward_panels(&self.head, |panels| {
             let (width, vocab) = (panels.k, panels.n);
-            let step = Self::chunk_rows(vocab);
+            let step = chunk_rows(vocab);
             let mut logits = zeros(step.min(rows) * vocab);
             for start in (0..rows).step_by(step) {
                 let count = step.min(rows - start);
@@ -119,7 +120,7 @@ impl LogProbs {
             with_slice(grad, |grad| {
                 with_forward_panels(&self.head, |panels| -> Result<Vec<f32>> {
                     let vocab = panels.n;
-                    let step = Self::chunk_rows(vocab);
+                    let step = chunk_rows(vocab);
                     let mut logits = zeros(step.min(rows) * vocab);
                     let mut discarded = zeros(step.min(rows));
                     let mut d_weight = zeros(if weight.is_some() { vocab * width } else { 0 });

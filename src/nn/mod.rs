@@ -12,6 +12,7 @@ pub mod activation;
 pub mod attention;
 pub mod convolution;
 pub mod cross_entropy;
+pub mod divergence;
 pub mod dropout;
 pub(crate) mod kernel;
 pub mod linear;

@@ -100,6 +100,17 @@ pub fn gated(gate: &Tensor, up: &Tensor, activation: Activation) -> Result<Tenso
     activate(gate, activation)? * up
 }
 
+/// See [`super::divergence::divergence_of`].
+pub fn divergence_of(p: &Tensor, q: &Tensor) -> Result<Tensor> {
+    let log_shares = |logits: &Tensor| {
+        let shifted = logits.to_dtype(DType::F32)?;
+        let shifted = shifted.broadcast_sub(&shifted.detach().max_keepdim(D::Minus1)?)?;
+        shifted.broadcast_sub(&shifted.exp()?.sum_keepdim(D::Minus1)?.log()?)
+    };
+    let (p, q) = (log_shares(p)?, log_shares(q)?);
+    (p.exp()? * (&p - &q)?)?.sum(D::Minus1)
+}
+
 /// See [`super::cross_entropy::log_probs_of`].
 pub fn log_probs_of(logits: &Tensor, targets: &Tensor, temperature: f64) -> Result<Tensor> {
     let logits = (logits.to_dtype(DType::F32)? / temperature)?;

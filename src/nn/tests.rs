@@ -4,6 +4,7 @@ use super::activation::{Activation, activate, gated};
 use super::attention::{Block, Heads, Layout, attention, joint_attention};
 use super::convolution::{Planes, convolve, neighbourhoods};
 use super::cross_entropy::log_probs_of;
+use super::divergence::divergence_of;
 use super::linear::{Arithmetic, Linear, LowRank, Reader, Values};
 use super::{norm, plain, rotary, rows};
 use crate::rng;
@@ -380,6 +381,67 @@ fn log_probs_equal_their_composition_and_sum_to_one() {
         values(&log_probs_of(&row, &frozen, &every, 1.0).unwrap()).iter().map(|v| f64::from(*v).exp()).sum();
     assert!((total - 1.0).abs() < 1e-5);
     assert!(log_probs_of(&row, &frozen, &[50], 1.0).is_err());
+}
+
+#[test]
+fn divergences_equal_their_composition_and_their_definition() {
+    let inputs =
+        [random(&[7, 24], 70), random(&[7, 24], 71), random(&[50, 24], 72)].map(|x| (x * 0.3).unwrap());
+    let reference = |p: &Tensor, q: &Tensor, w: &Tensor| {
+        plain::divergence_of(&plain::linear(p, w, None)?, &plain::linear(q, w, None)?)
+    };
+    check_op(
+        "divergence",
+        &inputs,
+        &|t| divergence_of(&t[0], &t[1], &Linear::of_tensor(&t[2], None)),
+        &|t| reference(&t[0], &t[1], &t[2]),
+    );
+    let frozen = Linear::frozen(&inputs[2], None).unwrap();
+    check_op("divergence, frozen head", &inputs[..2], &|t| divergence_of(&t[0], &t[1], &frozen), &|t| {
+        reference(&t[0], &t[1], &inputs[2])
+    });
+    // One side without a gradient, as an attack has it.
+    for (side, name) in ["first", "second"].into_iter().enumerate() {
+        let pair = |t: &[Tensor]| {
+            let mut pair = [inputs[0].clone(), inputs[1].clone()];
+            pair[side] = t[0].clone();
+            pair
+        };
+        check_op(name, &inputs[side..=side], &|t| divergence_of(&pair(t)[0], &pair(t)[1], &frozen), &|t| {
+            reference(&pair(t)[0], &pair(t)[1], &inputs[2])
+        });
+    }
+    // The definition, in double precision and with sums of its own.
+    let shares = |x: &Tensor| -> Vec<Vec<f64>> {
+        let logits = frozen.forward(x).unwrap().to_vec2::<f32>().unwrap();
+        let share = |row: Vec<f32>| {
+            let sum: f64 = row.iter().map(|value| f64::from(*value).exp()).sum();
+            row.iter().map(|value| f64::from(*value).exp() / sum).collect()
+        };
+        logits.into_iter().map(share).collect()
+    };
+    let found = values(&divergence_of(&inputs[0], &inputs[1], &frozen).unwrap());
+    for ((p, q), found) in shares(&inputs[0]).iter().zip(shares(&inputs[1])).zip(found) {
+        let expected: f64 = p.iter().zip(q).map(|(p, q)| p * (p / q).ln()).sum();
+        assert!(expected > 0.01 && (f64::from(found) - expected).abs() < 1e-6, "{found} {expected}");
+    }
+    // Where the two hardly differ, no digits are lost to differences of sums.
+    let near = (&inputs[0] + (&inputs[1] * 1e-3).unwrap()).unwrap();
+    let found = values(&divergence_of(&inputs[0], &near, &frozen).unwrap());
+    for ((p, q), found) in shares(&inputs[0]).iter().zip(shares(&near)).zip(found) {
+        let expected: f64 = p.iter().zip(q).map(|(p, q)| p * (p / q).ln()).sum();
+        assert!(expected < 1e-4 && (f64::from(found) / expected - 1.0).abs() < 2e-2, "{found} {expected}");
+    }
+    // And where they have nothing in common.
+    let far = (&inputs[0] * -40.0).unwrap();
+    let found = values(&divergence_of(&inputs[0], &far, &frozen).unwrap());
+    for ((p, q), found) in shares(&inputs[0]).iter().zip(shares(&far)).zip(found) {
+        let expected: f64 = p.iter().zip(q).map(|(p, q)| p * (p / q).ln()).sum();
+        assert!(expected > 10.0 && (f64::from(found) / expected - 1.0).abs() < 1e-4, "{found} {expected}");
+    }
+    let same = values(&divergence_of(&inputs[0], &inputs[0], &frozen).unwrap());
+    assert!(same.iter().all(|value| *value == 0.0), "{same:?}");
+    assert!(divergence_of(&inputs[0], &inputs[0].narrow(0, 0, 3).unwrap(), &frozen).is_err());
 }
 
 #[test]

@@ -1,11 +1,10 @@
-//! What every training recipe shares: which questions a step takes, their images and targets, and the adversary.
+//! What every training recipe shares: which questions a step takes, their images and targets.
 
-use super::aims::{self, Asked};
-use super::config::{AdversaryConfig, NormName, ObjectiveName, TargetName, TrainConfig};
+use super::config::{NormName, ObjectiveName, TargetName, TrainConfig};
 use super::failure::{Evidence, Noted};
 use super::fit::{Fit, Student};
 use super::items::{self, Images};
-use crate::attack::{self, Fraction, NoiseBank, Norm, PgdOutput, Problem, pgd};
+use crate::attack::{NoiseBank, Norm};
 use crate::data::Sample;
 use crate::data::prompt::PromptTemplate;
 use crate::error::{Error, Result};
@@ -18,7 +17,6 @@ use crate::reward::Format;
 use crate::rng;
 use crate::roles::features::FeatureCache;
 use crate::roles::policy::{self, Scoring};
-use crate::roles::target::{Aim, Target};
 use candle_core::Tensor;
 use rand::seq::SliceRandom;
 use std::sync::Arc;
@@ -171,12 +169,9 @@ impl Lesson<'_> {
         self.config.micro_batch_size.unwrap_or(self.config.batch_size)
     }
 
-    /// The budget of step `step`: rises linearly from its first value to the full one.
+    /// The adversary's budget at step `step`.
     pub fn epsilon_at(&self, step: u64) -> f64 {
-        let AdversaryConfig { epsilon, epsilon_start_fraction, ramp_fraction, .. } = self.config.adversary;
-        let ramp = (ramp_fraction * self.config.num_steps as f64).max(1.0);
-        let share = ((step + 1) as f64 / ramp).min(1.0);
-        epsilon * (epsilon_start_fraction + (1.0 - epsilon_start_fraction) * share)
+        self.config.adversary.epsilon_at(step, self.config.num_steps)
     }
 
     /// The images of step `step` with `noise_sigma` added, each place with noise of its own.
@@ -227,88 +222,6 @@ impl Lesson<'_> {
     pub fn num_attacked(&self, count: usize) -> usize {
         (count as f64 * (1.0 - self.config.adversary.clean_fraction)).round() as usize
     }
-}
-
-/// What the adversary did to a batch.
-#[derive(Debug)]
-pub struct Attacked {
-    /// All pixels of the batch, attacked ones first, in the batch's order.
-    pub pixels: Vec<Tensor>,
-    /// Budget.
-    pub epsilon: f64,
-    /// Mean loss before and after, over the attacked questions; none when none was.
-    pub losses: Option<(f64, f64)>,
-}
-
-/// Attacks the first questions of a batch at the model's resolution with the current weights.
-///
-/// # Errors
-/// When a gradient is not a number.
-pub fn attack_batch(
-    lesson: &Lesson<'_>,
-    assistant: &Assistant,
-    questions: &Questions,
-    step: u64,
-) -> Result<Attacked> {
-    let epsilon = lesson.epsilon_at(step);
-    lesson.evidence.note(|noted| (noted.phase, noted.epsilon) = ("attack", Some(epsilon)));
-    let settings = &lesson.config.adversary;
-    let attacked = lesson.num_attacked(questions.samples.len());
-    let mut pixels = Vec::new();
-    let (mut before, mut after) = (Vec::new(), Vec::new());
-    let mut start = 0;
-    while start < attacked {
-        // Attacked together: neighbours of one size, as many as one pass may hold.
-        let size = |i: usize| (questions.images[i].resized.height, questions.images[i].resized.width);
-        let is_next = |i: &usize| size(*i) != size(start) || i - start == lesson.micro_batch_size();
-        let end = (start..attacked).find(is_next).unwrap_or(attacked);
-        let range = start..end;
-        let clean = items::stack(assistant, &questions.images[range.clone()])?.remove(0);
-        let target = Target {
-            assistant,
-            aims: range.clone().map(|i| aim_of(lesson, assistant, questions, i)).collect::<Result<_>>()?,
-            answers: &|_, _| Err(anyhow::anyhow!("training never asks whether an attack succeeded").into()),
-            noise: None,
-            draws_at_once: 1,
-            memory: lesson.config.memory(),
-        };
-        let config = attack::AttackConfig {
-            norm: norm_of(settings.norm),
-            epsilon: Fraction(epsilon),
-            step_size: settings.step_size.map(Fraction),
-            num_steps: settings.num_steps,
-            random_start: settings.random_start,
-            early_stop: false,
-            output: PgdOutput::Last,
-            seed: lesson.seed,
-            ..attack::AttackConfig::default()
-        };
-        let keys: Vec<u64> = range.clone().map(|i| step << 20 | i as u64).collect();
-        let indices: Vec<usize> = (0..range.len()).collect();
-        let problem = Problem { clean: &clean, items: &indices, keys: &keys, start: None, judge_8bit: false };
-        let adversarial = pgd(&target, &problem, &config, &mut |_| Ok(()))?;
-        before.extend(adversarial.loss_clean);
-        after.extend(adversarial.loss);
-        pixels.push(adversarial.pixels);
-        start = end;
-    }
-    pixels.extend(items::stack(assistant, &questions.images[attacked..])?);
-    let mean = |values: &[f32]| values.iter().map(|v| f64::from(*v)).sum::<f64>() / values.len() as f64;
-    let losses = (!before.is_empty()).then(|| (mean(&before), mean(&after)));
-    Ok(Attacked { pixels, epsilon, losses })
-}
-
-fn aim_of(lesson: &Lesson<'_>, assistant: &Assistant, questions: &Questions, i: usize) -> Result<Aim> {
-    let (sample, image) = (&questions.samples[i], &questions.images[i]);
-    let asked = Asked {
-        template: lesson.template,
-        is_cot: lesson.is_cot(),
-        objective: lesson.config.adversary.objective,
-        target: 1,
-        own: None,
-    };
-    let size = [image.resized.height, image.resized.width];
-    aims::aim(assistant, sample, asked, questions.prompts[i].clone(), size)
 }
 
 /// The norm that a setting names.

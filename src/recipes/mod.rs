@@ -4,6 +4,7 @@
 //! directory.
 
 pub mod adapter;
+pub mod adversary;
 pub mod aims;
 pub mod answers;
 pub mod attack;
@@ -42,6 +43,7 @@ mod room;
 pub mod run;
 pub mod scratch;
 pub mod sft;
+pub mod trades;
 pub mod train;
 pub mod validation;
 pub mod verdict;

@@ -1,6 +1,7 @@
 //! Pictures of training: what the adversary made of an image, for the eye. TensorBoard and reports show them.
 
-use super::lesson::{Attacked, Lesson, Questions};
+use super::adversary::Attacked;
+use super::lesson::{Lesson, Questions};
 use super::report::amplified_difference;
 use crate::error::Result;
 use crate::pixels::RgbImage8;

@@ -6,13 +6,14 @@ use serde_json::json;
 use std::fmt::Write as _;
 
 /// Name and content of every file under `configs/`.
-const PRESETS: [(&str, &str); 23] = [
+const PRESETS: [(&str, &str); 24] = [
     ("eval", include_str!("../../configs/eval.toml")),
     ("attack", include_str!("../../configs/attack.toml")),
     ("certify", include_str!("../../configs/certify.toml")),
     ("sft_instruct", include_str!("../../configs/sft_instruct.toml")),
     ("sft_cot", include_str!("../../configs/sft_cot.toml")),
     ("at_sft", include_str!("../../configs/at_sft.toml")),
+    ("trades", include_str!("../../configs/trades.toml")),
     ("grpo", include_str!("../../configs/grpo.toml")),
     ("at_grpo", include_str!("../../configs/at_grpo.toml")),
     ("denoiser", include_str!("../../configs/denoiser.toml")),

@@ -3,9 +3,10 @@
 //! The loss is the mean negative log-likelihood over the tokens of the right completions, the token that ends the turn
 //! included; prompt and image tokens are never learnt.
 
+use super::adversary::Adversary;
 use super::fit::{Fit, Student};
 use super::items;
-use super::lesson::{Lesson, Questions, attack_batch};
+use super::lesson::{Lesson, Questions};
 use super::pictures::{self, Pictures};
 use crate::error::{Error, Result};
 use crate::nn::recompute::{Gradients, Stage, loss_and_gradients};
@@ -59,7 +60,8 @@ pub fn step(lesson: &Lesson<'_>, fit: &mut Fit<Student>, is_adversarial: bool) -
     let questions = lesson.questions(&fit.learner.frozen, fit.step)?;
     let started = Instant::now();
     let (pixels, attacked) = if is_adversarial {
-        let attacked = attack_batch(lesson, &fit.learner.frozen, &questions, fit.step)?;
+        let adversary = Adversary { lesson, questions: &questions, step: fit.step, sampling: None };
+        let attacked = adversary.attack(&fit.learner.frozen)?;
         (attacked.pixels.clone(), Some(attacked))
     } else {
         (items::stack(&fit.learner.frozen, &questions.images)?, None)
@@ -86,12 +88,7 @@ pub fn step(lesson: &Lesson<'_>, fit: &mut Fit<Student>, is_adversarial: bool) -
         + questions.targets.iter().map(Vec::len).sum::<usize>();
     report.num_tokens = num_tokens as u64;
     if let Some(attacked) = attacked {
-        metrics.insert("epsilon".into(), json!(attacked.epsilon));
-        if let Some((clean, adversarial)) = attacked.losses {
-            metrics.insert("loss_clean".into(), json!(clean));
-            metrics.insert("loss_adversarial".into(), json!(adversarial));
-            metrics.insert("pgd_gain".into(), json!(adversarial - clean));
-        }
+        attacked.describe(lesson, metrics);
     }
     Ok(report)
 }

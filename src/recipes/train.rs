@@ -17,7 +17,7 @@ use super::scratch::{self, Scratch};
 use super::sft::StepReport;
 use super::validation::{self, Best, Exam};
 use super::watch::{self, Watch};
-use super::{denoise, sft};
+use super::{denoise, sft, trades};
 use crate::backend::peak_memory_bytes;
 use crate::data::Dataset;
 use crate::error::{Error, Result};
@@ -245,6 +245,8 @@ pub(super) fn follow<C: Course>(
                     fit.learner.move_reference(ref_sync_alpha)?;
                 }
                 Ok(report)
+            } else if settings.recipe == RecipeName::Trades {
+                trades::step(&lesson, fit)
             } else {
                 sft::step(&lesson, fit, is_adversarial)
             }

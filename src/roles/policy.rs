@@ -158,6 +158,34 @@ impl Scoring {
         self.targets.len()
     }
 
+    /// Where the target tokens of `prompts` stand in the list of targets.
+    pub fn targets_of(&self, prompts: Range<usize>) -> Range<usize> {
+        let spans = || self.spans[prompts.clone()].iter().flatten();
+        let start = spans().map(|span| span.start).min().unwrap_or(0);
+        start..spans().map(|span| span.end).max().unwrap_or(start)
+    }
+
+    /// Of the decoder's last state, what predicts the targets in `range`: `[range.len(), hidden]`.
+    ///
+    /// # Errors
+    /// When the state has too few rows.
+    pub fn predicting(&self, hidden: &Tensor, range: Range<usize>) -> candle_core::Result<Tensor> {
+        rows::select(hidden, &self.rows[range])
+    }
+
+    /// Log-probabilities of the targets in `range` from the rows that [`Scoring::predicting`] gives for it.
+    ///
+    /// # Errors
+    /// When a target is not in the vocabulary.
+    pub fn log_probs_from(
+        &self,
+        assistant: &Assistant,
+        predicting: &Tensor,
+        range: Range<usize>,
+    ) -> candle_core::Result<Tensor> {
+        assistant.vlm.log_probs(predicting, &self.targets[range], 1.0)
+    }
+
     /// Log-probability of every target token from the decoder's last state, `[targets]`, in nats.
     ///
     /// # Errors

@@ -124,6 +124,44 @@ impl Target<'_> {
     }
 }
 
+/// One pass of images through the model, and back to the pixels that they were made from.
+pub(super) struct PixelPass<'a> {
+    /// The model, without gradients of its own.
+    pub(super) assistant: &'a Assistant,
+    /// What is said about the images.
+    pub(super) scoring: &'a Scoring,
+    /// How many images there are, all of `model_size`.
+    pub(super) count: usize,
+    /// Their height and width.
+    pub(super) model_size: [usize; 2],
+    /// Whether activations are kept or recomputed.
+    pub(super) memory: Memory,
+}
+
+impl PixelPass<'_> {
+    /// The gradient by `pixels` of `loss`, a number made from the decoder's last state. `prepare` takes `pixels` to the
+    /// model's images.
+    pub(super) fn gradient(
+        &self,
+        pixels: &Tensor,
+        prepare: &dyn Fn(&Tensor) -> candle_core::Result<Tensor>,
+        loss: &dyn Fn(&Tensor) -> candle_core::Result<Tensor>,
+    ) -> Result<Tensor> {
+        let variable = Var::from_tensor(&pixels.detach())?;
+        let inputs = [variable.as_tensor().clone()];
+        let vlm = &self.assistant.vlm;
+        let [height, width] = self.model_size;
+        let plan = vlm.vision_plan(&vec![vlm.grid_of(height, width); self.count])?;
+        let mut stages: Vec<Stage<'_>> = vec![Box::new(|state| Ok(vec![prepare(&state[0])?]))];
+        stages.extend(vlm.vision_stages(&plan));
+        stages.extend(self.scoring.stages(self.assistant));
+        let (_, gradients) = loss_and_gradients(&stages, &inputs, |state| loss(&state[0]), &[], self.memory)?;
+        gradients.get(variable.as_tensor()).cloned().ok_or_else(|| {
+            Error::NonFinite("no gradient reached the pixels: the attack would be void".to_owned())
+        })
+    }
+}
+
 impl Target<'_> {
     /// Losses of pixels at the model's resolution and, if `slopes` weighs each token's log-probability, their gradient by
     /// `pixels`.
@@ -137,23 +175,18 @@ impl Target<'_> {
         slopes: &dyn Fn(&Scoring, &[f32]) -> Vec<f32>,
     ) -> Result<Tensor> {
         let scoring = self.scoring(items)?;
-        let variable = Var::from_tensor(&pixels.detach())?;
-        let inputs = [variable.as_tensor().clone()];
-        let [height, width] = self.aims[items[0]].model_size;
-        let plan =
-            self.assistant.vlm.vision_plan(&vec![self.assistant.vlm.grid_of(height, width); items.len()])?;
-        let mut stages: Vec<Stage<'_>> = vec![Box::new(|state| Ok(vec![prepare(&state[0])?]))];
-        stages.extend(self.assistant.vlm.vision_stages(&plan));
-        stages.extend(scoring.stages(self.assistant));
-        let loss = |state: &[Tensor]| {
-            let log_probs = scoring.log_probs(self.assistant, &state[0], 1.0)?;
+        let pass = PixelPass {
+            assistant: self.assistant,
+            scoring: &scoring,
+            count: items.len(),
+            model_size: self.aims[items[0]].model_size,
+            memory: self.memory,
+        };
+        pass.gradient(pixels, prepare, &|hidden| {
+            let log_probs = scoring.log_probs(self.assistant, hidden, 1.0)?;
             let weights = slopes(&scoring, &log_probs.to_vec1::<f32>()?);
             let weights = Tensor::from_vec(weights, log_probs.dims1()?, log_probs.device())?;
             (log_probs * weights)?.sum_all()
-        };
-        let (_, gradients) = loss_and_gradients(&stages, &inputs, loss, &[], self.memory)?;
-        gradients.get(variable.as_tensor()).cloned().ok_or_else(|| {
-            Error::NonFinite("no gradient reached the pixels: the attack would be void".to_owned())
         })
     }
 

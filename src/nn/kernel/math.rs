@@ -109,6 +109,23 @@ pub(crate) fn sum(a: &[f32]) -> f32 {
     fold(lanes)
 }
 
+/// Sum of `f(a, b)` over fixed lanes.
+#[inline(always)]
+pub(crate) fn sum_by(a: &[f32], b: &[f32], f: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut lanes = [0f32; LANES];
+    let (a_chunks, b_chunks) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
+    let (a_rest, b_rest) = (a_chunks.remainder(), b_chunks.remainder());
+    for (x, y) in a_chunks.zip(b_chunks) {
+        for i in 0..LANES {
+            lanes[i] += f(x[i], y[i]);
+        }
+    }
+    for (i, (x, y)) in a_rest.iter().zip(b_rest).enumerate() {
+        lanes[i] += f(*x, *y);
+    }
+    fold(lanes)
+}
+
 #[inline(always)]
 fn fold(mut lanes: [f32; LANES]) -> f32 {
     let mut width = LANES / 2;

@@ -1,6 +1,9 @@
 //! Settings that change nothing beside the others: said, not refused, so that one file can serve several methods.
 
-use super::{AttackConfig, CertifyConfig, CertifyMode, Command, Method, RunConfig};
+use super::{
+    AdversaryConfig, AdversaryObjective, AttackConfig, CertifyConfig, CertifyMode, Command, Method, RampName,
+    RecipeName, RefreshName, RunConfig,
+};
 
 impl RunConfig {
     /// The settings that differ from their defaults and have no effect on `command`, each with the reason.
@@ -24,6 +27,34 @@ impl RunConfig {
             note(!has_queries && own.num_queries != default.num_queries, "num_queries", with());
             let is_plain = own.smoothing_sigma.is_none() && own.eot_samples != default.eot_samples;
             note(is_plain, "eot_samples", "there is no noise without `smoothing_sigma`".to_owned());
+        }
+        if command == Command::Train && self.train.recipe.is_adversarial() {
+            let (own, default) = (&self.train.adversary, AdversaryConfig::default());
+            let mut idle = |is_idle: bool, key: &str, why: &str| {
+                note(is_idle, &format!("train.adversary.{key}"), why.to_owned());
+            };
+            let is_plain = own.smoothing_sigma.is_none() && own.eot_samples != default.eot_samples;
+            idle(is_plain, "eot_samples", "there is no noise in the attack without `smoothing_sigma`");
+            let is_paid = own.objective == AdversaryObjective::ExpectedReward;
+            let samples = own.expected_reward_samples != default.expected_reward_samples;
+            idle(!is_paid && samples, "expected_reward_samples", "`objective` is not `expected_reward`");
+            let beta = own.trades_beta != default.trades_beta;
+            idle(
+                self.train.recipe != RecipeName::Trades && beta,
+                "trades_beta",
+                "the recipe is not `trades`",
+            );
+            let is_single = !self.train.recipe.is_grpo() || self.train.grpo.num_updates == 1;
+            let refreshes = own.refresh == RefreshName::EachUpdate;
+            idle(is_single && refreshes, "refresh", "a step has one update");
+            let is_ramp = own.epsilon_schedule != RampName::Constant;
+            let start = own.epsilon_start_fraction != default.epsilon_start_fraction;
+            idle(!is_ramp && start, "epsilon_start_fraction", "`epsilon_schedule` is `constant`");
+            let ramp = own.ramp_fraction != default.ramp_fraction;
+            idle(!is_ramp && ramp, "ramp_fraction", "`epsilon_schedule` is `constant`");
+            let stages = own.ramp_stages != default.ramp_stages;
+            let has_stages = own.epsilon_schedule == RampName::Steps;
+            idle(!has_stages && stages, "ramp_stages", "`epsilon_schedule` is not `steps`");
         }
         let (own, default) = (&self.certify, CertifyConfig::default());
         if command == Command::Certify {
@@ -109,6 +140,52 @@ mod tests {
             (Command::Eval, &[("generation.top_k", "5"), ("generation.temperature", "0.5")], 0),
         ] {
             assert_eq!(notes(command, settings).len(), count, "{settings:?}");
+        }
+    }
+
+    #[test]
+    fn idle_settings_of_an_adversary_are_said() {
+        let cases: [(&[(&str, &str)], usize); 4] = [
+            (
+                &[
+                    ("train.recipe", "at_sft"),
+                    ("train.adversary.eot_samples", "2"),
+                    ("train.adversary.expected_reward_samples", "2"),
+                    ("train.adversary.trades_beta", "1"),
+                    ("train.adversary.refresh", "each_update"),
+                    ("train.adversary.ramp_stages", "2"),
+                ],
+                5,
+            ),
+            (
+                &[
+                    ("train.recipe", "at_grpo"),
+                    ("train.noise_sigma", "0.1"),
+                    ("train.grpo.num_updates", "2"),
+                    ("train.adversary.smoothing_sigma", "0.1"),
+                    ("train.adversary.eot_samples", "2"),
+                    ("train.adversary.objective", "expected_reward"),
+                    ("train.adversary.expected_reward_samples", "2"),
+                    ("train.adversary.refresh", "each_update"),
+                    ("train.adversary.epsilon_schedule", "steps"),
+                    ("train.adversary.ramp_stages", "2"),
+                ],
+                0,
+            ),
+            (
+                &[
+                    ("train.recipe", "trades"),
+                    ("train.adversary.trades_beta", "1"),
+                    ("train.adversary.epsilon_schedule", "constant"),
+                    ("train.adversary.epsilon_start_fraction", "1"),
+                    ("train.adversary.ramp_fraction", "1"),
+                ],
+                2,
+            ),
+            (&[("train.recipe", "sft"), ("train.adversary.trades_beta", "1")], 0),
+        ];
+        for (settings, count) in cases {
+            assert_eq!(notes(Command::Train, settings).len(), count, "{settings:?}");
         }
     }
 }

@@ -80,6 +80,8 @@ pub(super) fn load(
     if !layers.origins.contains_key("attack.num_steps") {
         config.attack.num_steps = AttackConfig::default_num_steps(config.attack.method);
     }
+    let is_set = |key: &str| layers.origins.contains_key(&format!("train.adversary.{key}"));
+    config.train.adversary.resolve(config.train.recipe, &is_set);
     let refused: Vec<String> = layers.problems.iter().map(|problem| problem.key.clone()).collect();
     // A value that was refused already is absent here: that it is missing is no second problem.
     for mut problem in config.problems(command).into_iter().filter(|problem| !refused.contains(&problem.key))

@@ -3,6 +3,7 @@
 //! The same word names a setting in the file, on the command line, in records and in reports. How the layers
 //! (defaults, file, `--set`, environment, flags) are joined stands in `layers`; how a key describes itself, in `keys`.
 
+mod adversary;
 mod effect;
 pub mod keys;
 mod layers;
@@ -10,10 +11,11 @@ mod show;
 mod train;
 mod values;
 
+pub use adversary::{AdversaryConfig, AdversaryObjective, RampName, RefreshName};
 pub use layers::Override;
 pub use show::show;
 pub use train::{
-    AdversaryConfig, DenoiserSettings, GrpoSettings, ImportanceName, KlImage, LearningRates, LossType, MetricName, RecipeName, ScaleRewards, ScheduleName, TargetName, TrainConfig, TrainParts, ValidationConfig, WatchSettings,
+    DenoiserSettings, GrpoSettings, ImportanceName, KlImage, LearningRates, LossType, MetricName, RecipeName, ScaleRewards, ScheduleName, TargetName, TrainConfig, TrainParts, ValidationConfig, WatchSettings,
 };
 pub use values::DeviceWord;
 
@@ -521,15 +523,7 @@ impl RunConfig {
                     .with_help("`captions` is for recipe `sft`"),
             );
         }
-        if recipe.is_adversarial() && train.adversary.objective == ObjectiveName::All {
-            problems.push(
-                ConfigError::new(
-                    "train.adversary.objective",
-                    "an adversary in training has one objective, not `all` in turn",
-                )
-                .with_help("use `completion`"),
-            );
-        }
+        self.adversary_problems(problems);
         if !(train.parts.vision || train.parts.merger || train.parts.text) {
             problems.push(
                 ConfigError::new("train.parts", "no parameter would train")

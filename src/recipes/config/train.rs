@@ -1,5 +1,6 @@
 //! `[train]` and its sections: what every recipe of training can be told.
 
+use super::adversary::AdversaryConfig;
 use super::keys::{Range, section, words};
 use super::{NormName, ObjectiveName};
 use crate::error::ConfigError;
@@ -19,6 +20,9 @@ words! {
         Grpo = "grpo",
         /// GRPO whose completions are sampled on PGD images.
         AtGrpo = "at_grpo",
+        /// Supervised fine-tuning on clean images, with a penalty on how far PGD images move what the model says (TRADES, Zhang
+        /// et al. 2019).
+        Trades = "trades",
         /// A denoiser to stand in front of the model, which stays as it is.
         Denoiser = "denoiser",
     }
@@ -91,7 +95,8 @@ words! {
 words! {
     /// The image that the reference policy sees.
     pub enum KlImage = Adversarial {
-        /// The image the completion was sampled on.
+        /// The image that the policy sees: the one the completion was sampled on, or that image attacked again
+        /// (`train.adversary.refresh`).
         Adversarial = "adversarial",
         /// The untouched image.
         Clean = "clean",
@@ -160,7 +165,8 @@ section! {
         /// options before it learns to see. A question without a reasoning is told its modality and right option.
         captions: bool = false,
         /// Standard deviation of Gaussian noise added to every training image at the model's resolution, fresh at each step
-        /// and not clipped: what makes smoothing with the same `sigma` certify more (Cohen et al. 2019); 0: none.
+        /// and not clipped: what makes smoothing with the same `sigma` certify more (Cohen et al. 2019); 0: none. Attacked
+        /// images get it after the attack, which knows of it only with `adversary.smoothing_sigma`.
         noise_sigma: f64 = 0.0 => Range::at_least(0.0),
         /// Steps between checkpoints; 0: only at the end.
         save_every: usize = 100,
@@ -199,7 +205,7 @@ section! {
         learning_rates: LearningRates = LearningRates::default(),
         /// GRPO, for the recipes `grpo` and `at_grpo`.
         grpo: GrpoSettings = GrpoSettings::default(),
-        /// The adversary in training, for the recipes `at_sft` and `at_grpo`.
+        /// The adversary in training, for the recipes `at_sft`, `at_grpo` and `trades`.
         adversary: AdversaryConfig = AdversaryConfig::default(),
         /// Questions apart from those trained on, asked as training goes on.
         validation: ValidationConfig = ValidationConfig::default(),
@@ -351,30 +357,6 @@ section! {
     }
 }
 
-section! {
-    /// `[train.adversary]`: the attack inside adversarial training.
-    pub struct AdversaryConfig {
-        /// The norm that bounds the change.
-        norm: NormName = NormName::Linf,
-        /// Full budget, in units of pixel values in [0, 1].
-        epsilon: f64 = 8.0 / 255.0 => Range::at_least(0.0),
-        /// Length of one step, in the units of `epsilon`; absent: 2.5 x the current budget / `num_steps`.
-        step_size: Option<f64> = None => Range::at_least(0.0),
-        /// Gradient steps of one start.
-        num_steps: usize = 3,
-        /// Whether it begins at a random point of the ball.
-        random_start: bool = true,
-        /// What is maximised.
-        objective: ObjectiveName = ObjectiveName::Completion,
-        /// Share of questions left clean.
-        clean_fraction: f64 = 0.25 => Range::closed(0.0, 1.0),
-        /// Budget of the first step, as a share of `epsilon`.
-        epsilon_start_fraction: f64 = 0.25 => Range::closed(0.0, 1.0),
-        /// Share of the steps over which the budget rises linearly to `epsilon`.
-        ramp_fraction: f64 = 0.3 => Range::closed(0.0, 1.0),
-    }
-}
-
 impl RecipeName {
     /// Whether it samples completions and rewards them.
     pub const fn is_grpo(self) -> bool {
@@ -383,7 +365,7 @@ impl RecipeName {
 
     /// Whether it trains on attacked images.
     pub const fn is_adversarial(self) -> bool {
-        matches!(self, Self::AtSft | Self::AtGrpo)
+        matches!(self, Self::AtSft | Self::AtGrpo | Self::Trades)
     }
 }
 
@@ -485,6 +467,10 @@ impl TrainConfig {
             if self.lora_plus_ratio != 1.0 {
                 refuse("lora_plus_ratio", no_adapter("lora_plus_ratio"), help);
             }
+        }
+        if self.recipe == RecipeName::Trades && self.lora_dropout > 0.0 {
+            let message = "`lora_dropout` would put its own noise between the two branches that `trades` compares";
+            refuse("lora_dropout", message.to_owned(), "leave it out");
         }
         let (rates, parts) = (&self.learning_rates, &self.parts);
         for (part, rate, trains) in [

@@ -146,7 +146,10 @@ impl Workload {
                     (heaviest, most) = (step, load);
                 }
             }
-            rows += picked.iter().map(|&index| items[index].rows(group)).sum::<usize>();
+            // TRADES shows its attacked questions twice.
+            let is_twice = train.recipe == RecipeName::Trades;
+            let again = if is_twice { &picked[..lesson.num_attacked(picked.len())] } else { &[] };
+            rows += picked.iter().chain(again).map(|&index| items[index].rows(group)).sum::<usize>();
             steps.push((step, picked.iter().map(|&index| work(&items[index])).sum()));
         }
         let count = steps.len() as f64;

@@ -77,6 +77,16 @@ impl Group {
     }
 }
 
+/// What completions about `sample` are worth, each by itself.
+pub(in crate::recipes) fn rewards_of(
+    lesson: &Lesson<'_>,
+    frozen: &Assistant,
+    sample: &Sample,
+    completions: &[Completion],
+) -> Result<Vec<f64>> {
+    Ok(Group::judged(lesson, frozen, sample, completions.to_vec(), Vec::new())?.total)
+}
+
 /// Which groups are sampled, and for which time.
 #[derive(Clone, Copy)]
 pub(super) struct Round<'a> {

@@ -8,22 +8,27 @@
 //! policy sees; each is an option here.
 //! Deviation: groups whose rewards are all equal carry no gradient and, without a KL term, are not run through the
 //! update; they count in every denominator, so the result is the same.
+//! With `refresh = "each_update"` the attack is warmed up again before each further update on the same completions: old
+//! log-probabilities stay those of the image sampled on, so that a ratio is the weight of a sample for the new policy on the
+//! new image, and the clip bounds the two changes together.
 //! Deviation: `entropy` is that of the distribution each token was sampled from, so of the policy before the update.
 
 mod group;
 mod log;
 mod update;
 
-use super::config::{GrpoSettings, ScaleRewards};
+use super::adversary::Adversary;
+use super::config::{GrpoSettings, RefreshName, ScaleRewards};
 use super::fit::{Fit, Student};
 use super::items;
-use super::lesson::{Lesson, attack_batch};
+use super::lesson::Lesson;
 use super::pictures;
 use super::sft::StepReport;
 use crate::error::Result;
 use crate::model::assistant::Assistant;
 use crate::roles::policy;
 use crate::train::advantage::{self, AdvantageConfig};
+pub(super) use group::rewards_of;
 use group::{Group, Round, resample, roll_out};
 use log::{describe, each_update, mean, write_down};
 use serde_json::json;
@@ -63,11 +68,8 @@ pub fn step(lesson: &Lesson<'_>, fit: &mut Fit<Student>, sampling: &Sampling<'_>
 
     let started = Instant::now();
     let clean = items::stack(&fit.learner.frozen, &questions.images)?;
-    let attacked = if sampling.is_adversarial {
-        Some(attack_batch(lesson, &fit.learner.frozen, &questions, fit.step)?)
-    } else {
-        None
-    };
+    let adversary = Adversary { lesson, questions: &questions, step: fit.step, sampling: Some(sampling) };
+    let attacked = if sampling.is_adversarial { Some(adversary.attack(&fit.learner.frozen)?) } else { None };
     let pixels =
         &lesson.with_noise(attacked.as_ref().map_or(&clean, |attacked| &attacked.pixels), fit.step)?;
     lesson.evidence.note(|noted| {
@@ -100,9 +102,14 @@ pub fn step(lesson: &Lesson<'_>, fit: &mut Fit<Student>, sampling: &Sampling<'_>
     lesson.evidence.note(|noted| noted.advantages.clone_from(&advantages));
     // Of a vision tower that does not train they hold for the update too, and for the reference.
     let features = lesson.features.is_some().then_some(features);
-    let seen = Seen { pixels, clean: &clean, features, sampling };
+    let refreshes = lesson.config.adversary.refresh == RefreshName::EachUpdate;
+    let adversary = attacked.as_ref().filter(|_| refreshes).map(|attacked| (&adversary, attacked));
+    let seen = Seen { pixels, clean: &clean, features, sampling, adversary };
     let outcome = update(lesson, fit, &questions, &groups, &advantages, &seen)?;
-    report.phases.push(("update", started.elapsed().as_secs_f64()));
+    report.phases.push(("update", started.elapsed().as_secs_f64() - outcome.refresh_seconds));
+    if adversary.is_some() {
+        report.phases.push(("refresh", outcome.refresh_seconds));
+    }
 
     describe(&mut report, lesson, &groups, &outcome);
     let prompt_tokens: usize = questions.prompts.iter().map(|prompt| prompt.ids.len()).sum();
@@ -121,13 +128,8 @@ pub fn step(lesson: &Lesson<'_>, fit: &mut Fit<Student>, sampling: &Sampling<'_>
     if num_attacked < groups.len() {
         metrics.insert("rewards/accuracy_clean/mean".into(), json!(share(&groups[num_attacked..])));
     }
-    if let Some(attacked) = &attacked {
-        metrics.insert("epsilon".into(), json!(attacked.epsilon));
-        if let Some((clean, adversarial)) = attacked.losses {
-            metrics.insert("loss_clean".into(), json!(clean));
-            metrics.insert("loss_adversarial".into(), json!(adversarial));
-            metrics.insert("pgd_gain".into(), json!(adversarial - clean));
-        }
+    if let Some(attacked) = outcome.attacked.as_ref().or(attacked.as_ref()) {
+        attacked.describe(lesson, metrics);
     }
     report.updates = each_update(lesson, &outcome);
     report.pictures = pictures::of_attack(lesson, &questions, attacked.as_ref(), fit.step)?;

@@ -8,6 +8,7 @@ use crate::model::generate::Prompt;
 use crate::model::vision::VisionPlan;
 use crate::model::vlm::Features;
 use crate::nn::recompute::{Gradients, Stage, loss_and_gradients};
+use crate::recipes::adversary::{Adversary, Attacked};
 use crate::recipes::config::{KlImage, LossType};
 use crate::recipes::fit::{self, Fit, Student};
 use crate::recipes::items;
@@ -16,6 +17,7 @@ use crate::roles::policy::{self, Scoring};
 use crate::train::grpo::{Accumulation, Completions, GrpoLoss, GrpoStats, grpo_loss};
 use candle_core::Tensor;
 use std::cell::RefCell;
+use std::time::Instant;
 
 /// The images the policies see, and how the groups came about.
 pub(super) struct Seen<'a> {
@@ -24,6 +26,8 @@ pub(super) struct Seen<'a> {
     /// What the vision tower says about `pixels`, where it does not train.
     pub(super) features: Option<Features>,
     pub(super) sampling: &'a Sampling<'a>,
+    /// Who attacks the images again before each further update, and what came of the attack before; none: nobody does.
+    pub(super) adversary: Option<(&'a Adversary<'a>, &'a Attacked)>,
 }
 
 /// What the updates of one step came to.
@@ -37,6 +41,10 @@ pub(super) struct UpdateOutcome {
     pub(super) stats: Option<GrpoStats>,
     /// Loss, gradient norm and statistics of each update.
     pub(super) each: Vec<(f64, f64, GrpoStats)>,
+    /// The last attack between two updates.
+    pub(super) attacked: Option<Attacked>,
+    /// Seconds of all of them.
+    pub(super) refresh_seconds: f64,
 }
 
 /// Groups of one forward and backward pass.
@@ -219,7 +227,17 @@ pub(super) fn update(
         num_items_in_batch: groups.iter().map(|group| group.num_tokens(settings)).sum(),
         max_completion_length: seen.sampling.max_new_tokens,
     };
-    for _ in 0..settings.num_updates {
+    for number in 0..settings.num_updates {
+        if number > 0
+            && let Some((adversary, first)) = seen.adversary
+        {
+            let started = Instant::now();
+            let last = outcome.attacked.as_ref().unwrap_or(first);
+            let again = adversary.attack_again(&fit.learner.frozen, number, last)?;
+            passes = renewed(lesson, fit, (questions, groups, advantages), seen, &again, passes)?;
+            outcome.attacked = Some(again);
+            outcome.refresh_seconds += started.elapsed().as_secs_f64();
+        }
         let mut gradients = Gradients::default();
         let (mut loss, mut stats) = (0.0, Vec::with_capacity(passes.len()));
         for pass in &mut passes {
@@ -235,6 +253,30 @@ pub(super) fn update(
         outcome.each.push((loss, outcome.grad_norm, stats));
     }
     Ok(outcome)
+}
+
+/// The passes of the same groups on images that were attacked again, each with its old log-probabilities: those of the
+/// images that were sampled on. The reference sees the new images if it saw the old ones.
+fn renewed(
+    lesson: &Lesson<'_>,
+    fit: &Fit<Student>,
+    (questions, groups, advantages): (&Questions, &[Group], &[Vec<f64>]),
+    seen: &Seen<'_>,
+    attacked: &Attacked,
+    passes: Vec<Pass>,
+) -> Result<Vec<Pass>> {
+    let pixels = lesson.with_noise(&attacked.pixels, fit.step)?;
+    let features = match lesson.features {
+        Some(_) => Some(policy::encode(&fit.learner.frozen, &pixels)?),
+        None => None,
+    };
+    let seen =
+        Seen { pixels: &pixels, clean: seen.clean, features, sampling: seen.sampling, adversary: None };
+    let mut new = passes_of(lesson, &fit.learner.assistant, questions, groups, advantages, &seen)?;
+    for (new, old) in new.iter_mut().zip(passes) {
+        new.old_log_probs = old.old_log_probs;
+    }
+    Ok(new)
 }
 
 /// Where the image tokens of the prompts at `keep` stand among those of all prompts.
