@@ -23,6 +23,8 @@ mod hostile;
 mod hub;
 /// The network itself: gradients against differences, independence of neighbours, generation with and without a cache.
 mod network;
+/// What completions are worth in training: further rewards, and commands that give them.
+mod rewards;
 /// The program, run in a directory of its own.
 mod support;
 /// A tiny checkpoint and drawn questions, for any test.

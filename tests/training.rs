@@ -130,7 +130,13 @@ pub(crate) fn check_same(a: &Path, b: &Path) {
 
 /// Runs the program; once `file` of its run has so many lines it is killed without warning, then run again with
 /// `--resume`, and so on through `kills`; the last run goes to its end. Fails when no kill came in time.
-fn run_with_kills(command: Command, settings: &[(String, String)], out: &Path, file: &str, kills: &[usize]) {
+pub(crate) fn run_with_kills(
+    command: Command,
+    settings: &[(String, String)],
+    out: &Path,
+    file: &str,
+    kills: &[usize],
+) {
     let mut arguments = arguments(command, settings);
     arguments.push("--resume".to_owned());
     let count = |path: &Path| fs::read_to_string(path).map_or(0, |text| text.lines().count());

@@ -3,7 +3,7 @@
 use super::adapter::Chosen;
 use super::config::{DenoiserSettings, RecipeName, RunConfig};
 use super::fit::{self, Fit, Learner, Student};
-use super::grpo::{self, Assumed, Sampling};
+use super::grpo::{self, Assumed, Judge, Sampling};
 use super::inputs;
 use super::items::{self, Images};
 use super::job::{Job, Outcome};
@@ -55,6 +55,8 @@ pub(super) struct Material {
     adapter: Option<LoraConfig>,
     /// The frozen policy of GRPO's KL term.
     reference: Option<Assistant>,
+    /// What GRPO's completions are worth.
+    judge: Judge,
 }
 
 /// Everything a configuration names, loaded; the questions first, for they are cheap. Of a checkpoint only the first blocks
@@ -80,6 +82,8 @@ pub(super) fn material(
         ));
     }
     let trains = |name: &str| !is_denoiser && trains(name);
+    // A reward command that does not work is found before weights are fetched or read.
+    let judge = Judge::open(config, &dataset.samples[0])?;
     let (model, assistant) = if model == scratch::TINY {
         if !matches!(chosen, Chosen::None) {
             return Err(Error::usage(
@@ -99,7 +103,7 @@ pub(super) fn material(
     // The policy as it is before the first step: a new adapter changes nothing, so this is its base.
     let reference = if needs_reference { Some(assistant.frozen_copy()?) } else { None };
     let adapter = chosen.settings(&assistant)?;
-    Ok(Material { dataset, model, assistant, chosen, adapter, reference })
+    Ok(Material { dataset, model, assistant, chosen, adapter, reference, judge })
 }
 
 /// Trains in an open run directory and leaves the summary there.
@@ -111,7 +115,7 @@ pub fn run_training(config: &RunConfig, run: &mut Run, progress: &dyn Progress) 
 }
 
 fn learn(material: Material, config: &RunConfig, run: &mut Run, progress: &dyn Progress) -> Result<Value> {
-    let Material { dataset, model, chosen, .. } = &material;
+    let Material { dataset, model, chosen, judge, .. } = &material;
     inputs::note_questions(run, dataset, None, config.prompt.parse()?)?;
     if let Some(model) = model {
         inputs::note_revision(run, model.commit.as_deref())?;
@@ -121,6 +125,7 @@ fn learn(material: Material, config: &RunConfig, run: &mut Run, progress: &dyn P
         run.provenance("adapter_sha256", json!(inputs::adapter_sha256(&adapter.dir)?))?;
     }
     inputs::note_denoiser(run, config)?;
+    inputs::note_reward_command(run, config, judge)?;
     let num_questions = dataset.samples.len();
     let checkpoint = follow(material, config, &mut Whole { run, progress }, progress)?;
     let summary = json!({
@@ -160,7 +165,7 @@ pub(super) fn follow<C: Course>(
     course: &mut C,
     progress: &dyn Progress,
 ) -> Result<C::Output> {
-    let Material { dataset, assistant, chosen, adapter, reference, .. } = material;
+    let Material { dataset, assistant, chosen, adapter, reference, judge, .. } = material;
     let settings = &config.train;
     let images = Images::new(&dataset);
     let is_visual = |(name, _): &(String, Var)| name.starts_with(VISION);
@@ -187,7 +192,9 @@ pub(super) fn follow<C: Course>(
         let step = |fit: &mut Fit<Student>, assumed: Assumed| {
             if settings.recipe.is_grpo() {
                 let (reference, max_new_tokens) = (reference.as_ref(), config.max_new_tokens);
-                grpo::step(&lesson, fit, &Sampling { reference, max_new_tokens, is_adversarial, assumed })
+                let judge = &judge;
+                let sampling = Sampling { reference, judge, max_new_tokens, is_adversarial, assumed };
+                grpo::step(&lesson, fit, &sampling)
             } else {
                 sft::step(&lesson, fit, is_adversarial)
             }

@@ -14,7 +14,7 @@ pub use layers::Override;
 pub use show::show;
 pub use train::{
     AdversaryConfig, DenoiserSettings, GrpoSettings, ImportanceName, KlImage, LossType, RecipeName,
-    ScaleRewards, ScheduleName, TargetName, TrainConfig, TrainParts,
+    RewardAggregation, ScaleRewards, ScheduleName, TargetName, TrainConfig, TrainParts,
 };
 pub use values::DeviceWord;
 
@@ -504,7 +504,7 @@ impl RunConfig {
                 problem
             };
             problems.extend(train.grpo.loss().check().into_iter().map(named));
-            problems.extend(train.grpo.rewards().check().into_iter().map(named));
+            problems.extend(train.grpo.reward_problems(self.max_new_tokens).into_iter().map(named));
             if train.grpo.loss_type == LossType::Cispo && train.grpo.clip_high < 1.0 {
                 let message = format!(
                     "`cispo` caps the ratio itself at `clip_high`: {} would weigh every token down",
@@ -642,10 +642,10 @@ impl RunConfig {
     }
 
     /// The resolved configuration without what changes no result (threads, batch size of inference, pictures, run
-    /// directory) and without the name of the model's revision, of which the run notes the commit: two runs with the
+    /// directory, how long a reward command may take) and without the name of the model's revision, of which the run notes the commit: two runs with the
     /// same identity may continue each other.
     pub fn identity(&self, command: Command) -> Result<String> {
-        let neutral = Self {
+        let mut neutral = Self {
             threads: None,
             batch_size: Self::default().batch_size,
             feature_cache_mib: Self::default().feature_cache_mib,
@@ -654,6 +654,7 @@ impl RunConfig {
             revision: None,
             ..self.clone()
         };
+        neutral.train.grpo.reward_command_timeout = GrpoSettings::default().reward_command_timeout;
         neutral.to_toml(command)
     }
 

@@ -1,4 +1,4 @@
-//! Groups of completions: sampled, read, rewarded, and sampled again where they teach nothing.
+//! Groups of completions: sampled, rewarded, and sampled again where they teach nothing.
 
 use super::Sampling;
 use super::update::image_rows;
@@ -20,45 +20,26 @@ pub(super) struct Group {
     pub(super) texts: Vec<String>,
     pub(super) accuracy: Vec<f64>,
     pub(super) format: Vec<f64>,
+    /// Of each further column of the judge; NaN where none was given.
+    pub(super) others: Vec<Vec<f64>>,
+    /// Weighted sums; NaN where no column with a weight has a reward.
     pub(super) total: Vec<f64>,
+    pub(super) is_flat: bool,
 }
 
 impl Group {
-    fn judged(
-        lesson: &Lesson<'_>,
-        frozen: &Assistant,
-        sample: &Sample,
-        completions: Vec<Completion>,
-    ) -> Result<Self> {
-        let rewards = lesson.config.grpo.rewards();
-        let texts =
-            completions.iter().map(|completion| frozen.text_of(completion)).collect::<Result<Vec<_>>>()?;
-        let scores: Vec<_> = texts
-            .iter()
-            .zip(&completions)
-            .map(|(text, completion)| {
-                let score = rewards.score(text, sample.answer, sample.options.len(), lesson.format());
-                // A completion that never ended is not well-formed, whatever its text.
-                let format = if completion.is_finished { score.format } else { 0.0 };
-                (
-                    score.accuracy,
-                    format,
-                    rewards.accuracy_weight * score.accuracy + rewards.format_weight * format,
-                )
-            })
-            .collect();
-        Ok(Self {
-            accuracy: scores.iter().map(|s| s.0).collect(),
-            format: scores.iter().map(|s| s.1).collect(),
-            total: scores.iter().map(|s| s.2).collect(),
-            completions,
-            texts,
-        })
+    /// The rewards of the judge's column `k`.
+    pub(super) fn column(&self, k: usize) -> &[f64] {
+        match k {
+            0 => &self.accuracy,
+            1 => &self.format,
+            other => &self.others[other - 2],
+        }
     }
 
     /// Whether all completions are worth the same, so that none is better than its group.
     pub(super) fn is_flat(&self) -> bool {
-        self.total.iter().all(|total| *total == self.total[0])
+        self.is_flat
     }
 
     /// Whether completion `c` takes part in the loss.
@@ -110,17 +91,15 @@ pub(super) fn roll_out(
     if sampling.assumed.longest {
         decoding.stop_ids.clear();
     }
-    let mut groups = Vec::with_capacity(round.places.len());
+    let mut completions = Vec::with_capacity(round.places.len());
     for part in round.places.chunks(lesson.micro_batch_size()) {
         let seeds: Vec<Vec<u64>> = part.iter().map(|&q| round.seeds(lesson, q)).collect();
         let prompts: Vec<Prompt> = part.iter().map(|&q| questions.prompts[q].clone()).collect();
         let features = features.select(&image_rows(&questions.prompts, part))?;
-        let sampled = policy::sample(frozen, &prompts, Some(&features), &seeds, &decoding)?;
-        for (completions, &q) in sampled.into_iter().zip(part) {
-            groups.push(Group::judged(lesson, frozen, &questions.samples[q], completions)?);
-        }
+        completions.extend(policy::sample(frozen, &prompts, Some(&features), &seeds, &decoding)?);
     }
-    Ok(groups)
+    let samples: Vec<&Sample> = round.places.iter().map(|&q| &questions.samples[q]).collect();
+    sampling.judge.groups(lesson, frozen, round.step, &samples, completions)
 }
 
 /// Samples groups that teach nothing anew, each until it does or the limit is reached; returns how many were replaced.

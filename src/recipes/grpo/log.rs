@@ -1,22 +1,20 @@
 //! What a step of GRPO says about itself: its metrics under TRL's names, and completions to read along.
 
 use super::group::Group;
+use super::judge::{Column, Judge};
 use super::update::UpdateOutcome;
 use crate::recipes::config::LossType;
 use crate::recipes::lesson::{Lesson, Questions};
 use crate::recipes::sft::StepReport;
-use serde_json::json;
+use serde_json::{Map, Value, json};
 
 pub(super) fn describe(
     report: &mut StepReport,
     lesson: &Lesson<'_>,
+    judge: &Judge,
     groups: &[Group],
     outcome: &UpdateOutcome,
 ) {
-    let all = |part: fn(&Group) -> &Vec<f64>| -> Vec<f64> {
-        groups.iter().flat_map(|group| part(group).iter().copied()).collect()
-    };
-    let (accuracy, format, total) = (all(|g| &g.accuracy), all(|g| &g.format), all(|g| &g.total));
     let completions = || groups.iter().flat_map(|group| &group.completions);
     let num_flat = groups.iter().filter(|group| group.is_flat()).count();
     let mut put = |key: &str, value: f64| {
@@ -25,12 +23,7 @@ pub(super) fn describe(
     put("loss", outcome.loss);
     put("learning_rate", outcome.learning_rate);
     put("grad_norm", outcome.grad_norm);
-    put("reward", mean(total.iter().copied()));
-    put("reward_std", standard_deviation(&total));
-    put("rewards/accuracy/mean", mean(accuracy.iter().copied()));
-    put("rewards/accuracy/std", standard_deviation(&accuracy));
-    put("rewards/format/mean", mean(format.iter().copied()));
-    put("rewards/format/std", standard_deviation(&format));
+    put_rewards(&mut put, judge, groups);
     put("frac_reward_zero_std", num_flat as f64 / groups.len() as f64);
     put("groups_updated", outcome.num_groups_updated as f64);
     put("entropy", mean(completions().flat_map(|c| c.entropies.iter().map(|h| f64::from(*h)))));
@@ -62,9 +55,36 @@ pub(super) fn describe(
     put("completions/clipped_ratio", 1.0 - terminated.len() as f64 / all_lengths.len() as f64);
 }
 
+/// Mean and spread of each reward over the completions of the step that were given one, and the share that was given
+/// none of those that a command gives. Where none was given, none is logged.
+fn put_rewards(put: &mut impl FnMut(&str, f64), judge: &Judge, groups: &[Group]) {
+    let given = |of: &dyn Fn(&Group) -> Vec<f64>| -> (Vec<f64>, f64) {
+        let all: Vec<f64> = groups.iter().flat_map(of).collect();
+        let given: Vec<f64> = all.iter().copied().filter(|reward| !reward.is_nan()).collect();
+        let missing = 1.0 - given.len() as f64 / all.len() as f64;
+        (given, missing)
+    };
+    let (total, _) = given(&|group| group.total.clone());
+    if !total.is_empty() {
+        put("reward", mean(total.iter().copied()));
+        put("reward_std", standard_deviation(&total));
+    }
+    for (k, Column { name, is_external, .. }) in judge.columns().iter().enumerate() {
+        let (rewards, missing) = given(&|group| group.column(k).to_vec());
+        if !rewards.is_empty() {
+            put(&format!("rewards/{name}/mean"), mean(rewards.iter().copied()));
+            put(&format!("rewards/{name}/std"), standard_deviation(&rewards));
+        }
+        if *is_external {
+            put(&format!("rewards/{name}/missing"), missing);
+        }
+    }
+}
+
 pub(super) fn write_down(
     report: &mut StepReport,
     questions: &Questions,
+    judge: &Judge,
     groups: &[Group],
     advantages: &[Vec<f64>],
     num_attacked: usize,
@@ -72,7 +92,7 @@ pub(super) fn write_down(
     // One question a step is enough to read along; every completion of it.
     if let (Some(sample), Some(group)) = (questions.samples.first(), groups.first()) {
         for (g, text) in group.texts.iter().enumerate() {
-            report.completions.push(json!({
+            let mut line = json!({
                 "id": sample.id,
                 "attacked": num_attacked > 0,
                 "answer": sample.answer_letter().to_string(),
@@ -81,7 +101,14 @@ pub(super) fn write_down(
                 "accuracy": group.accuracy[g],
                 "format": group.format[g],
                 "advantage": advantages[0][g],
-            }));
+            });
+            let others = judge.columns().iter().enumerate().skip(2);
+            let others: Map<String, Value> =
+                others.map(|(k, column)| (column.name.clone(), json!(group.column(k)[g]))).collect();
+            if !others.is_empty() {
+                line["rewards"] = Value::Object(others);
+            }
+            report.completions.push(line);
         }
     }
 }
