@@ -29,6 +29,8 @@ mod hub;
 mod network;
 /// What moves in training and how: rates of parts, dropout, averages, references.
 mod parameters;
+/// What completions are worth in training: further rewards, and commands that give them.
+mod rewards;
 /// The program, run in a directory of its own.
 mod support;
 /// A tiny checkpoint and drawn questions, for any test.

@@ -1,8 +1,11 @@
 //! Named prompt templates: from a question to what the model is told, and to the completion that would be right.
 //!
 //! A template is words only. Chat roles, image tokens and special tokens belong to the checkpoint's processor.
-//! The wording of the two `med_r1` templates is that of Med-R1's evaluation (arXiv 2503.13939, its public code),
-//! to the letter, because checkpoints trained with it expect it.
+//! The wording of the `med_r1` templates is that of Med-R1 (arXiv 2503.13939, its public code), to the letter, because
+//! checkpoints trained with it expect it: `med_r1_think` and `med_r1_no_think` are those it evaluates with,
+//! `med_r1_train` the one its reinforcement learning asks with. That of `medvlm_r1` is MedVLM-R1's (arXiv 2502.19634),
+//! white space included, as its evaluation and its demonstration ask the published checkpoint; its training script
+//! has the same words behind eight spaces instead of four.
 
 use std::fmt;
 use std::str::FromStr;
@@ -21,6 +24,10 @@ pub enum PromptTemplate {
     MedR1Think,
     /// The letter in `<answer>` and nothing else.
     MedR1NoThink,
+    /// As `med_r1_think`, in the words of Med-R1's training: three numbered demands.
+    MedR1Train,
+    /// The same demands as MedVLM-R1 makes them, one a line, options one a line too.
+    MedVlmR1,
     /// The letter first, then the reasoning.
     ThinkAfter,
     /// One option per line and a request for the bare letter.
@@ -32,9 +39,11 @@ pub enum PromptTemplate {
 }
 
 /// Every template with its name.
-const NAMES: [(&str, PromptTemplate); 6] = [
+const NAMES: [(&str, PromptTemplate); 8] = [
     ("med_r1_think", PromptTemplate::MedR1Think),
     ("med_r1_no_think", PromptTemplate::MedR1NoThink),
+    ("med_r1_train", PromptTemplate::MedR1Train),
+    ("medvlm_r1", PromptTemplate::MedVlmR1),
     ("think_after", PromptTemplate::ThinkAfter),
     ("plain", PromptTemplate::Plain),
     ("phantom", PromptTemplate::Phantom),
@@ -94,6 +103,12 @@ impl PromptTemplate {
             Self::MedR1NoThink => {
                 "{question}{options} Provide the correct single-letter choice (A, B, C, D,...) inside <answer>...</answer> tags."
             }
+            Self::MedR1Train => {
+                "{question}{options} Your task: 1. Think through the question step by step, enclose your reasoning process in <think>...</think> tags. 2. Then provide the correct single-letter choice (A, B, C, D,...) inside <answer>...</answer> tags. 3. No extra information or text outside of these tags."
+            }
+            Self::MedVlmR1 => {
+                "\n    {question}{options} \n    Your task: \n    1. Think through the question step by step, enclose your reasoning process in <think>...</think> tags. \n    2. Then provide the correct single-letter choice (A, B, C, D,...) inside <answer>...</answer> tags.\n    3. No extra information or text outside of these tags.\n    "
+            }
             Self::ThinkAfter => {
                 "{question}{options} First provide the correct single-letter choice (A, B, C, D,...) inside <answer>...</answer> tags. Then explain the choice in <think>...</think> tags."
             }
@@ -125,18 +140,21 @@ impl PromptTemplate {
 
     /// Whether the template asks for a reasoning.
     pub fn asks_for_reasoning(self) -> bool {
-        matches!(self, Self::MedR1Think | Self::ThinkAfter | Self::PhantomCot)
+        matches!(
+            self,
+            Self::MedR1Think | Self::MedR1Train | Self::MedVlmR1 | Self::ThinkAfter | Self::PhantomCot
+        )
     }
 
     fn options_text(self, sample: &Sample) -> String {
         let lettered = sample.options.iter().enumerate().map(|(index, option)| (letter(index), option));
         match self {
-            Self::MedR1Think | Self::MedR1NoThink | Self::ThinkAfter => {
+            Self::MedR1Think | Self::MedR1NoThink | Self::MedR1Train | Self::ThinkAfter => {
                 let parts: Vec<String> =
                     lettered.map(|(letter, option)| format!("{letter}){option}")).collect();
                 format!(" {}", parts.join(", "))
             }
-            Self::Plain | Self::Phantom | Self::PhantomCot => {
+            Self::MedVlmR1 | Self::Plain | Self::Phantom | Self::PhantomCot => {
                 let lines: Vec<String> =
                     lettered.map(|(letter, option)| format!("\n{letter}) {option}")).collect();
                 lines.concat()
@@ -180,6 +198,26 @@ mod tests {
                 "{inline}Think through the question step by step in <think>...</think> tags. Then provide the correct single-letter choice (A, B, C, D,...) inside <answer>...</answer> tags."
             )
         );
+        let first = "Think through the question step by step, enclose your reasoning process in <think>...</think> tags.";
+        let second = "Then provide the correct single-letter choice (A, B, C, D,...) inside <answer>...</answer> tags.";
+        let third = "No extra information or text outside of these tags.";
+        assert_eq!(
+            text(PromptTemplate::MedR1Train),
+            format!("{inline}Your task: 1. {first} 2. {second} 3. {third}")
+        );
+        // Line for line, with the spaces at the ends of some.
+        let medvlm_r1 = [
+            "",
+            "    Where is {options}?",
+            "A) upper-left",
+            "B) lower, right ",
+            "    Your task: ",
+            &format!("    1. {first} "),
+            &format!("    2. {second}"),
+            &format!("    3. {third}"),
+            "    ",
+        ];
+        assert_eq!(text(PromptTemplate::MedVlmR1), medvlm_r1.join("\n"));
         assert!(text(PromptTemplate::ThinkAfter).starts_with(&format!("{inline}First provide")));
         let lines = "Where is {options}?\nA) upper-left\nB) lower, right";
         assert_eq!(text(PromptTemplate::Plain), format!("{lines}\nAnswer with the letter."));

@@ -267,7 +267,7 @@ impl Adversary<'_> {
         }
         let rewards = |item: usize, completions: &[Completion]| {
             let sample = &self.questions.samples[pass.places.start + item];
-            rewards_of(lesson, pass.assistant, sample, completions)
+            rewards_of(sampling, lesson, pass.assistant, self.step, sample, completions)
         };
         let target = RewardTarget {
             likelihood,

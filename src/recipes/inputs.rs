@@ -3,6 +3,7 @@
 //! Also the hashes that provenance keeps of them. No model is run here.
 
 use super::config::{GenerationConfig, RunConfig, Scoring};
+use super::grpo::Judge;
 use super::job::Job;
 use super::progress::Progress;
 use super::run::{Run, Stop};
@@ -262,6 +263,22 @@ pub fn denoiser_sha256(dir: &Path) -> Result<String> {
 pub fn note_denoiser(run: &mut Run, config: &RunConfig) -> Result<()> {
     let Some(dir) = &config.denoiser else { return Ok(()) };
     run.provenance("denoiser_sha256", json!(denoiser_sha256(dir)?))
+}
+
+/// Notes the reward command: its words, the names of its rewards, and a hash of each file among its arguments.
+///
+/// # Errors
+/// As [`note_questions`]; when a file cannot be read.
+pub fn note_reward_command(run: &mut Run, config: &RunConfig, judge: &Judge) -> Result<()> {
+    let (Some(command), Some(names)) = (&config.train.grpo.reward_command, judge.command_names()) else {
+        return Ok(());
+    };
+    run.provenance("reward_command", json!(command))?;
+    run.provenance("reward_command_names", json!(names))?;
+    let files = command.iter().filter(|word| Path::new(word).is_file());
+    let hashes: Map<String, Value> =
+        files.map(|word| Ok((word.clone(), json!(file_sha256(Path::new(word))?)))).collect::<Result<_>>()?;
+    run.provenance("reward_command_files", Value::Object(hashes))
 }
 
 /// The hashes of the small files that decide what a checkpoint says.

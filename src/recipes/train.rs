@@ -4,7 +4,7 @@ use super::adapter::Chosen;
 use super::config::{DenoiserSettings, GrpoSettings, MetricName, RecipeName, RunConfig};
 use super::failure::{self, Evidence};
 use super::fit::{self, Fit, Learner, Student};
-use super::grpo::{self, Assumed, Sampling};
+use super::grpo::{self, Assumed, Judge, Sampling};
 use super::inputs;
 use super::items::{self, Images};
 use super::job::{Job, Outcome};
@@ -72,6 +72,8 @@ pub(super) struct Material {
     reference: Option<Assistant>,
     /// The questions of validation.
     validation: Option<Dataset>,
+    /// What GRPO's completions are worth.
+    judge: Judge,
 }
 
 /// Everything a configuration names, loaded; the questions first, for they are cheap. Of a checkpoint only the first blocks
@@ -98,6 +100,8 @@ pub(super) fn material(
         ));
     }
     let trains = |name: &str| !is_denoiser && trains(name);
+    // A reward command that does not work is found before weights are fetched or read.
+    let judge = Judge::open(config, &dataset.samples[0])?;
     let (model, assistant) = if model == scratch::TINY {
         if !matches!(chosen, Chosen::None) {
             return Err(Error::usage(
@@ -117,7 +121,7 @@ pub(super) fn material(
     // The policy as it is before the first step: a new adapter changes nothing, so this is its base.
     let reference = if needs_reference { Some(assistant.frozen_copy()?) } else { None };
     let adapter = chosen.settings(&assistant, config.train.lora_dropout)?;
-    Ok(Material { dataset, model, assistant, chosen, adapter, reference, validation })
+    Ok(Material { dataset, model, assistant, chosen, adapter, reference, validation, judge })
 }
 
 /// Trains in an open run directory and leaves the summary there.
@@ -129,7 +133,7 @@ pub fn run_training(config: &RunConfig, run: &mut Run, progress: &dyn Progress) 
 }
 
 fn learn(material: Material, config: &RunConfig, run: &mut Run, progress: &dyn Progress) -> Result<Value> {
-    let Material { dataset, model, chosen, .. } = &material;
+    let Material { dataset, model, chosen, judge, .. } = &material;
     inputs::note_questions(run, dataset, None, config.prompt.parse()?)?;
     if let Some(model) = model {
         inputs::note_revision(run, model.commit.as_deref())?;
@@ -140,6 +144,7 @@ fn learn(material: Material, config: &RunConfig, run: &mut Run, progress: &dyn P
     }
     inputs::note_denoiser(run, config)?;
     room::check(model.as_ref(), &material.assistant, dataset, config, run, progress);
+    inputs::note_reward_command(run, config, judge)?;
     let num_questions = dataset.samples.len();
     let checkpoint = follow(material, config, &mut Whole { run, progress }, progress)?;
     let mut summary = json!({
@@ -204,7 +209,7 @@ pub(super) fn follow<C: Course>(
     course: &mut C,
     progress: &dyn Progress,
 ) -> Result<C::Output> {
-    let Material { dataset, assistant, chosen, adapter, reference, validation, .. } = material;
+    let Material { dataset, assistant, chosen, adapter, reference, validation, judge, .. } = material;
     let settings = &config.train;
     let images = Images::new(&dataset);
     let is_visual = |(name, _): &(String, Var)| name.starts_with(VISION);
@@ -237,8 +242,8 @@ pub(super) fn follow<C: Course>(
         let step = |fit: &mut Fit<Student>, assumed: Assumed| {
             if settings.recipe.is_grpo() {
                 let (reference, max_new_tokens) = (fit.learner.reference(), config.max_new_tokens);
-                let reference = reference.as_deref();
-                let sampling = Sampling { reference, max_new_tokens, is_adversarial, assumed };
+                let (reference, judge) = (reference.as_deref(), &judge);
+                let sampling = Sampling { reference, judge, max_new_tokens, is_adversarial, assumed };
                 let report = grpo::step(&lesson, fit, &sampling)?;
                 let GrpoSettings { ref_sync_steps, ref_sync_alpha, .. } = settings.grpo;
                 if ref_sync_steps > 0 && (fit.step + 1).is_multiple_of(ref_sync_steps as u64) {

@@ -8,7 +8,9 @@
 //! 3. Without a pair: the whole text must be a letter form alone.
 //!
 //! A completion that lists several letters (`A or B`, `A) x B) y`) chooses none, and a letter that the question
-//! does not have is no answer. Deviation: Med-R1 and AdvMed-R1 take the first tag; an ambiguous one is none here.
+//! does not have is no answer. Letters are those of the options and always those up to H, so that a letter the
+//! question lacks is seen beside another; only ASCII letters are letters, whatever else looks like one.
+//! Deviation: Med-R1 and AdvMed-R1 take the first tag; an ambiguous one is none here.
 
 /// What a completion chooses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,15 +30,16 @@ pub fn parse_answer(completion: &str, num_options: usize) -> Option<usize> {
 
 /// As [`parse_answer`], with how it was written.
 pub fn parse(completion: &str, num_options: usize) -> Option<Parsed> {
+    let letters = Letters::of(num_options);
     let visible = without_reasoning(completion);
     let contents = tag_contents(&visible);
     let parsed = if contents.is_empty() {
-        let option = letter_alone(visible.trim())?;
+        let option = letters.alone(visible.trim())?;
         Parsed { option, tagged: false, bare: true }
     } else {
         let mut found: Option<Parsed> = None;
         for content in contents {
-            let (option, bare) = read_content(content.trim())?;
+            let (option, bare) = letters.read_content(content.trim())?;
             match &mut found {
                 None => found = Some(Parsed { option, tagged: true, bare }),
                 Some(first) if first.option == option => first.bare &= bare,
@@ -89,31 +92,106 @@ fn tag_contents(text: &str) -> Vec<&str> {
     contents
 }
 
-/// The letter that the inside of a tag chooses, and whether it stands alone.
-fn read_content(content: &str) -> Option<(usize, bool)> {
-    if let Some(option) = letter_alone(content) {
-        return Some((option, true));
-    }
-    let content = after_lead_in(content);
-    if let Some(option) = letter_alone(content) {
-        return Some((option, false));
-    }
-    let (option, rest) = label(content)?;
-    (!has_other_label(rest, option)).then_some((option, false))
+/// The letters that options have: `A` to the last.
+#[derive(Debug, Clone, Copy)]
+struct Letters {
+    count: usize,
 }
 
-/// A text that is nothing but one letter: `B`, `b`, `(B)`, `[B]`, `B)`, `B.`, `B:`, `*B*`, quoted or not.
-fn letter_alone(text: &str) -> Option<usize> {
-    let core = text
-        .trim_matches(|c: char| c.is_whitespace() || matches!(c, '*' | '"' | '\'' | '`'))
-        .trim_start_matches(['(', '['])
-        .trim_end_matches([')', ']', '.', ':', ','])
-        .trim_matches(|c: char| c.is_whitespace() || c == '*');
-    let mut letters = core.chars();
-    match (letters.next(), letters.next()) {
-        (Some(letter), None) => index_of(letter.to_ascii_uppercase()),
-        _ => None,
+impl Letters {
+    /// Those of a question, and never fewer than eight: of a question with four options E to H are letters too, of
+    /// answers that are not there. Further ones are words (`I`) and names (`K`, `T`) where no option has them.
+    fn of(num_options: usize) -> Self {
+        Self { count: num_options.clamp(8, 26) }
     }
+
+    /// The option of an upper-case letter.
+    fn index_of(self, letter: char) -> Option<usize> {
+        let index = letter.is_ascii_uppercase().then(|| letter as usize - 'A' as usize)?;
+        (index < self.count).then_some(index)
+    }
+
+    /// The letter that the inside of a tag chooses, and whether it stands alone.
+    fn read_content(self, content: &str) -> Option<(usize, bool)> {
+        if let Some(option) = self.alone(content) {
+            return Some((option, true));
+        }
+        let content = after_lead_in(content);
+        if let Some(option) = self.alone(content) {
+            return Some((option, false));
+        }
+        let (option, rest) = self.label(content)?;
+        (!self.has_other_label(rest, option)).then_some((option, false))
+    }
+
+    /// A text that is nothing but one letter: `B`, `b`, `(B)`, `[B]`, `B)`, `B.`, `B:`, `*B*`, quoted or not.
+    fn alone(self, text: &str) -> Option<usize> {
+        let core = text
+            .trim_matches(|c: char| c.is_whitespace() || matches!(c, '*' | '"' | '\'' | '`'))
+            .trim_start_matches(['(', '['])
+            .trim_end_matches([')', ']', '.', ':', ','])
+            .trim_matches(|c: char| c.is_whitespace() || c == '*');
+        let mut letters = core.chars();
+        match (letters.next(), letters.next()) {
+            (Some(letter), None) => self.index_of(letter.to_ascii_uppercase()),
+            _ => None,
+        }
+    }
+
+    /// A label at the start of `text`: `(B) `, `B) `, `B. `, `B: `, and what follows it.
+    fn label(self, text: &str) -> Option<(usize, &str)> {
+        let text = text.trim_start();
+        let (bracketed, inner) = match text.strip_prefix(['(', '[']) {
+            Some(inner) => (true, inner),
+            None => (false, text),
+        };
+        let mut characters = inner.chars();
+        let option = self.index_of(characters.next()?)?;
+        let mark = characters.next()?;
+        let closes =
+            if bracketed { matches!(mark, ')' | ']') } else { matches!(mark, ')' | '.' | ':' | ']') };
+        let rest = characters.as_str();
+        // `B.5` or `E.coli` is a name, not a label, but `B)cyst` is how Med-R1 writes options.
+        let spaced = matches!(mark, ')' | ']') || rest.starts_with(char::is_whitespace) || rest.is_empty();
+        (closes && spaced).then_some((option, rest))
+    }
+
+    /// Whether another option than `chosen` is offered in `text`: as a label with text after it, in brackets, as the
+    /// first thing, or after a word or mark that joins alternatives. `hepatitis C` at the end offers none, nor do the
+    /// words `A` and `I` before others.
+    fn has_other_label(self, text: &str, chosen: usize) -> bool {
+        let mut previous_word = "";
+        let mut from = 0;
+        while let Some((start, word)) = next_word(text, from) {
+            let end = start + word.len();
+            let single = word.chars().next().filter(|_| word.len() == 1);
+            if single.and_then(|letter| self.index_of(letter)).is_some_and(|option| option != chosen) {
+                let between = text[from..start].trim();
+                let after = &text[end..];
+                let is_word = matches!(word, "A" | "I")
+                    && after.trim_start_matches(' ').starts_with(char::is_alphabetic);
+                let first = from == 0;
+                let joined = joins(previous_word)
+                    || between.ends_with([',', ';', '/', '|', '&', '+', '(', '[', '.', ':']);
+                let labels = after.starts_with([')', ']', ':'])
+                    || (after.starts_with('.') && !after[1..].trim().is_empty());
+                if (first || joined || labels) && !is_word {
+                    return true;
+                }
+            }
+            previous_word = word;
+            from = end;
+        }
+        false
+    }
+}
+
+/// Whether a word joins alternatives.
+fn joins(word: &str) -> bool {
+    const JOINING: [&str; 12] = [
+        "or", "and", "either", "maybe", "perhaps", "then", "but", "also", "option", "choice", "answer", "is",
+    ];
+    JOINING.iter().any(|joining| word.eq_ignore_ascii_case(joining))
 }
 
 /// Cuts `The correct answer is`, `Option`, `Choice:` and the like off the front.
@@ -134,72 +212,11 @@ fn after_lead_in(content: &str) -> &str {
     if named { rest } else { content }
 }
 
-/// A label at the start of `text`: `(B) `, `B) `, `B. `, `B: `, and what follows it.
-fn label(text: &str) -> Option<(usize, &str)> {
-    let text = text.trim_start();
-    let (bracketed, inner) = match text.strip_prefix(['(', '[']) {
-        Some(inner) => (true, inner),
-        None => (false, text),
-    };
-    let mut characters = inner.chars();
-    let option = index_of(characters.next()?)?;
-    let mark = characters.next()?;
-    let closes = if bracketed { matches!(mark, ')' | ']') } else { matches!(mark, ')' | '.' | ':' | ']') };
-    let rest = characters.as_str();
-    // `B.5` or `E.coli` is a name, not a label, but `B)cyst` is how Med-R1 writes options.
-    let spaced = matches!(mark, ')' | ']') || rest.starts_with(char::is_whitespace) || rest.is_empty();
-    (closes && spaced).then_some((option, rest))
-}
-
-/// Whether another option than `chosen` is offered in `text`: as a label with text after it, in brackets, as the
-/// first thing, or after a word or mark that joins alternatives. `hepatitis C` at the end offers none.
-fn has_other_label(text: &str, chosen: usize) -> bool {
-    let mut previous_word = "";
-    let mut from = 0;
-    while let Some((start, word)) = next_word(text, from) {
-        let end = start + word.len();
-        let option = if word.len() == 1 { word.chars().next().and_then(index_of) } else { None };
-        if option.is_some_and(|option| option != chosen) {
-            let between = text[from..start].trim();
-            let after = &text[end..];
-            let article = word == "A" && after.trim_start_matches(' ').starts_with(char::is_alphabetic);
-            let first = from == 0;
-            let joined = matches!(
-                previous_word.to_ascii_lowercase().as_str(),
-                "or" | "and"
-                    | "either"
-                    | "maybe"
-                    | "perhaps"
-                    | "then"
-                    | "but"
-                    | "also"
-                    | "option"
-                    | "choice"
-                    | "answer"
-                    | "is"
-            ) || between.ends_with([',', ';', '/', '|', '&', '+', '(', '[', '.', ':']);
-            let labels = after.starts_with([')', ']', ':'])
-                || (after.starts_with('.') && !after[1..].trim().is_empty());
-            if (first || joined || labels) && !article {
-                return true;
-            }
-        }
-        previous_word = word;
-        from = end;
-    }
-    false
-}
-
 fn next_word(text: &str, from: usize) -> Option<(usize, &str)> {
     let start = from + text[from..].find(char::is_alphanumeric)?;
     let length =
         text[start..].find(|c: char| !c.is_alphanumeric() && c != '\'').unwrap_or(text.len() - start);
     Some((start, &text[start..start + length]))
-}
-
-/// Options have letters A to H: more are never met, and `I` is a word.
-fn index_of(letter: char) -> Option<usize> {
-    ('A'..='H').contains(&letter).then(|| letter as usize - 'A' as usize)
 }
 
 #[cfg(test)]
@@ -262,8 +279,120 @@ mod tests {
             ("<answer>A</answer> no: <answer>B</answer>", None),
             ("<answer>A</answer><answer></answer>", None),
             ("<answer>A or B</answer><answer>A</answer>", None),
+            ("<answer>A and B</answer>", None),
+            ("<answer>A & B</answer>", None),
+            ("<answer>(A)/(B)</answer>", None),
+            ("<answer>A.B</answer>", None),
+            ("<answer>A\nB</answer>", None),
+            ("<answer>both A and B</answer>", None),
+            ("<answer>not A but B</answer>", None),
+            ("<answer>Not A, B</answer>", None),
+            ("<answer>A, not B</answer>", None),
+            ("<answer>The answer is not A but B</answer>", None),
+            ("<answer>B. cyst, not A. oval</answer>", None),
+            ("<answer>B. cyst (or C)</answer>", None),
+            ("<answer>B) cyst [C]</answer>", None),
+            // A letter that a question of four options lacks is a second letter all the same.
+            ("<answer>B. cyst or F. none</answer>", None),
             ("<answer>A</answer> again <answer> a </answer>", Some('A')),
         ]);
+    }
+
+    #[test]
+    fn several_and_nested_tags_must_agree() {
+        check(&[
+            ("<answer>B</answer><answer>b.</answer><answer>(B) cyst</answer>", Some('B')),
+            ("<answer>B</answer><answer>B</answer><answer>C</answer>", None),
+            ("<answer>B</answer><ANSWER>C</ANSWER>", None),
+            ("<answer>C<answer>B</answer></answer>", Some('B')),
+            ("<answer><answer>A</answer><answer>B</answer></answer>", None),
+            ("<answer>A</answer><answer>B", Some('A')),
+            ("<answer>A<think>no</think></answer>", Some('A')),
+            ("<answer>A<think></answer><answer>B</think></answer>", Some('A')),
+            ("<answer><think>A</think>B</answer>", Some('B')),
+            ("</answer>B<answer>", None),
+        ]);
+    }
+
+    #[test]
+    fn what_only_looks_like_a_letter_or_a_tag_is_none() {
+        check(&[
+            // Cyrillic, Greek, full-width, mathematical, circled, an accent, a mark that cannot be seen.
+            ("<answer>\u{410}</answer>", None),
+            ("<answer>\u{412}</answer>", None),
+            ("<answer>\u{392}</answer>", None),
+            ("<answer>\u{ff21}</answer>", None),
+            ("<answer>\u{1d401}</answer>", None),
+            ("<answer>\u{24b7}</answer>", None),
+            ("<answer>B\u{301}</answer>", None),
+            ("<answer>\u{200b}B</answer>", None),
+            ("<answer>\u{412}. cyst</answer>", None),
+            ("\u{ff1c}answer\u{ff1e}B\u{ff1c}/answer\u{ff1e}", None),
+            ("<\u{430}nswer>B</\u{430}nswer>", None),
+            ("<answer >B</answer >", None),
+            // White space that is no ASCII is white space.
+            ("<answer>\u{a0}B\u{3000}</answer>", Some('B')),
+        ]);
+    }
+
+    #[test]
+    fn letters_reach_as_far_as_the_options() {
+        let of = |text: &str, num_options| parse_answer(text, num_options);
+        for index in 0..26u8 {
+            let letter = char::from(b'A' + index);
+            let small = letter.to_ascii_lowercase();
+            for text in [
+                format!("{letter}"),
+                format!("<answer>{small}</answer>"),
+                format!("<answer>{letter}) cyst</answer>"),
+                format!("<answer>({letter}) cyst</answer>"),
+                format!("<answer>The answer is {letter}.</answer>"),
+            ] {
+                let index = usize::from(index);
+                assert_eq!(of(&text, 26), Some(index), "{text}");
+                assert_eq!(of(&text, index + 1), Some(index), "{text}");
+                assert_eq!(of(&text, index), None, "{text}");
+            }
+            // Beside another letter of the question it is a hedge.
+            if letter != 'B' {
+                for text in [
+                    format!("<answer>B. x or {letter}. y</answer>"),
+                    format!("<answer>B or {letter}</answer>"),
+                    format!("<answer>B</answer><answer>{letter}</answer>"),
+                ] {
+                    assert_eq!(of(&text, 26), None, "{text}");
+                }
+            }
+        }
+        // Where no option has it, a letter from I on is a word or a name.
+        for (text, num_options, expected) in [
+            ("<answer>B. grade II or I</answer>", 4, Some(1)),
+            ("<answer>B. grade II or I</answer>", 9, None),
+            ("<answer>B. vitamin D, K</answer>", 8, Some(1)),
+            ("<answer>B. vitamin D, K</answer>", 11, None),
+            ("<answer>B. cyst, and I think so</answer>", 9, Some(1)),
+            ("<answer>I think B</answer>", 9, None),
+            ("<answer>AA</answer>", 26, None),
+            ("<answer>[</answer>", 26, None),
+        ] {
+            assert_eq!(of(text, num_options), expected, "{text} {num_options}");
+        }
+        assert_eq!(of("<answer>Z</answer>", 1000), Some(25), "there are no more letters");
+    }
+
+    #[test]
+    fn a_text_of_100_kb_is_read_like_a_short_one() {
+        let long = |piece: &str| piece.repeat(100_000 / piece.len());
+        for piece in ["<think>", "</think>", "<answer>", "</answer>", "a ", "é", "A or ", "\n", "<", "(("] {
+            let text = long(piece);
+            assert_eq!(parse_answer(&text, 4), None, "{piece}");
+            let closed = format!("<think>{text}</think><answer>B</answer>");
+            assert_eq!(parse_answer(&closed, 4), Some(1), "{piece}");
+        }
+        assert_eq!(parse_answer(&format!("<answer>B. {}</answer>", long("cyst ")), 4), Some(1));
+        assert_eq!(parse_answer(&format!("<answer>B. {} or C</answer>", long("cyst ")), 4), None);
+        assert_eq!(parse_answer(&long("<answer>B</answer>"), 4), Some(1));
+        assert_eq!(parse_answer(&(long("<answer>B</answer>") + "<answer>C</answer>"), 4), None);
     }
 
     #[test]

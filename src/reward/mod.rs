@@ -1,10 +1,14 @@
 //! What a completion is worth: whether it chooses the right option, and whether it has the form asked for.
 //!
-//! One judge for evaluation and reinforcement learning: both read answers with [`answer::parse_answer`]. Nothing
-//! here knows a model, a token or an image.
+//! One judge for evaluation and reinforcement learning: both read answers with [`answer::parse_answer`]. Beside it stand
+//! penalties on length and repetition, and whatever a [`command`] of the user's says. Nothing here knows a model, a token
+//! or an image.
 
 pub mod answer;
+pub mod command;
 pub mod format;
+pub mod overlong;
+pub mod repetition;
 
 use serde::{Deserialize, Serialize};
 
@@ -22,6 +26,9 @@ pub struct RewardConfig {
     pub format_weight: f64,
     /// Grades the answer as MedVLM-R1 (arXiv 2502.19634) does: 1 for the bare letter in the tag, 0.5 for the letter
     /// with more text in the tag, 0 without a tag. Otherwise the right option is worth 1 however it is written.
+    ///
+    /// Deviation: its public code counts every A to J of the tag's text, so that the words of `B. Benign` hide the letter and
+    /// `B.` is more than the bare letter; here the answer parser says what is a letter, and brackets and marks are no text.
     pub graded: bool,
 }
 
@@ -55,15 +62,6 @@ impl RewardConfig {
                     format!("{key} is {weight}, it must be a finite number of at least 0"),
                 ));
             }
-        }
-        if problems.is_empty() && self.accuracy_weight == 0.0 && self.format_weight == 0.0 {
-            problems.push(
-                ConfigError::new(
-                    "accuracy_weight",
-                    "both reward weights are 0: every completion would be worth the same",
-                )
-                .with_help("set accuracy_weight to 1"),
-            );
         }
         problems
     }
@@ -140,6 +138,7 @@ mod tests {
             bad.check().iter().map(|problem| problem.key.as_str()).collect::<Vec<_>>(),
             ["accuracy_weight", "format_weight"]
         );
-        assert_eq!(RewardConfig { accuracy_weight: 0.0, format_weight: 0.0, graded: true }.check().len(), 1);
+        let idle = RewardConfig { accuracy_weight: 0.0, format_weight: 0.0, graded: true };
+        assert!(idle.check().is_empty(), "other rewards may have the weight");
     }
 }

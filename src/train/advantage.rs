@@ -171,8 +171,8 @@ fn checked_weights(rewards: &[Vec<f64>], config: &AdvantageConfig) -> Result<Vec
     Ok(weights)
 }
 
-/// The sum over the functions that gave a reward; NaN when none did.
-fn weighted_sum(row: &[f64], weights: &[f64]) -> f64 {
+/// The sum over the functions that gave a reward, of reward x weight; NaN when none did.
+pub fn weighted_sum(row: &[f64], weights: &[f64]) -> f64 {
     if row.iter().all(|reward| reward.is_nan()) {
         return f64::NAN;
     }

@@ -1,8 +1,8 @@
 //! Settings that change nothing beside the others: said, not refused, so that one file can serve several methods.
 
 use super::{
-    AdversaryConfig, AdversaryObjective, AttackConfig, CertifyConfig, CertifyMode, Command, Method, RampName,
-    RecipeName, RefreshName, RunConfig,
+    AdversaryConfig, AdversaryObjective, AttackConfig, CertifyConfig, CertifyMode, Command, GrpoSettings, Method,
+    RampName, RecipeName, RefreshName, RunConfig,
 };
 
 impl RunConfig {
@@ -71,6 +71,26 @@ impl RunConfig {
             note(own.n != default.n, "n", with());
             note(own.alpha != default.alpha, "alpha", with());
         }
+        if command == Command::Train && self.train.recipe.is_grpo() {
+            let (own, default) = (&self.train.grpo, GrpoSettings::default());
+            let without = |key: &str| format!("`{key}` is 0");
+            let is_short = own.overlong_weight == 0.0;
+            let with = || without("overlong_weight");
+            note(is_short && own.overlong_max_length.is_some(), "overlong_max_length", with());
+            note(is_short && own.overlong_cache.is_some(), "overlong_cache", with());
+            let is_free = own.repetition_weight == 0.0;
+            let with = || without("repetition_weight");
+            let is_other = own.repetition_ngram_size != default.repetition_ngram_size;
+            note(is_free && is_other, "repetition_ngram_size", with());
+            let is_other = own.repetition_max_penalty != default.repetition_max_penalty;
+            note(is_free && is_other, "repetition_max_penalty", with());
+            let is_alone = own.reward_command.is_none();
+            let with = || "there is no `reward_command`".to_owned();
+            let is_other = own.reward_command_weight != default.reward_command_weight;
+            note(is_alone && is_other, "reward_command_weight", with());
+            let is_other = own.reward_command_timeout != default.reward_command_timeout;
+            note(is_alone && is_other, "reward_command_timeout", with());
+        }
         let generation = &self.generation;
         if generation.temperature == 0.0 {
             let with = || "tokens are not drawn at temperature 0".to_owned();
@@ -136,6 +156,35 @@ mod tests {
             ),
             (Command::Predict, &[("certify.n", "50"), ("certify.alpha", "0.1")], 2),
             (Command::Predict, &[("certify.n", "50"), ("certify.sigma", "0.1")], 0),
+            (
+                Command::Train,
+                &[
+                    ("train.recipe", "grpo"),
+                    ("train.grpo.overlong_cache", "5"),
+                    ("train.grpo.overlong_max_length", "50"),
+                    ("train.grpo.repetition_ngram_size", "5"),
+                    ("train.grpo.repetition_max_penalty", "-0.5"),
+                    ("train.grpo.reward_command_weight", "0.5"),
+                    ("train.grpo.reward_command_timeout", "5"),
+                ],
+                6,
+            ),
+            (
+                Command::Train,
+                &[
+                    ("train.recipe", "grpo"),
+                    ("train.grpo.overlong_weight", "1"),
+                    ("train.grpo.overlong_cache", "50"),
+                    ("train.grpo.overlong_max_length", "512"),
+                    ("train.grpo.repetition_weight", "1"),
+                    ("train.grpo.repetition_ngram_size", "5"),
+                    ("train.grpo.repetition_max_penalty", "-0.5"),
+                    ("train.grpo.reward_command", "[\"x\"]"),
+                    ("train.grpo.reward_command_weight", "0.5"),
+                    ("train.grpo.reward_command_timeout", "5"),
+                ],
+                0,
+            ),
             (Command::Eval, &[("generation.top_k", "5"), ("generation.top_p", "0.5")], 2),
             (Command::Eval, &[("generation.top_k", "5"), ("generation.temperature", "0.5")], 0),
         ] {

@@ -241,6 +241,31 @@ impl Setting for PathBuf {
     }
 }
 
+const TEXTS: &str = "a list of texts such as [\"python3\", \"reward.py\"]";
+
+fn read_texts(value: &Value) -> Result<Value, String> {
+    match value {
+        Value::Array(items) if items.is_empty() => Err("an empty list; leave the key out instead".to_owned()),
+        Value::Array(items) => match items.iter().find(|item| !item.is_str()) {
+            None => Ok(value.clone()),
+            Some(other) => Err(format!("expected {TEXTS}, found {} in it", describe(other))),
+        },
+        _ => Err(wrong(TEXTS, value)),
+    }
+}
+
+impl Setting for Vec<String> {
+    fn node() -> Node {
+        Node::Leaf(Leaf {
+            expected: TEXTS,
+            words: &[],
+            is_text: false,
+            schema: || json!({"type": "array", "items": {"type": "string"}, "minItems": 1}),
+            read: read_texts,
+        })
+    }
+}
+
 impl<T: Setting> Setting for Option<T> {
     fn node() -> Node {
         T::node()

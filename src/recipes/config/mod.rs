@@ -15,7 +15,7 @@ pub use adversary::{AdversaryConfig, AdversaryObjective, RampName, RefreshName};
 pub use layers::Override;
 pub use show::show;
 pub use train::{
-    DenoiserSettings, GrpoSettings, ImportanceName, KlImage, LearningRates, LossType, MetricName, RecipeName, ScaleRewards, ScheduleName, TargetName, TrainConfig, TrainParts, ValidationConfig, WatchSettings,
+    DenoiserSettings, GrpoSettings, ImportanceName, KlImage, LearningRates, LossType, MetricName, RecipeName, RewardAggregation, ScaleRewards, ScheduleName, TargetName, TrainConfig, TrainParts, ValidationConfig, WatchSettings,
 };
 pub use values::DeviceWord;
 
@@ -505,7 +505,7 @@ impl RunConfig {
                 problem
             };
             problems.extend(train.grpo.loss().check().into_iter().map(named));
-            problems.extend(train.grpo.rewards().check().into_iter().map(named));
+            problems.extend(train.grpo.reward_problems(self.max_new_tokens).into_iter().map(named));
             if train.grpo.loss_type == LossType::Cispo && train.grpo.clip_high < 1.0 {
                 let message = format!(
                     "`cispo` caps the ratio itself at `clip_high`: {} would weigh every token down",
@@ -639,10 +639,11 @@ impl RunConfig {
     }
 
     /// The resolved configuration without what changes no result (threads, batch size of inference, pictures, what
-    /// TensorBoard shows, run directory) and without the name of the model's revision, of which the run notes the commit: two runs with the
+    /// TensorBoard shows, run directory, how long a reward command may take) and without the name of the model's revision,
+    /// of which the run notes the commit: two runs with the
     /// same identity may continue each other.
     pub fn identity(&self, command: Command) -> Result<String> {
-        let neutral = Self {
+        let mut neutral = Self {
             threads: None,
             batch_size: Self::default().batch_size,
             feature_cache_mib: Self::default().feature_cache_mib,
@@ -656,6 +657,7 @@ impl RunConfig {
             },
             ..self.clone()
         };
+        neutral.train.grpo.reward_command_timeout = GrpoSettings::default().reward_command_timeout;
         neutral.to_toml(command)
     }
 

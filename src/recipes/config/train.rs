@@ -6,6 +6,8 @@ use super::{NormName, ObjectiveName};
 use crate::error::ConfigError;
 use crate::nn::recompute::Memory;
 use crate::reward::RewardConfig;
+use crate::reward::overlong::Overlong;
+use crate::reward::repetition::Repetition;
 use crate::train::grpo::{self, GrpoConfig};
 use std::path::PathBuf;
 
@@ -89,6 +91,16 @@ words! {
         Batch = "batch",
         /// Nothing.
         None = "none",
+    }
+}
+
+words! {
+    /// How several rewards become one advantage.
+    pub enum RewardAggregation = SumThenNormalize {
+        /// The weighted sum of the rewards is normalised.
+        SumThenNormalize = "sum_then_normalize",
+        /// Each reward is normalised within its group, then their weighted sum over the step (GDPO, Liu et al. 2026).
+        NormalizeThenSum = "normalize_then_sum",
     }
 }
 
@@ -348,12 +360,41 @@ section! {
         /// Questions of a step whose completions are all written to `completions.jsonl`, attacked ones first; 0: none. Each costs
         /// `group_size` lines, with prompt, about a kilobyte and more.
         log_questions: usize = 1,
+        /// Whether rewards are weighted and added up before they are normalised, or each is normalised first, so that a reward of
+        /// small spread counts as much as one of large; `scale_rewards` has no meaning then.
+        reward_aggregation: RewardAggregation = RewardAggregation::SumThenNormalize,
         /// Weight of the accuracy reward.
         accuracy_weight: f64 = 1.0 => Range::at_least(0.0),
         /// Weight of the format reward.
         format_weight: f64 = 1.0 => Range::at_least(0.0),
         /// Whether accuracy is graded: half for the right letter among further text.
         graded: bool = false,
+        /// Weight of the soft penalty on long completions (DAPO, Yu et al. 2025): 0 up to `overlong_max_length` -
+        /// `overlong_cache` tokens, falling linearly to -1 at `overlong_max_length`; 0: none.
+        overlong_weight: f64 = 0.0 => Range::at_least(0.0),
+        /// Length, in tokens, at which that penalty is full; absent: `max_new_tokens`.
+        overlong_max_length: Option<usize> = None => Range::at_least(1.0),
+        /// Tokens before `overlong_max_length` over which it grows; absent: a fifth of `overlong_max_length`, as in DAPO.
+        overlong_cache: Option<usize> = None,
+        /// Weight of the penalty on repeated words: `repetition_max_penalty` x (1 - distinct n-grams / all n-grams) of the
+        /// completion's words (Yeo et al. 2025); 0: none.
+        repetition_weight: f64 = 0.0 => Range::at_least(0.0),
+        /// Words of one n-gram.
+        repetition_ngram_size: usize = 3 => Range::at_least(1.0),
+        /// That penalty where everything is a repeat.
+        repetition_max_penalty: f64 = -1.0 => Range::from_below(-1000.0, 0.0),
+        /// A program and its arguments that rewards completions: started once, in this directory, it reads one JSON object a line
+        /// ("step", "index", "count", "id", "question", "options", "answer", "completion", "is_finished", "num_tokens", "modality",
+        /// "question_type", "dataset", "image", "reasoning") and answers each with one line: {"reward": NUMBER}, or {"rewards":
+        /// {"NAME": NUMBER}} for several, null for none. All else it writes must go to standard error, and it ends when its input
+        /// does. The first line, of step 0, is a trial before weights are loaded. Training waits for each step's answers. A run
+        /// resumes to the same bytes only if the program answers equal lines equally; the files among its arguments must stay the
+        /// same.
+        reward_command: Option<Vec<String>> = None,
+        /// Weight of each of its rewards; 0: they are logged only.
+        reward_command_weight: f64 = 1.0 => Range::at_least(0.0),
+        /// Longest wait for one of its answers, in seconds, the trial's with its start included.
+        reward_command_timeout: f64 = 60.0 => Range::closed(0.001, 86_400.0),
     }
 }
 
@@ -401,6 +442,60 @@ impl GrpoSettings {
             format_weight: self.format_weight,
             graded: self.graded,
         }
+    }
+
+    /// The penalty on long completions of at most `max_new_tokens`; none without a weight.
+    pub fn overlong(&self, max_new_tokens: usize) -> Option<Overlong> {
+        let max_length = self.overlong_max_length.unwrap_or(max_new_tokens);
+        let cache = self.overlong_cache.unwrap_or(max_length / 5);
+        (self.overlong_weight > 0.0).then_some(Overlong { max_length, cache })
+    }
+
+    /// The penalty on repetition; none without a weight.
+    pub fn repetition(&self) -> Option<Repetition> {
+        let (ngram_size, max_penalty) = (self.repetition_ngram_size, self.repetition_max_penalty);
+        (self.repetition_weight > 0.0).then_some(Repetition { ngram_size, max_penalty })
+    }
+
+    /// Everything that is wrong with the rewards of completions of at most `max_new_tokens`.
+    pub(super) fn reward_problems(&self, max_new_tokens: usize) -> Vec<ConfigError> {
+        let mut problems = self.rewards().check();
+        let command_weight = if self.reward_command.is_some() { self.reward_command_weight } else { 0.0 };
+        let weights = [
+            self.accuracy_weight,
+            self.format_weight,
+            self.overlong_weight,
+            self.repetition_weight,
+            command_weight,
+        ];
+        if weights.iter().all(|weight| *weight == 0.0) {
+            let message = "every reward weight is 0: every completion would be worth the same";
+            problems.push(ConfigError::new("accuracy_weight", message).with_help("set accuracy_weight to 1"));
+        }
+        if let Some(Overlong { max_length, cache }) = self.overlong(max_new_tokens) {
+            if cache > max_length {
+                let message = format!("`overlong_cache` {cache} exceeds the longest length, {max_length}");
+                let help = "it is the part of `overlong_max_length` over which the penalty grows: lower it";
+                problems.push(ConfigError::new("overlong_cache", message).with_help(help));
+            } else if max_length - cache >= max_new_tokens {
+                let free = max_length - cache;
+                let message = format!(
+                    "up to {free} tokens there is no penalty, and none can be longer than `max_new_tokens` {max_new_tokens}"
+                );
+                let help = "lower `overlong_max_length`, or raise `overlong_cache`";
+                problems.push(ConfigError::new("overlong_weight", message).with_help(help));
+            }
+        }
+        let is_by_column = self.reward_aggregation == RewardAggregation::NormalizeThenSum;
+        if is_by_column && self.scale_rewards != ScaleRewards::Group {
+            let message = "`scale_rewards` has no meaning with reward_aggregation `normalize_then_sum`";
+            problems.push(ConfigError::new("scale_rewards", message).with_help("leave it at `group`"));
+        }
+        if self.reward_command.as_ref().is_some_and(|command| command.iter().any(String::is_empty)) {
+            let message = "`reward_command` holds an empty text";
+            problems.push(ConfigError::new("reward_command", message).with_help("take it out of the list"));
+        }
+        problems
     }
 }
 

@@ -1,4 +1,4 @@
-//! Groups of completions: sampled, read, rewarded, and sampled again where they teach nothing.
+//! Groups of completions: sampled, rewarded, and sampled again where they teach nothing.
 
 use super::Sampling;
 use super::update::image_rows;
@@ -22,47 +22,26 @@ pub(super) struct Group {
     pub(super) seeds: Vec<u64>,
     pub(super) accuracy: Vec<f64>,
     pub(super) format: Vec<f64>,
+    /// Of each further column of the judge; NaN where none was given.
+    pub(super) others: Vec<Vec<f64>>,
+    /// Weighted sums; NaN where no column with a weight has a reward.
     pub(super) total: Vec<f64>,
+    pub(super) is_flat: bool,
 }
 
 impl Group {
-    fn judged(
-        lesson: &Lesson<'_>,
-        frozen: &Assistant,
-        sample: &Sample,
-        completions: Vec<Completion>,
-        seeds: Vec<u64>,
-    ) -> Result<Self> {
-        let rewards = lesson.config.grpo.rewards();
-        let texts =
-            completions.iter().map(|completion| frozen.text_of(completion)).collect::<Result<Vec<_>>>()?;
-        let scores: Vec<_> = texts
-            .iter()
-            .zip(&completions)
-            .map(|(text, completion)| {
-                let score = rewards.score(text, sample.answer, sample.options.len(), lesson.format());
-                // A completion that never ended is not well-formed, whatever its text.
-                let format = if completion.is_finished { score.format } else { 0.0 };
-                (
-                    score.accuracy,
-                    format,
-                    rewards.accuracy_weight * score.accuracy + rewards.format_weight * format,
-                )
-            })
-            .collect();
-        Ok(Self {
-            accuracy: scores.iter().map(|s| s.0).collect(),
-            format: scores.iter().map(|s| s.1).collect(),
-            total: scores.iter().map(|s| s.2).collect(),
-            completions,
-            texts,
-            seeds,
-        })
+    /// The rewards of the judge's column `k`.
+    pub(super) fn column(&self, k: usize) -> &[f64] {
+        match k {
+            0 => &self.accuracy,
+            1 => &self.format,
+            other => &self.others[other - 2],
+        }
     }
 
     /// Whether all completions are worth the same, so that none is better than its group.
     pub(super) fn is_flat(&self) -> bool {
-        self.total.iter().all(|total| *total == self.total[0])
+        self.is_flat
     }
 
     /// Whether completion `c` takes part in the loss.
@@ -77,14 +56,21 @@ impl Group {
     }
 }
 
-/// What completions about `sample` are worth, each by itself.
+/// What completions about `sample` are worth, each by itself, for an adversary. A reward that was not given counts as the mean
+/// of the others, so that it has no say.
 pub(in crate::recipes) fn rewards_of(
+    sampling: &Sampling<'_>,
     lesson: &Lesson<'_>,
     frozen: &Assistant,
+    step: u64,
     sample: &Sample,
     completions: &[Completion],
 ) -> Result<Vec<f64>> {
-    Ok(Group::judged(lesson, frozen, sample, completions.to_vec(), Vec::new())?.total)
+    let groups = sampling.judge.groups(lesson, frozen, step, &[sample], vec![completions.to_vec()])?;
+    let total: Vec<f64> = groups.into_iter().flat_map(|group| group.total).collect();
+    let given = total.iter().filter(|reward| !reward.is_nan());
+    let mean = given.clone().sum::<f64>() / given.count().max(1) as f64;
+    Ok(total.into_iter().map(|reward| if reward.is_nan() { mean } else { reward }).collect())
 }
 
 /// Which groups are sampled, and for which time.
@@ -124,15 +110,20 @@ pub(super) fn roll_out(
     if sampling.assumed.longest {
         decoding.stop_ids.clear();
     }
-    let mut groups = Vec::with_capacity(round.places.len());
+    let mut completions = Vec::with_capacity(round.places.len());
+    let mut seeds = Vec::with_capacity(round.places.len());
     for part in round.places.chunks(lesson.micro_batch_size()) {
-        let seeds: Vec<Vec<u64>> = part.iter().map(|&q| round.seeds(lesson, q)).collect();
+        let of_part: Vec<Vec<u64>> = part.iter().map(|&q| round.seeds(lesson, q)).collect();
         let prompts: Vec<Prompt> = part.iter().map(|&q| questions.prompts[q].clone()).collect();
         let features = features.select(&image_rows(&questions.prompts, part))?;
-        let sampled = policy::sample(frozen, &prompts, Some(&features), &seeds, &decoding)?;
-        for ((completions, seeds), &q) in sampled.into_iter().zip(seeds).zip(part) {
-            groups.push(Group::judged(lesson, frozen, &questions.samples[q], completions, seeds)?);
-        }
+        let sampled = policy::sample(frozen, &prompts, Some(&features), &of_part, &decoding)?;
+        completions.extend(sampled);
+        seeds.extend(of_part);
+    }
+    let samples: Vec<&Sample> = round.places.iter().map(|&q| &questions.samples[q]).collect();
+    let mut groups = sampling.judge.groups(lesson, frozen, round.step, &samples, completions)?;
+    for (group, seeds) in groups.iter_mut().zip(seeds) {
+        group.seeds = seeds;
     }
     Ok(groups)
 }

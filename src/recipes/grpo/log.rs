@@ -4,6 +4,7 @@
 //! Deviation: TRL's `step_time` is not among the metrics, which are the same bytes each time; `timings.jsonl` has it as `seconds`.
 
 use super::group::Group;
+use super::judge::{Column, Judge};
 use super::update::UpdateOutcome;
 use crate::error::Result;
 use crate::recipes::config::LossType;
@@ -18,13 +19,10 @@ use sha2::{Digest as _, Sha256};
 pub(super) fn describe(
     report: &mut StepReport,
     lesson: &Lesson<'_>,
+    judge: &Judge,
     groups: &[Group],
     outcome: &UpdateOutcome,
 ) {
-    let all = |part: fn(&Group) -> &Vec<f64>| -> Vec<f64> {
-        groups.iter().flat_map(|group| part(group).iter().copied()).collect()
-    };
-    let (accuracy, format, total) = (all(|g| &g.accuracy), all(|g| &g.format), all(|g| &g.total));
     let completions = || groups.iter().flat_map(|group| &group.completions);
     let num_flat = groups.iter().filter(|group| group.is_flat()).count();
     let mut put = |key: &str, value: f64| {
@@ -33,12 +31,7 @@ pub(super) fn describe(
     put("loss", outcome.loss);
     put("learning_rate", outcome.learning_rate);
     put("grad_norm", outcome.grad_norm);
-    put("reward", mean(total.iter().copied()));
-    put("reward_std", standard_deviation(&total));
-    put("rewards/accuracy/mean", mean(accuracy.iter().copied()));
-    put("rewards/accuracy/std", standard_deviation(&accuracy));
-    put("rewards/format/mean", mean(format.iter().copied()));
-    put("rewards/format/std", standard_deviation(&format));
+    put_rewards(&mut put, judge, groups);
     put("frac_reward_zero_std", num_flat as f64 / groups.len() as f64);
     put("groups_updated", outcome.num_groups_updated as f64);
     put("entropy", mean(completions().flat_map(|c| c.entropies.iter().map(|h| f64::from(*h)))));
@@ -99,6 +92,32 @@ pub(super) fn each_update(lesson: &Lesson<'_>, outcome: &UpdateOutcome) -> Vec<M
     outcome.each.iter().enumerate().map(own).collect()
 }
 
+/// Mean and spread of each reward over the completions of the step that were given one, and the share that was given
+/// none of those that a command gives. Where none was given, none is logged.
+fn put_rewards(put: &mut impl FnMut(&str, f64), judge: &Judge, groups: &[Group]) {
+    let given = |of: &dyn Fn(&Group) -> Vec<f64>| -> (Vec<f64>, f64) {
+        let all: Vec<f64> = groups.iter().flat_map(of).collect();
+        let given: Vec<f64> = all.iter().copied().filter(|reward| !reward.is_nan()).collect();
+        let missing = 1.0 - given.len() as f64 / all.len() as f64;
+        (given, missing)
+    };
+    let (total, _) = given(&|group| group.total.clone());
+    if !total.is_empty() {
+        put("reward", mean(total.iter().copied()));
+        put("reward_std", standard_deviation(&total));
+    }
+    for (k, Column { name, is_external, .. }) in judge.columns().iter().enumerate() {
+        let (rewards, missing) = given(&|group| group.column(k).to_vec());
+        if !rewards.is_empty() {
+            put(&format!("rewards/{name}/mean"), mean(rewards.iter().copied()));
+            put(&format!("rewards/{name}/std"), standard_deviation(&rewards));
+        }
+        if *is_external {
+            put(&format!("rewards/{name}/missing"), missing);
+        }
+    }
+}
+
 /// Notes every completion of the first `log_questions` questions. Of a step's `pixels` the first `num_attacked` images are
 /// attacked.
 ///
@@ -110,6 +129,7 @@ pub(super) fn write_down(
     report: &mut StepReport,
     lesson: &Lesson<'_>,
     questions: &Questions,
+    judge: &Judge,
     groups: &[Group],
     advantages: &[Vec<f64>],
     (pixels, num_attacked): (&[Tensor], usize),
@@ -119,7 +139,7 @@ pub(super) fn write_down(
         let image_sha256 = lesson.images.sha256(&sample.image)?;
         let pixels_sha256 = sha256_of(&items::pick(pixels, &[q])?)?;
         for (g, text) in group.texts.iter().enumerate() {
-            report.completions.push(json!({
+            let mut line = json!({
                 "id": sample.id,
                 "attacked": q < num_attacked,
                 "answer": sample.answer_letter().to_string(),
@@ -135,7 +155,14 @@ pub(super) fn write_down(
                 "prompt": lesson.template.user_text(sample),
                 "image_sha256": image_sha256,
                 "pixels_sha256": pixels_sha256,
-            }));
+            });
+            let others = judge.columns().iter().enumerate().skip(2);
+            let others: Map<String, Value> =
+                others.map(|(k, column)| (column.name.clone(), json!(group.column(k)[g]))).collect();
+            if !others.is_empty() {
+                line["rewards"] = Value::Object(others);
+            }
+            report.completions.push(line);
         }
     }
     Ok(())

@@ -1,8 +1,8 @@
 //! One step of group-relative policy optimisation, on clean images (`grpo`) or with PGD inside (`at_grpo`).
 //!
 //! For each question: PGD on the image's pixels maximises the loss of the right completion under the current policy;
-//! a group of completions is sampled on the attacked image; rewards are accuracy and format; advantages are relative
-//! to the group; the clipped surrogate is taken on the image the group was sampled on.
+//! a group of completions is sampled on the attacked image; rewards are accuracy, format and what else is asked for;
+//! advantages are relative to the group; the clipped surrogate is taken on the image the group was sampled on.
 //!
 //! Deviation: the paper does not say what its attack maximises, whether groups share one image, or what the reference
 //! policy sees; each is an option here.
@@ -14,11 +14,12 @@
 //! Deviation: `entropy` is that of the distribution each token was sampled from, so of the policy before the update.
 
 mod group;
+mod judge;
 mod log;
 mod update;
 
 use super::adversary::Adversary;
-use super::config::{GrpoSettings, RefreshName, ScaleRewards};
+use super::config::{GrpoSettings, RefreshName, RewardAggregation, ScaleRewards};
 use super::fit::{Fit, Student};
 use super::items;
 use super::lesson::Lesson;
@@ -30,6 +31,7 @@ use crate::roles::policy;
 use crate::train::advantage::{self, AdvantageConfig};
 pub(super) use group::rewards_of;
 use group::{Group, Round, resample, roll_out};
+pub use judge::{Column, Judge};
 use log::{describe, each_update, mean, write_down};
 use serde_json::json;
 use std::time::Instant;
@@ -40,6 +42,8 @@ use update::{Seen, update};
 pub struct Sampling<'a> {
     /// The frozen policy of the KL term.
     pub reference: Option<&'a Assistant>,
+    /// What completions are worth.
+    pub judge: &'a Judge,
     /// Longest completion, in tokens.
     pub max_new_tokens: usize,
     /// Whether images are attacked first.
@@ -92,13 +96,12 @@ pub fn step(lesson: &Lesson<'_>, fit: &mut Fit<Student>, sampling: &Sampling<'_>
     report.phases.push(("rollout", started.elapsed().as_secs_f64()));
 
     let started = Instant::now();
-    let rewards: Vec<Vec<f64>> = groups.iter().map(|group| group.total.clone()).collect();
     lesson.evidence.note(|noted| {
         let ids = |group: &Group| group.completions.iter().map(|c| c.ids.clone()).collect();
         (noted.phase, noted.completions) = ("update", groups.iter().map(ids).collect());
-        noted.rewards.clone_from(&rewards);
+        noted.rewards = groups.iter().map(|group| group.total.clone()).collect();
     });
-    let advantages = advantages_of(&rewards, settings)?;
+    let advantages = advantages_of(&groups, sampling.judge, settings)?;
     lesson.evidence.note(|noted| noted.advantages.clone_from(&advantages));
     // Of a vision tower that does not train they hold for the update too, and for the reference.
     let features = lesson.features.is_some().then_some(features);
@@ -111,7 +114,7 @@ pub fn step(lesson: &Lesson<'_>, fit: &mut Fit<Student>, sampling: &Sampling<'_>
         report.phases.push(("refresh", outcome.refresh_seconds));
     }
 
-    describe(&mut report, lesson, &groups, &outcome);
+    describe(&mut report, lesson, sampling.judge, &groups, &outcome);
     let prompt_tokens: usize = questions.prompts.iter().map(|prompt| prompt.ids.len()).sum();
     let completion_tokens: usize =
         groups.iter().flat_map(|group| &group.completions).map(|c| c.ids.len()).sum();
@@ -133,12 +136,14 @@ pub fn step(lesson: &Lesson<'_>, fit: &mut Fit<Student>, sampling: &Sampling<'_>
     }
     report.updates = each_update(lesson, &outcome);
     report.pictures = pictures::of_attack(lesson, &questions, attacked.as_ref(), fit.step)?;
-    write_down(&mut report, lesson, &questions, &groups, &advantages, (pixels, num_attacked))?;
+    let shown = (pixels.as_slice(), num_attacked);
+    write_down(&mut report, lesson, &questions, sampling.judge, &groups, &advantages, shown)?;
     Ok(report)
 }
 
-fn advantages_of(rewards: &[Vec<f64>], settings: &GrpoSettings) -> Result<Vec<Vec<f64>>> {
-    let rows: Vec<Vec<f64>> = rewards.iter().flatten().map(|reward| vec![*reward]).collect();
+fn advantages_of(groups: &[Group], judge: &Judge, settings: &GrpoSettings) -> Result<Vec<Vec<f64>>> {
+    let rows = |group| (0..settings.group_size).map(move |c| judge.row(group, c));
+    let rows: Vec<Vec<f64>> = groups.iter().flat_map(rows).collect();
     let config = AdvantageConfig {
         group_size: settings.group_size,
         scale_rewards: match settings.scale_rewards {
@@ -146,7 +151,11 @@ fn advantages_of(rewards: &[Vec<f64>], settings: &GrpoSettings) -> Result<Vec<Ve
             ScaleRewards::Batch => advantage::ScaleRewards::Batch,
             ScaleRewards::None => advantage::ScaleRewards::None,
         },
-        ..AdvantageConfig::default()
+        aggregation: match settings.reward_aggregation {
+            RewardAggregation::SumThenNormalize => advantage::RewardAggregation::SumThenNormalize,
+            RewardAggregation::NormalizeThenSum => advantage::RewardAggregation::NormalizeThenSum,
+        },
+        reward_weights: judge.weights(),
     };
     let advantages = advantage::group_relative(&rows, &config)?.advantages;
     Ok(advantages.chunks(settings.group_size).map(<[f64]>::to_vec).collect())
