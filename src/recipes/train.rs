@@ -33,6 +33,9 @@ use std::path::PathBuf;
 /// Whatever is wrong with settings, data or weights, before the first step; numbers that are not finite, at the step.
 pub fn train(job: &Job<'_>) -> Result<Outcome> {
     inputs::check_job(job)?;
+    if let Some(note) = job.config.prompt_note() {
+        job.progress.note(&note);
+    }
     inputs::require_greedy(&job.config, "training samples as `train.grpo` says")?;
     let material = material(&job.config, None, &job.stop, job.progress)?;
     let mut run = job.open_run()?;
@@ -67,6 +70,9 @@ pub(super) fn material(
 ) -> Result<Material> {
     let (dataset, _) = inputs::open_questions(config)?;
     items::require_some(&dataset, "train on")?;
+    for note in items::Reasonings::of(config, &dataset.samples).notes(&dataset.samples) {
+        progress.note(&note);
+    }
     let device = config.backend().device()?;
     let needs_reference = config.train.recipe.is_grpo() && config.train.grpo.kl_coef > 0.0;
     let model = config.model.as_deref().unwrap_or_default();
@@ -113,6 +119,9 @@ pub fn run_training(config: &RunConfig, run: &mut Run, progress: &dyn Progress) 
 fn learn(material: Material, config: &RunConfig, run: &mut Run, progress: &dyn Progress) -> Result<Value> {
     let Material { dataset, model, chosen, .. } = &material;
     inputs::note_questions(run, dataset, None, config.prompt.parse()?)?;
+    for (key, count) in items::Reasonings::of(config, &dataset.samples).counts() {
+        run.provenance(key, json!(count))?;
+    }
     if let Some(model) = model {
         inputs::note_revision(run, model.commit.as_deref())?;
         run.provenance("model_sha256", json!(inputs::model_sha256(&model.dir)?))?;

@@ -244,7 +244,9 @@ section! {
     pub struct DataConfig {
         /// Root of an OmniMedVQA tree; beside `data`, the root of that file's images.
         omnimedvqa: Option<PathBuf> = None,
-        /// A data set in any supported format, detected.
+        /// A data set in any supported format, detected by its content: an OmniMedVQA tree or file, Med-R1 splits, LLaVA or ShareGPT
+        /// `conversations`, chat `messages` (or TRL's `prompt` and `completion`); each file a JSON array or JSON lines; or a folder
+        /// of such files.
         data: Option<PathBuf> = None,
         /// JSON list of the question ids to keep.
         split: Option<PathBuf> = None,
@@ -256,7 +258,7 @@ section! {
         question_type: Option<String> = None,
         /// Keep the first so many items.
         limit: Option<usize> = None => Range::at_least(1.0),
-        /// `I/N`: every N-th item from the I-th on, I from 0; the parts are joined by `safemed merge`.
+        /// `I/N`: every N-th item from the I-th on, I from 0; the parts are joined by `safemed merge`. Not for training.
         shard: Option<Shard> = None,
         /// Whether records with a problem are left out and counted, instead of refusing the data.
         skip_invalid: bool = false,
@@ -491,6 +493,10 @@ impl RunConfig {
         }
         if command.is_none_or(|command| command == Command::Train) {
             self.train_problems(&mut problems);
+            problems.extend(self.contradicting_prompt());
+        }
+        if command == Some(Command::Train) {
+            problems.extend(self.partial_training());
         }
         problems
     }

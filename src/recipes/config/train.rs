@@ -129,7 +129,8 @@ section! {
         adam_epsilon: f64 = 1e-8 => Range::above(0.0),
         /// Global gradient norm above which gradients are scaled down; 0: never.
         max_grad_norm: f64 = 1.0 => Range::at_least(0.0),
-        /// What the model learns to write.
+        /// What the model learns to write; the `prompt` should ask for it. A question without a reasoning of its own gets a made-up
+        /// sentence (modality, right option): the run says how many.
         target: TargetName = TargetName::Cot,
         /// Whether the order of the options is drawn anew each time an item is seen.
         permute_options: bool = false,
