@@ -548,6 +548,31 @@ fn phantoms_are_drawn_checked_counted_split_and_converted() {
     known.sort();
     found.sort();
     assert_eq!(known, found);
+
+    // Conversations hold everything, reasonings that move with the options included.
+    assert!(original.samples.iter().all(|sample| sample.reasoning.is_some()));
+    for to in ["llava", "messages"] {
+        let made = call(&["data", "convert", "--to", to, "--omnimedvqa", &data, "--out", &path(to)]);
+        assert_eq!((&made["n"], &made["images"]), (&drawn["n"], &drawn["images"]));
+        call(&["data", "check", "--data", &path(to)]);
+        assert_eq!(call(&["data", "stats", "--data", &path(to)])["reasonings"], 200);
+        let split = call(&["data", "split", "--data", &path(to), "--out", &path(&format!("{to}-splits"))]);
+        assert_eq!(split["leak"]["all"]["shared_paths"], 0);
+        assert_eq!(safemed::data::load(&dir.path().join(to)).unwrap().samples, original.samples);
+    }
+    // Others read the turns, where the letter is in its place.
+    let first = &original.samples[0];
+    let text = fs::read_to_string(dir.path().join("llava/questions.json")).unwrap();
+    let record: Value = serde_json::from_str::<Vec<Value>>(&text).unwrap().remove(0);
+    let said_by = |turn: usize| record["conversations"][turn]["value"].as_str().unwrap();
+    assert!(said_by(0).starts_with(&format!("<image>\n{}\nA) {}\nB) ", first.question, first.options[0])));
+    let reasoning = first.reasoning_text();
+    assert_eq!(said_by(1), format!("<think> {reasoning}</think><answer> {}</answer>", first.answer_letter()));
+    let text = fs::read_to_string(dir.path().join("messages/questions.jsonl")).unwrap();
+    assert_eq!(text.lines().count(), 200);
+    let record: Value = serde_json::from_str(text.lines().next().unwrap()).unwrap();
+    assert_eq!(record["messages"][0]["content"][0]["type"], "image");
+    assert_eq!(record["images"], serde_json::json!([first.image]));
 }
 
 #[test]

@@ -388,9 +388,10 @@ fn divergence_by_hand(config: &RunConfig, reference: &Path, policy: &Path, step:
         let sampled = policy::sample(&policy, &prompt, Some(&features[0]), &[seeds], &decoding).unwrap();
         for completion in sampled.into_iter().flatten() {
             let scoring = Scoring::new(&policy, &prompt, &[vec![completion.ids]]).unwrap();
-            let [own, other] = [(&policy, &features[0]), (&reference, &features[1])].map(
-                |(assistant, features)| scoring.evaluate(assistant, Some(features), temperature).unwrap(),
-            );
+            let [own, other] =
+                [(&policy, &features[0]), (&reference, &features[1])].map(|(assistant, features)| {
+                    scoring.evaluate(assistant, Some(features), temperature).unwrap()
+                });
             for (own, other) in own.iter().zip(&other) {
                 let d = f64::from(*other) - f64::from(*own);
                 sum += d.exp() - d - 1.0;

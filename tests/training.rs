@@ -2,10 +2,13 @@
 //! thread or batch changes a byte.
 
 use crate::support::{run as call, safemed};
-use crate::tiny::{Kind, Weights, assistant_of, phantoms, tiny_checkpoint};
+use crate::tiny::{Kind, Weights, assistant_of, phantoms, tiny_assistant, tiny_checkpoint};
+use candle_core::Device;
 use rand::RngCore as _;
 use safemed::backend::with_threads;
 use safemed::error::{Error, ExitStatus, Result};
+use safemed::model::assistant::Assistant;
+use safemed::model::chat::{Message, RenderOptions};
 use safemed::recipes::config::Command::{self, Attack, Certify, Train};
 use safemed::recipes::config::{Override, RunConfig};
 use safemed::recipes::job::{Job, Outcome};
@@ -13,7 +16,7 @@ use safemed::recipes::progress::Silent;
 use safemed::recipes::run::Stop;
 use safemed::recipes::{attack, certify, train};
 use safemed::rng;
-use serde_json::Value;
+use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 use std::collections::BTreeMap;
 use std::fs;
@@ -197,6 +200,111 @@ fn a_tiny_model_learns_eight_phantoms_by_heart() {
     let outcome = run_as(Attack, &settings(&trained, &dir.path().join("attack"), &more), 2).unwrap();
     assert_eq!(outcome.summary["clean_accuracy"], 1.0);
     assert_ne!(outcome.summary["verdict"], "PASS", "a budget of nothing proves nothing");
+}
+
+#[test]
+fn a_target_ends_as_the_chat_template_ends_a_turn() {
+    let mut assistants = vec![tiny_assistant()];
+    let shared = std::env::var("SAFEMED_SHARED")
+        .unwrap_or_else(|_| concat!(env!("CARGO_MANIFEST_DIR"), "/../shared").to_owned());
+    let checkpoints = Path::new(&shared).join("reference/fixtures/checkpoints");
+    for name in ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"].iter().filter(|_| checkpoints.is_dir()) {
+        assistants.push(Assistant::load(&checkpoints.join(name), &|_| false, &Device::Cpu).unwrap());
+    }
+    for assistant in assistants {
+        let text = "<think> dark B</think><answer> B</answer>";
+        let ids = |messages: &[Message], add_generation_prompt: bool| {
+            let options = RenderOptions { add_generation_prompt, add_vision_id: false };
+            assistant.tokenizer.encode(&assistant.chat.render(messages, options).unwrap()).unwrap()
+        };
+        let question = Message::text("user", "Which?");
+        let target = assistant.target(text).unwrap();
+        let mut learnt = ids(std::slice::from_ref(&question), true);
+        learnt.extend(&target);
+        // The whole conversation as the template writes it: prompt, target, and a line break that nobody says.
+        let whole = ids(&[question, Message::text("assistant", text)], false);
+        assert_eq!(whole[..learnt.len()], learnt);
+        assert_eq!(whole[learnt.len()..], assistant.tokenizer.encode("\n").unwrap());
+        assert!(assistant.tokenizer.stop_ids().contains(target.last().unwrap()));
+    }
+}
+
+/// Eight of the drawn questions as conversations in lines, the last `bare` of them without a reasoning.
+fn conversations(file: &Path, bare: usize) {
+    let questions = safemed::data::load(&material().data).unwrap().samples;
+    let lines = questions[..8].iter().enumerate().map(|(n, sample)| {
+        let options = sample.options.iter().zip("ABCD".chars());
+        let options: Vec<String> = options.map(|(text, letter)| format!("\n{letter}. {text}")).collect();
+        let letter = sample.answer_letter();
+        let answer = format!("<answer> {letter}</answer>");
+        let said = if n < 8 - bare { format!("<think>{}</think>{answer}", sample.reasoning_text()) } else { answer };
+        let record = json!({"id": sample.id, "image": sample.image, "modality": sample.modality_raw, "conversations": [
+            {"from": "human", "value": format!("<image>\n{}{}", sample.question, options.concat())}, {"from": "gpt", "value": said},
+        ]});
+        format!("{record}\n")
+    });
+    fs::write(file, lines.collect::<String>()).unwrap();
+}
+
+#[test]
+fn conversations_train_as_the_same_questions_do_and_missing_reasonings_are_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    let more = [
+        ("prompt", "phantom_cot"),
+        ("train.target", "cot"),
+        ("train.batch_size", "4"),
+        ("train.num_steps", "3"),
+        ("train.learning_rate", "0.01"),
+    ];
+    let ids: Vec<String> =
+        safemed::data::load(&material().data).unwrap().samples[..8].iter().map(|s| s.id.clone()).collect();
+    fs::write(path("eight.json"), json!(ids).to_string()).unwrap();
+    let split = path("eight.json").display().to_string();
+    let train = |name: &str, data: Option<&Path>, own: &[(&str, &str)]| {
+        let data = data.map(|data| data.display().to_string());
+        let source: Vec<(&str, &str)> = data.iter().map(|data| ("data.data", data.as_str())).collect();
+        let more = [&more[..], &[("data.split", split.as_str())], &source, own].concat();
+        let settings = settings(&material().fresh, &path(name), &more);
+        let arguments = arguments(Train, &settings);
+        call(dir.path(), &arguments.iter().map(String::as_str).collect::<Vec<_>>())
+    };
+    conversations(&path("all.jsonl"), 0);
+    conversations(&path("some.jsonl"), 3);
+    let told = "3 of 8 questions have no reasoning of their own";
+    let provenance = |name: &str| {
+        let run: Value = serde_json::from_slice(&fs::read(path(name).join("run.json")).unwrap()).unwrap();
+        run["made_up_reasonings"].clone()
+    };
+    for (name, data) in [("own", None), ("all", Some(path("all.jsonl")))] {
+        let (status, _, err) = train(name, data.as_deref(), &[]);
+        assert!(status == 0 && !err.contains("no reasoning of their own"), "{err}");
+        assert_eq!(provenance(name), Value::Null);
+    }
+    check_same(&path("own"), &path("all"));
+    let (status, _, err) = train("some", Some(&path("some.jsonl")), &[]);
+    assert_eq!((status, err.matches(told).count(), provenance("some")), (0, 1, json!(3)), "{err}");
+    assert!(err.contains("is learnt, such as `scan "), "{err}");
+    // Where nothing is made up, nothing is said.
+    let own = [("train.target", "instruct"), ("prompt", "phantom")];
+    let (status, _, err) = train("instruct", Some(&path("some.jsonl")), &own);
+    assert!(status == 0 && !err.contains("no reasoning of their own"), "{err}");
+    assert_eq!(provenance("instruct"), Value::Null);
+    // A prompt that does not ask for what is learnt is told, not refused.
+    let (status, _, err) = train("word", None, &[("prompt", "phantom")]);
+    assert!(status == 0 && err.contains("prompt `phantom` does not ask for the reasoning that"), "{err}");
+}
+
+#[test]
+fn training_on_a_shard_is_refused_before_anything_is_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let (status, out, err) = call(
+        dir.path(),
+        &["train", "--model", "nowhere", "--omnimedvqa", "nowhere", "--out", "run", "--shard", "0/2"],
+    );
+    assert_eq!((status, out.as_str()), (2, ""));
+    assert!(err.contains("part 0/2 of the questions only: models cannot be merged"), "{err}");
+    assert!(err.contains("leave `shard` out") && !dir.path().join("run").exists(), "{err}");
 }
 
 /// Few steps of an adversarial recipe on few questions.

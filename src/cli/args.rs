@@ -663,9 +663,10 @@ pub(crate) enum DataCommand {
         after_help = "Example:\n  safemed data phantom --out phantoms --seed 0 --train-items 6400 --test-items 320"
     )]
     Phantom(PhantomArgs),
-    /// Write questions in OmniMedVQA's layout, or as Med-R1 split files.
+    /// Write questions in OmniMedVQA's layout, as Med-R1 split files, or as conversations (LLaVA, chat messages).
     #[command(after_help = "Examples:\n  safemed data convert --data splits/CT_test.json --out omni\n  \
-        safemed data convert --to med_r1 --omnimedvqa OmniMedVQA --out splits")]
+        safemed data convert --to med_r1 --omnimedvqa OmniMedVQA --out splits\n  \
+        safemed data convert --to messages --omnimedvqa OmniMedVQA --out chat")]
     Convert(DataConvertArgs),
 }
 
@@ -773,7 +774,7 @@ pub(crate) struct PhantomArgs {
 
 #[derive(Debug, Clone, Args)]
 pub(crate) struct DataConvertArgs {
-    /// omnimedvqa or med_r1 [default: omnimedvqa].
+    /// omnimedvqa, med_r1, llava or messages [default: omnimedvqa].
     #[arg(long, value_name = "FORMAT", env = "SAFEMED_TO", hide_env = true)]
     pub(crate) to: Option<String>,
     #[command(flatten)]

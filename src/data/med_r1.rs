@@ -6,17 +6,18 @@
 
 use serde_json::Value;
 
+use super::answer;
 use super::problem::{self, Collector, image_field, text_field};
 use super::sample::{self, MODALITIES, QUESTION_TYPES, UNKNOWN};
-use super::{Reading, Records, Sample, index_of_letter, letter};
+use super::{Reading, Records, Sample, choices, index_of_letter, letter};
 
 /// What a file's name says about all its records.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct FileName {
-    stem: String,
-    modality: String,
-    modality_raw: String,
-    question_type: String,
+pub(super) struct FileName {
+    pub(super) stem: String,
+    pub(super) modality: String,
+    pub(super) modality_raw: String,
+    pub(super) question_type: String,
 }
 
 /// Adds the records of one file to `reading`.
@@ -24,13 +25,13 @@ pub fn read_records(records: &Records, reading: &mut Reading) {
     let stem = records.file.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
     let name = FileName::parse(&stem);
     let mut collector = Collector::new(records);
-    for (index, record) in records.values.iter().enumerate() {
+    for (index, record) in records.iter() {
         reading.take(index, parse(record, index, &name), &mut collector);
     }
 }
 
 impl FileName {
-    fn parse(stem: &str) -> Self {
+    pub(super) fn parse(stem: &str) -> Self {
         let mut subject = stem;
         for suffix in ["_train", "_test", "_validation", "_val", "_filtered"] {
             subject = subject.strip_suffix(suffix).unwrap_or(subject);
@@ -45,6 +46,11 @@ impl FileName {
             question_type: question_type.map_or(UNKNOWN, |name| name).to_owned(),
         }
     }
+
+    /// The id of a record that has none: the file's name and the record's zero-based place.
+    pub(super) fn id(&self, index: usize) -> String {
+        format!("{}_{index:06}", self.stem)
+    }
 }
 
 fn parse(record: &Value, index: usize, name: &FileName) -> std::result::Result<Sample, Vec<String>> {
@@ -52,19 +58,25 @@ fn parse(record: &Value, index: usize, name: &FileName) -> std::result::Result<S
         return Err(vec![format!("an object was expected, found {}", problem::kind(record))]);
     }
     let image = image_field(record, "image");
-    let split = text_field(record, "problem").and_then(split_options);
-    let answer = text_field(record, "solution").and_then(letter_of_solution);
-    let mut problems: Vec<String> = [image.as_ref().err(), split.as_ref().err(), answer.as_ref().err()]
-        .into_iter()
-        .flatten()
-        .cloned()
-        .collect();
-    if let (Ok(image), Ok((question, options)), Ok(answer)) = (image, split, answer) {
+    // Med-R1's own layout first; MedVLM-R1 and others put the options in lines of their own.
+    let split = text_field(record, "problem")
+        .and_then(|text| split_options(text).or_else(|why| choices::split(text).map_err(|_| why)));
+    let solution = text_field(record, "solution");
+    let answer = solution.clone().and_then(letter_of_solution);
+    let reasoning = answer::reasoning_of(record, &[("`solution`", solution.ok())]);
+    let mut problems: Vec<String> =
+        [image.as_ref().err(), split.as_ref().err(), answer.as_ref().err(), reasoning.as_ref().err()]
+            .into_iter()
+            .flatten()
+            .cloned()
+            .collect();
+    if let (Ok(image), Ok((question, options)), Ok(answer), Ok(reasoning)) = (image, split, answer, reasoning)
+    {
         if answer < options.len() {
             let dataset =
                 image.components().nth(1).map(|part| part.as_os_str().to_string_lossy().into_owned());
             return Ok(Sample {
-                id: format!("{}_{index:06}", name.stem),
+                id: name.id(index),
                 dataset: dataset.unwrap_or_else(|| name.stem.clone()),
                 modality: name.modality.clone(),
                 modality_raw: name.modality_raw.clone(),
@@ -73,7 +85,7 @@ fn parse(record: &Value, index: usize, name: &FileName) -> std::result::Result<S
                 options,
                 answer,
                 image,
-                reasoning: None,
+                reasoning: reasoning.map(|text| sample::with_placeholder(&text, answer)),
             });
         }
         problems.push(format!("`solution` is {}, but there are {} options", letter(answer), options.len()));

@@ -4,11 +4,15 @@
 //! file and record before any expensive work, filters, and takes this process's shard. Nothing here decodes an
 //! image or knows tokens: images stay paths, and prompts stay text.
 
+pub mod answer;
+pub mod choices;
+pub mod conversation;
 pub mod med_r1;
 pub mod omnimedvqa;
 pub mod phantom;
 pub mod problem;
 pub mod prompt;
+pub mod records;
 pub mod sample;
 pub mod select;
 pub mod split;
@@ -18,12 +22,11 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 
 use crate::error::{Error, Result};
-use crate::files;
 use crate::pixels::gray::GrayReading;
 pub use problem::Problem;
+pub use records::Records;
 pub use sample::Sample;
 pub use select::Shard;
 
@@ -88,7 +91,7 @@ pub struct DatasetConfig {
     /// Root of OmniMedVQA (or a folder with one inside). Beside `data` it is the root of that file's images.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub omnimedvqa: Option<PathBuf>,
-    /// A file or folder of any supported format, detected by its content.
+    /// A file or folder of any supported format, each file a JSON array or JSON lines, detected by its content.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub data: Option<PathBuf>,
     /// JSON list of question ids to keep; looked up as given, then under the data root.
@@ -277,8 +280,8 @@ pub fn load(path: &Path) -> Result<Dataset> {
     DatasetConfig { data: Some(path.to_path_buf()), ..DatasetConfig::default() }.load(ImageCheck::Ignore)
 }
 
-/// Reads `path` in any supported format: an OmniMedVQA root, one of its files, a Med-R1 split file, or a folder of
-/// such files. `images_root` says where images lie when the path itself does not tell.
+/// Reads `path` in any supported format: an OmniMedVQA root, one of its files, a Med-R1 split file, a file of conversations
+/// or chat messages, or a folder of such files, each a JSON array or JSON lines. `images_root` says where images lie when the path itself does not tell.
 ///
 /// # Errors
 /// [`Error::Data`] when nothing of a supported format is there.
@@ -296,10 +299,10 @@ pub fn read(path: &Path, images_root: Option<&Path>) -> Result<Reading> {
     if let Some(root) = omnimedvqa::find_root(path) {
         return omnimedvqa::read(&root);
     }
-    let files = json_files(path)?;
+    let files = records::files_in(path)?;
     if files.is_empty() {
         return Err(Error::data(format!(
-            "no supported data in this folder: neither `QA_information/Open-access` nor any `.json` file\n  --> {}\n   = help: name the folder that holds `QA_information` and `Images`",
+            "no supported data in this folder: neither `QA_information/Open-access` nor any `.json` or `.jsonl` file\n  --> {}\n   = help: name the folder that holds `QA_information` and `Images`",
             path.display()
         )));
     }
@@ -309,84 +312,27 @@ pub fn read(path: &Path, images_root: Option<&Path>) -> Result<Reading> {
 fn read_files(files: &[PathBuf], root: PathBuf) -> Result<Reading> {
     let mut reading = Reading { root, ..Reading::default() };
     for file in files {
-        let Some(records) = read_array(file, &mut reading.problems)? else { continue };
-        let has = |key: &str| records.values.iter().any(|record| record.get(key).is_some());
-        if has("problem") && has("solution") {
+        let Some(records) = records::read(file, &mut reading.problems)? else { continue };
+        let has = |key: &str| records.has(key);
+        if has("conversations") || has("messages") || (has("prompt") && has("completion")) {
+            conversation::read_records(&records, &mut reading);
+        } else if has("problem") && has("solution") {
             med_r1::read_records(&records, &mut reading);
         } else if has("gt_answer") || has("question_id") {
             omnimedvqa::read_records(&records, &mut reading);
         } else {
-            let keys = records.values.first().and_then(Value::as_object);
+            let keys = records.iter().next().and_then(|(_, record)| record.as_object());
             let keys = keys.map(|map| map.keys().map(String::as_str).collect::<Vec<_>>().join(", "));
             reading.problems.push(Problem::of_file(
                 file,
                 format!(
-                    "format not recognised: its first record has the keys [{}]; supported are OmniMedVQA (`question_id`, `gt_answer`, ...) and Med-R1 splits (`image`, `problem`, `solution`)",
+                    "format not recognised: its first record has the keys [{}]; supported are OmniMedVQA (`question_id`, `gt_answer`, ...), Med-R1 splits (`image`, `problem`, `solution`), LLaVA or ShareGPT (`image`, `conversations`) and chat messages (`messages`, or `prompt` and `completion`, with `images`)",
                     keys.unwrap_or_default()
                 ),
             ));
         }
     }
     Ok(reading)
-}
-
-/// The records of one JSON file, with its text for finding lines.
-#[derive(Debug)]
-pub struct Records {
-    /// The file.
-    pub file: PathBuf,
-    /// Its records, in order.
-    pub values: Vec<Value>,
-    /// The text they were read from.
-    pub text: String,
-}
-
-/// Reads one JSON array; a file that is none leaves a problem and gives `None`.
-///
-/// # Errors
-/// [`Error::Io`] when the file cannot be read at all.
-pub fn read_array(file: &Path, problems: &mut Vec<Problem>) -> Result<Option<Records>> {
-    let bytes = files::read(file, "cannot read the questions")?;
-    let mut refuse = |message: String, line: Option<usize>| {
-        problems.push(Problem { line, ..Problem::of_file(file, message) });
-        Ok(None)
-    };
-    let Ok(text) = String::from_utf8(bytes) else {
-        return refuse("not UTF-8 text".into(), None);
-    };
-    let text = text.strip_prefix('\u{feff}').map(str::to_owned).unwrap_or(text);
-    if text.trim().is_empty() {
-        return refuse("empty file: a JSON array of records was expected".into(), None);
-    }
-    match serde_json::from_str(&text) {
-        Ok(Value::Array(values)) if values.is_empty() => {
-            refuse("no record in the file: its array is empty".into(), None)
-        }
-        Ok(Value::Array(values)) => Ok(Some(Records { file: file.to_path_buf(), values, text })),
-        Ok(other) => {
-            refuse(format!("an array of records was expected, found {}", problem::kind(&other)), None)
-        }
-        Err(error) => refuse(format!("not JSON: {error}"), Some(error.line())),
-    }
-}
-
-/// The `.json` files directly in `folder`, sorted by name.
-///
-/// # Errors
-/// [`Error::Io`] when the folder cannot be listed.
-pub fn json_files(folder: &Path) -> Result<Vec<PathBuf>> {
-    let entries =
-        std::fs::read_dir(folder).map_err(|error| Error::io("cannot list the folder", folder, error))?;
-    let mut files = Vec::new();
-    for entry in entries {
-        let path = entry.map_err(|error| Error::io("cannot list the folder", folder, error))?.path();
-        let hidden = path.file_name().is_some_and(|name| name.to_string_lossy().starts_with('.'));
-        if !hidden && path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("json")) {
-            files.push(path);
-        }
-    }
-    files.sort();
-    Ok(files)
 }
 
 /// The folder that a question file's images are most likely relative to: the root around `QA_information`, else the

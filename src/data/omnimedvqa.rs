@@ -3,14 +3,16 @@
 //! The files' known dirt is accepted where its meaning is plain (a doubled root folder, `modality` for
 //! `modality_type`, absent or null options, odd spellings of modalities, an answer that differs from its option in
 //! case or outer blanks) and a located problem where it is not. The restricted-access part has no images and is
-//! only counted. The format is described in arXiv 2402.09181.
+//! only counted. A chain of thought is no part of it: a column `reasoning` (or `think`, `thinking`, `cot`), or a `solution` of
+//! `<think>...</think><answer>...</answer>`, is taken where it is there. The format is described in arXiv 2402.09181.
 
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
+use super::answer;
 use super::problem::{self, Collector, Problem, image_field, optional_text, text_field};
-use super::{Reading, Records, Sample, json_files, read_array, sample};
+use super::{Reading, Records, Sample, letter, records, sample};
 use crate::error::Result;
 
 const OPTION_KEYS: [&str; 5] = ["option_A", "option_B", "option_C", "option_D", "option_E"];
@@ -36,23 +38,19 @@ pub fn read(root: &Path) -> Result<Reading> {
     let information = root.join("QA_information");
     let mut reading = Reading { root: root.to_path_buf(), ..Reading::default() };
     let open = information.join("Open-access");
-    let files = if open.is_dir() { json_files(&open)? } else { Vec::new() };
+    let files = if open.is_dir() { records::files_in(&open)? } else { Vec::new() };
     if files.is_empty() {
-        reading.problems.push(Problem::of_file(&open, "no `.json` file of questions here"));
+        reading.problems.push(Problem::of_file(&open, "no `.json` or `.jsonl` file of questions here"));
     }
     for file in &files {
-        if let Some(records) = read_array(file, &mut reading.problems)? {
-            read_records(&records, &mut reading);
+        if let Some(found) = records::read(file, &mut reading.problems)? {
+            read_records(&found, &mut reading);
         }
     }
     let restricted = information.join("Restricted-access");
     if restricted.is_dir() {
-        for file in json_files(&restricted)? {
-            let count = std::fs::read(&file)
-                .ok()
-                .and_then(|bytes| serde_json::from_slice::<Vec<serde::de::IgnoredAny>>(&bytes).ok())
-                .map_or(0, |records| records.len());
-            reading.restricted += count;
+        for file in records::files_in(&restricted)? {
+            reading.restricted += records::count(&file);
         }
     }
     Ok(reading)
@@ -62,7 +60,7 @@ pub fn read(root: &Path) -> Result<Reading> {
 pub fn read_records(records: &Records, reading: &mut Reading) {
     let stem = records.file.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
     let mut collector = Collector::new(records);
-    for (index, record) in records.values.iter().enumerate() {
+    for (index, record) in records.iter() {
         reading.take(index, parse(record, &stem), &mut collector);
     }
 }
@@ -99,8 +97,25 @@ fn parse(record: &Value, file_stem: &str) -> std::result::Result<Sample, Vec<Str
         })
     };
     let dataset = optional("dataset").unwrap_or(file_stem).to_owned();
-    let reasoning = optional("reasoning").map(str::to_owned);
     let answer = find_answer(&gold, &options);
+    let solution = record.get("solution").and_then(Value::as_str);
+    let reasoning = answer::reasoning_of(record, &[("`solution`", solution)]).unwrap_or_else(|problem| {
+        problems.push(problem);
+        None
+    });
+    // Letters count the options as they stand in the file, which is known here only without a gap.
+    let is_gapless =
+        OPTION_KEYS[..options.len()].iter().all(|key| matches!(optional_text(record, key), Ok(Some(_))));
+    if let (Some(right), Some(Ok(stated))) = (answer, solution.map(|text| answer::stated(text, &options)))
+        && stated != right
+        && is_gapless
+    {
+        problems.push(format!(
+            "`solution` answers option {}, but `gt_answer` is option {}",
+            letter(stated),
+            letter(right)
+        ));
+    }
     if answer.is_none() && !gold.is_empty() && options.len() > 1 {
         problems
             .push(format!("`gt_answer` is none of the options: `{gold}`, options are {}", quoted(&options)));
@@ -116,7 +131,7 @@ fn parse(record: &Value, file_stem: &str) -> std::result::Result<Sample, Vec<Str
             options,
             answer,
             image,
-            reasoning,
+            reasoning: reasoning.map(|text| sample::with_placeholder(&text, answer)),
         }),
         _ => Err(problems),
     }

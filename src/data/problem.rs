@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use super::Records;
+use super::records::Records;
 use crate::error::{Error, Result};
 
 /// So many problems are listed; the rest are counted.
@@ -118,12 +118,32 @@ fn near_miss(record: &Value, key: &str) -> String {
         .map_or_else(String::new, |(_, found)| format!(" (did you mean `{key}` by `{found}`?)"))
 }
 
+/// The id that a record gives itself, whatever its format calls it; numbers count.
+pub fn id_of(record: &Value) -> Option<String> {
+    ["question_id", "id"].into_iter().find_map(|key| match record.get(key)? {
+        Value::String(text) if !text.trim().is_empty() => Some(text.clone()),
+        Value::Number(number) => Some(number.to_string()),
+        _ => None,
+    })
+}
+
 /// An image path that stays inside the root.
 ///
 /// # Errors
 /// When it is absolute or climbs out with `..`.
 pub fn image_field(record: &Value, key: &str) -> std::result::Result<PathBuf, String> {
-    let text = text_field(record, key)?;
+    match record.get(key).and_then(Value::as_array).map(Vec::as_slice) {
+        // Writers whose format knows several images put the one into a list.
+        Some([Value::String(only)]) if !only.trim().is_empty() => image_path(only, key),
+        _ => image_path(text_field(record, key)?, key),
+    }
+}
+
+/// As [`image_field`], for the text that stands in field `key`.
+///
+/// # Errors
+/// When it is absolute or climbs out with `..`.
+pub fn image_path(text: &str, key: &str) -> std::result::Result<PathBuf, String> {
     let path = Path::new(text);
     let inside = path
         .components()
@@ -151,59 +171,20 @@ impl<'a> Collector<'a> {
 
     /// The problem `message` of the record at zero-based `index`.
     pub fn problem(&mut self, index: usize, message: String) -> Problem {
-        let lines = self.lines.get_or_insert_with(|| record_lines(&self.records.text));
+        let lines = self.lines.get_or_insert_with(|| self.records.lines());
         Problem {
             file: self.records.file.clone(),
             record: Some(index + 1),
             line: lines.get(index).copied(),
-            id: self
-                .records
-                .values
-                .get(index)
-                .and_then(|record| record.get("question_id"))
-                .and_then(Value::as_str)
-                .map(str::to_owned),
+            id: self.records.get(index).and_then(id_of),
             message,
         }
     }
 }
 
-/// The one-based line on which each element of a JSON array starts. The text is known to be valid JSON.
-fn record_lines(text: &str) -> Vec<usize> {
-    let (mut lines, mut line, mut depth) = (Vec::new(), 1, 0usize);
-    let (mut in_string, mut escaped, mut awaiting) = (false, false, true);
-    for byte in text.bytes() {
-        if byte == b'\n' {
-            line += 1;
-        }
-        if depth == 1 && awaiting && !in_string && !byte.is_ascii_whitespace() && byte != b']' {
-            lines.push(line);
-            awaiting = false;
-        }
-        match byte {
-            _ if escaped => escaped = false,
-            b'\\' if in_string => escaped = true,
-            b'"' => in_string = !in_string,
-            _ if in_string => {}
-            b'[' | b'{' => depth += 1,
-            b']' | b'}' => depth = depth.saturating_sub(1),
-            b',' if depth == 1 => awaiting = true,
-            _ => {}
-        }
-    }
-    lines
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_line_of_each_record_is_found_whatever_the_layout() {
-        let text = "[\n {\"a\": \"x,[{\\\"\"},\n\n {\"a\": [1,\n 2]}, {\"b\": {}},\n 7\n]";
-        assert!(serde_json::from_str::<Value>(text).is_ok());
-        assert_eq!(record_lines(text), [2, 4, 5, 6]);
-    }
 
     #[test]
     fn a_long_list_is_cut_but_counted() {

@@ -146,6 +146,12 @@ impl PromptTemplate {
         )
     }
 
+    /// Whether it says in words what form a completion has. The two for models from scratch end in a word that has the
+    /// meaning that training gives it.
+    pub fn instructs(self) -> bool {
+        !matches!(self, Self::Phantom | Self::PhantomCot)
+    }
+
     fn options_text(self, sample: &Sample) -> String {
         let lettered = sample.options.iter().enumerate().map(|(index, option)| (letter(index), option));
         match self {

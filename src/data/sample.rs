@@ -146,6 +146,11 @@ impl Sample {
         }
     }
 
+    /// Whether there is a reasoning that names letters of its own, which another order of the options would make untrue.
+    pub fn reasons_with_letters(&self) -> bool {
+        self.reasoning.as_deref().is_some_and(names_a_letter)
+    }
+
     fn reasoning_template(&self) -> String {
         self.reasoning.clone().unwrap_or_else(|| reasoning_for(&self.modality, self.answer_text()))
     }
@@ -154,6 +159,58 @@ impl Sample {
 /// The reasoning that names the modality and what was found, with a placeholder for the letter right after it.
 pub fn reasoning_for(modality: &str, finding: &str) -> String {
     format!("scan {modality}; finding {finding} {ANSWER_PLACEHOLDER}")
+}
+
+/// A reasoning with [`ANSWER_PLACEHOLDER`] in place of the right option's letter, wherever the letter is certain to name the
+/// option: behind `option`, `choice` or `letter`, or behind `answer` (also `the answer is`) with nothing but the end of the
+/// sentence after it. A letter anywhere else stays, and [`Sample::with_options_permuted`] knows what to do about it.
+pub fn with_placeholder(reasoning: &str, answer: usize) -> String {
+    let right = letter(answer);
+    let mut text = String::with_capacity(reasoning.len());
+    let mut copied = 0;
+    for (at, _) in reasoning.match_indices(right) {
+        if names_option(&reasoning[..at], &reasoning[at + 1..]) {
+            text.push_str(&reasoning[copied..at]);
+            text.push_str(ANSWER_PLACEHOLDER);
+            copied = at + 1;
+        }
+    }
+    text.push_str(&reasoning[copied..]);
+    text
+}
+
+/// Whether a letter between these texts is certain to name an option.
+fn names_option(before: &str, after: &str) -> bool {
+    const NOUNS: [&str; 3] = ["option", "choice", "letter"];
+    let is_apart = before.chars().next_back().is_some_and(|c| c.is_whitespace() || "(*`\"'".contains(c));
+    let closing = after.trim_start_matches([')', '*', '`', '"', '\'']);
+    let next = closing.chars().next();
+    if !is_apart || next.is_some_and(|c| !c.is_whitespace() && !".,;:!?".contains(c)) {
+        return false;
+    }
+    // Only the sentence around it counts: no longer text is looked at, whatever the length of the whole.
+    let mut words = before
+        .rsplit(|c: char| !c.is_alphanumeric())
+        .take(16)
+        .filter(|word| !word.is_empty())
+        .map(str::to_ascii_lowercase);
+    let (last, second, third) = (words.next(), words.next(), words.next());
+    let is = |word: &Option<String>, list: &[&str]| word.as_deref().is_some_and(|word| list.contains(&word));
+    if is(&last, &NOUNS) {
+        return true;
+    }
+    let is_verb = is(&last, &["is", "be"]);
+    if is_verb && (is(&second, &NOUNS) || is(&third, &NOUNS)) {
+        return true;
+    }
+    let is_answer = is(&last, &["answer"])
+        || is_verb
+            && (is(&second, &["answer"])
+                || is(&third, &["answer"]) && is(&second, &["would", "must", "should"]));
+    // `The answer is A. fumigatus` names no option.
+    let rest = closing.trim_start_matches(['.', ',', ';', ':', '!', '?']);
+    let ends_here = rest.len() < closing.len() || rest.is_empty();
+    is_answer && ends_here && !rest.trim_start().starts_with(char::is_lowercase)
 }
 
 /// Whether a single letter A to E stands alone anywhere. The article `A` counts too: better to lose one reasoning
@@ -229,7 +286,38 @@ mod tests {
         let moved = original.with_options_permuted(&[1, 0, 2, 3]);
         assert_eq!(moved.reasoning, None);
         assert_eq!(moved.reasoning_text(), "scan CT; finding y C");
+        assert!(original.reasons_with_letters() && !sample().reasons_with_letters());
         original.reasoning = Some("Rim enhancement, no Calcification.".into());
         assert!(original.with_options_permuted(&[1, 0, 2, 3]).reasoning.is_some());
+    }
+
+    #[test]
+    fn the_right_letter_gives_way_to_the_placeholder_only_where_it_is_certain() {
+        for (text, expected) in [
+            ("So option C fits.", "So option {answer} fits."),
+            ("Therefore the answer is C.", "Therefore the answer is {answer}."),
+            ("Answer: **C**", "Answer: **{answer}**"),
+            ("The correct choice is (C), since", "The correct choice is ({answer}), since"),
+            ("The answer must be C. It is round.", "The answer must be {answer}. It is round."),
+            ("not option B, option C", "not option B, option {answer}"),
+            ("options B and C", "options B and C"),
+            ("The answer is C-shaped.", "The answer is C-shaped."),
+            ("The answer is C. difficile", "The answer is C. difficile"),
+            ("The answer is C difficile", "The answer is C difficile"),
+            ("The answer is C Major", "The answer is C Major"),
+            ("Panel (C) is dark. Vitamin C. Cyst.", "Panel (C) is dark. Vitamin C. Cyst."),
+            ("optionC, option CC", "optionC, option CC"),
+            ("C", "C"),
+            ("option \u{e9}C", "option \u{e9}C"),
+        ] {
+            let placed = with_placeholder(text, 2);
+            assert_eq!(placed, expected);
+            assert_eq!(placed.replace(ANSWER_PLACEHOLDER, "C"), text);
+        }
+        // What has no other letter survives another order, and stays true.
+        let mut moved = sample();
+        moved.reasoning = Some(with_placeholder("Round and dark: option C.", 2));
+        let moved = moved.with_options_permuted(&[2, 0, 1, 3]);
+        assert_eq!(moved.reasoning_text(), "Round and dark: option A.");
     }
 }

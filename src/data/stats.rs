@@ -55,6 +55,8 @@ pub struct DataStats {
     pub restricted: usize,
     /// Problems of records that were left out.
     pub skipped: usize,
+    /// Questions that come with a reasoning of their own.
+    pub reasonings: usize,
     /// Questions per modality.
     pub by_modality: BTreeMap<String, usize>,
     /// Questions per question type.
@@ -85,6 +87,7 @@ pub fn describe(data: &Dataset, train: Option<&Dataset>) -> DataStats {
         images: images.len(),
         restricted: data.restricted,
         skipped: data.skipped.len(),
+        reasonings: samples.iter().filter(|sample| sample.reasoning.is_some()).count(),
         by_modality: count(samples, |sample| sample.modality.clone()),
         by_question_type: count(samples, |sample| sample.question_type.clone()),
         by_dataset: count(samples, |sample| sample.dataset.clone()),

@@ -1,7 +1,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::*;
 use crate::error::ExitStatus;
@@ -114,7 +114,7 @@ fn every_problem_is_told_at_once_with_its_file_record_and_line() {
         (&format!("{OPEN}/a.json"), format!("[\n{}\n]", lines.join(",\n"))),
         (&format!("{OPEN}/b.json"), " \n".into()),
         (&format!("{OPEN}/c.json"), "[{\"a\": 1},\n {]".into()),
-        (&format!("{OPEN}/d.json"), "{\"a\": 1}".into()),
+        (&format!("{OPEN}/d.json"), "{\n\"a\": 1\n}".into()),
         (&format!("{OPEN}/e.json"), "[]".into()),
     ]);
     let error = load(folder.path()).unwrap_err();
@@ -134,7 +134,7 @@ fn every_problem_is_told_at_once_with_its_file_record_and_line() {
         "a.json:9: record 8 (`G_0`): id stands twice: also",
         "b.json: empty file",
         "c.json:2: not JSON",
-        "d.json: an array of records was expected, found an object",
+        "d.json: an array of records, or one record in each line, was expected, found an object",
         "e.json: no record in the file",
     ] {
         assert!(text.contains(expected), "{expected}\n---\n{text}");
@@ -325,6 +325,90 @@ fn what_is_no_data_is_refused_with_what_is_expected() {
         assert_eq!(error.status(), ExitStatus::Data);
         assert!(error.to_string().contains(expected), "{error}");
     }
+}
+
+#[test]
+fn json_lines_are_read_as_arrays_are_in_every_format() {
+    let omni = [record("D_0", "Images/a.png"), record("D_1", "Images/b.png")];
+    let med_r1 = [
+        json!({"image": "Images/X/b.png", "problem": "Which? A)x, B)y", "solution": "<answer> A </answer>"}),
+    ];
+    let in_lines =
+        |records: &[Value]| records.iter().map(|record| format!("{record}\n")).collect::<Vec<_>>().concat();
+    let as_array = |records: &[Value]| json!(records).to_string();
+    let read = |layout: &dyn Fn(&[Value]) -> String, end: &str| {
+        let folder = root_with(&[
+            (&format!("{OPEN}/q.{end}"), layout(&omni)),
+            (&format!("QA_information/Restricted-access/r.{end}"), layout(&[json!({}), json!({})])),
+            (&format!("splits/CT_test.{end}"), layout(&med_r1)),
+        ]);
+        let whole = load(folder.path()).unwrap();
+        (whole.samples, whole.restricted, load(&folder.path().join("splits")).unwrap().samples)
+    };
+    let expected = read(&as_array, "json");
+    assert_eq!((expected.0.len(), expected.1, expected.2.len()), (2, 2, 1));
+    for end in ["json", "jsonl", "JSONL"] {
+        assert_eq!(read(&in_lines, end), expected, "{end}");
+    }
+    assert_eq!(read(&as_array, "jsonl"), expected);
+}
+
+#[test]
+fn reasonings_are_read_from_columns_and_solutions() {
+    let base = record("D_0", "Images/a.png");
+    let med_r1 =
+        |solution: &str| json!({"image": "i.png", "problem": "Which? A)x, B)y", "solution": solution});
+    let solved =
+        |letter: &str| json!(format!("<think> Round: option {letter}. </think><answer> {letter} </answer>"));
+    for (records, expected) in [
+        (with(base.clone(), &[("cot", json!("Round."))]), Some("Round.")),
+        (with(base.clone(), &[("think", json!("<think>Round.</think>"))]), Some("Round.")),
+        (with(base.clone(), &[("solution", solved("B"))]), Some("Round: option {answer}.")),
+        (with(base.clone(), &[("reasoning", Value::Null), ("cot", json!(" "))]), None),
+        // With a gap before the right option its letter in the file is another than here.
+        (
+            with(
+                base.clone(),
+                &[("option_B", Value::Null), ("option_C", json!("cyst")), ("solution", json!("C"))],
+            ),
+            None,
+        ),
+        (med_r1("<answer> B </answer>"), None),
+        (med_r1(solved("B").as_str().unwrap()), Some("Round: option {answer}.")),
+        (with(med_r1("<answer> B </answer>"), &[("thinking", json!("Round."))]), Some("Round.")),
+    ] {
+        let folder = root_with(&[("x.json", json!([records]).to_string())]);
+        let dataset = load(&folder.path().join("x.json")).unwrap();
+        assert_eq!(
+            (dataset.samples[0].reasoning.as_deref(), dataset.samples[0].answer),
+            (expected, 1),
+            "{records}"
+        );
+    }
+    for (records, words) in [
+        (
+            with(base.clone(), &[("solution", solved("C"))]),
+            "`solution` answers option C, but `gt_answer` is option B",
+        ),
+        (with(base.clone(), &[("cot", json!(3))]), "`cot` is a number, a text was expected"),
+        (with(base, &[("reasoning", json!("so <answer> B"))]), "holds a tag of its own: `<answer>`"),
+        (med_r1("<think> x <answer> B </answer>"), "`solution`: `<think>` and `</think>` do not stand"),
+    ] {
+        let folder = root_with(&[("x.json", json!([records]).to_string())]);
+        let error = load(&folder.path().join("x.json")).unwrap_err().to_string();
+        assert!(error.contains(words), "{records}: {error}");
+    }
+}
+
+#[test]
+fn options_in_lines_of_their_own_are_read_in_splits_too() {
+    let text = json!([{"image": ["i.png"], "problem": "Which?\nA) x\nB) y", "solution": "B"}]);
+    let folder = root_with(&[("x.json", text.to_string())]);
+    let sample = load(&folder.path().join("x.json")).unwrap().samples.remove(0);
+    assert_eq!(
+        (sample.question.as_str(), sample.answer_text(), sample.image.as_path()),
+        ("Which?", "y", Path::new("i.png"))
+    );
 }
 
 /// Where shared data lies, when this machine has any.

@@ -9,6 +9,7 @@ use super::progress::Progress;
 use super::run::write_atomic;
 use crate::data::phantom::{self, PhantomConfig};
 use crate::data::problem::{self, Problem};
+use crate::data::prompt::PromptTemplate;
 use crate::data::split::{self, LeakReport, Part};
 use crate::data::stats::{self as counts, Blind, DataStats};
 use crate::data::{self, Dataset, DatasetConfig, ImageCheck, Sample, letter, select};
@@ -102,6 +103,7 @@ pub fn stats(job: &Job<'_>, train: Option<&Path>) -> Result<Outcome> {
 
 fn stats_text(stats: &DataStats) -> String {
     let mut text = format!("questions {}, images {}\n", stats.n, stats.images);
+    let _ = writeln!(text, "with a reasoning of their own {}", stats.reasonings);
     text.push_str(&restricted_text(stats.restricted));
     let groups = [
         ("modality", &stats.by_modality),
@@ -248,7 +250,8 @@ pub fn phantom(config: &PhantomConfig, out: &Path, progress: &dyn Progress) -> R
 }
 
 /// Writes the selected questions to `--out` in another format: `omnimedvqa` (a whole tree, images included where they
-/// are there) or `med_r1` (one file for each modality; ids, question types and reasoning have no place in it).
+/// are there), `med_r1` (one file for each modality; ids, question types and reasoning have no place in it), `llava` (one JSON
+/// array of conversations, images included) or `messages` (the same as chat messages, one record in each line).
 ///
 /// # Errors
 /// A usage error without `--out`, for an unknown format or an occupied directory; a data error for questions that the
@@ -263,9 +266,11 @@ pub fn convert(job: &Job<'_>, to: Option<&str>) -> Result<Outcome> {
     let write = match to {
         "omnimedvqa" => omnimedvqa_files,
         "med_r1" => med_r1_files,
+        "llava" => llava_files,
+        "messages" => messages_files,
         other => {
             return Err(Error::usage(format!(
-                "unknown format `{other}`\n   = help: there are omnimedvqa and med_r1"
+                "unknown format `{other}`\n   = help: there are omnimedvqa, med_r1, llava and messages"
             )));
         }
     };
@@ -273,14 +278,19 @@ pub fn convert(job: &Job<'_>, to: Option<&str>) -> Result<Outcome> {
     let dataset = job.config.data.dataset().load(ImageCheck::Ignore)?;
     let files = write(&dataset.samples);
     for (file, (records, _)) in &files {
-        let text = format!("{:#}\n", Value::from(records.clone()));
+        let is_lines = file.extension().is_some_and(|end| end == "jsonl");
+        let text = if is_lines {
+            records.iter().map(|record| format!("{record}\n")).collect::<Vec<_>>().concat()
+        } else {
+            format!("{:#}\n", Value::from(records.clone()))
+        };
         write_atomic(&out.join(file), text.as_bytes())?;
     }
     for (file, (_, samples)) in &files {
-        read_back(&out.join(file), samples)?;
+        read_back(&out.join(file), samples, to != "med_r1")?;
     }
     let mut images = 0;
-    if to == "omnimedvqa" {
+    if to != "med_r1" {
         images = take_images(&dataset, out, job.progress)?;
     }
     let summary = json!({
@@ -346,25 +356,78 @@ fn med_r1_files(samples: &[Sample]) -> Files<'_> {
     files
 }
 
+fn llava_files(samples: &[Sample]) -> Files<'_> {
+    one_file("questions.json", samples, |record, question, completion| {
+        record["conversations"] = json!([
+            {"from": "human", "value": format!("<image>\n{question}")},
+            {"from": "gpt", "value": completion},
+        ]);
+    })
+}
+
+fn messages_files(samples: &[Sample]) -> Files<'_> {
+    one_file("questions.jsonl", samples, |record, question, completion| {
+        record["messages"] = json!([
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]},
+            {"role": "assistant", "content": [{"type": "text", "text": completion}]},
+        ]);
+        // Readers of this form know a list of images only.
+        record["images"] = json!([record["image"]]);
+        if let Some(fields) = record.as_object_mut() {
+            fields.shift_remove("image");
+        }
+    })
+}
+
+/// All samples in one file. What the turns cannot tell for certain stands in fields of its own, which other programs ignore:
+/// above all the reasoning with a placeholder where its turn has the letter.
+fn one_file<'a>(name: &str, samples: &'a [Sample], add_turns: fn(&mut Value, &str, &str)) -> Files<'a> {
+    let records = samples.iter().map(|sample| {
+        let options = sample.options.iter().enumerate();
+        let lines: Vec<String> =
+            options.map(|(index, text)| format!("\n{}) {text}", letter(index))).collect();
+        let completion = PromptTemplate::MedR1Think.target(sample, sample.reasoning.is_some());
+        let mut record = json!({"id": sample.id, "image": sample.image});
+        add_turns(&mut record, &format!("{}{}", sample.question, lines.concat()), &completion);
+        record["options"] = json!(sample.options);
+        record["answer"] = json!(sample.answer_letter().to_string());
+        record["dataset"] = json!(sample.dataset);
+        record["modality"] = json!(sample.modality_raw);
+        record["question_type"] = json!(sample.question_type);
+        if let Some(reasoning) = &sample.reasoning {
+            record["reasoning"] = json!(reasoning);
+        }
+        record
+    });
+    Files::from([(name.into(), (records.collect(), samples.iter().collect()))])
+}
+
 /// A text as a file's name: what separates folders, or hides a file, is replaced.
 fn plain_name(text: &str) -> String {
     let name: String = text.trim().replace(['/', '\\', '\0', ':'], "_");
     if name.is_empty() || name.starts_with('.') { format!("_{name}") } else { name }
 }
 
-/// Reads a written file and compares: a question that the format cannot hold must not be lost quietly.
-fn read_back(file: &Path, samples: &[&Sample]) -> Result<()> {
+/// Reads a written file and compares: a question that the format cannot hold must not be lost quietly. `is_whole`: the format
+/// has a place for everything.
+fn read_back(file: &Path, samples: &[&Sample], is_whole: bool) -> Result<()> {
     let reading = data::read(file, None)?;
     let mut problems = reading.problems;
     let key = |sample: &Sample| {
         let options: Vec<String> = sample.options.iter().map(|text| text.trim().to_owned()).collect();
         let answer = sample.answer_text().trim().to_lowercase();
-        (sample.question.trim().to_owned(), options, answer, sample.image.clone())
+        let about = is_whole.then(|| {
+            let texts = [&sample.id, &sample.dataset, &sample.modality_raw, &sample.question_type];
+            (texts.map(|text| text.trim().to_owned()), sample.reasoning.clone())
+        });
+        (sample.question.trim().to_owned(), options, answer, sample.image.clone(), about)
     };
     if problems.is_empty() {
         for (written, read) in samples.iter().zip(&reading.samples).filter(|(a, b)| key(a) != key(b)) {
-            let message =
-                format!("the format cannot hold this question: its options read back as {:?}", read.options);
+            let message = format!(
+                "the format cannot hold this question: it reads back as `{}` with the options {:?}",
+                read.question, read.options
+            );
             problems.push(Problem { id: Some(written.id.clone()), ..Problem::of_file(file, message) });
         }
     }

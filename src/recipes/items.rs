@@ -1,5 +1,6 @@
 //! Questions ready for the model: images decoded and resized once, prompts and targets in tokens.
 
+use super::config::{RecipeName, RunConfig, TargetName};
 use crate::data::prompt::PromptTemplate;
 use crate::data::{Dataset, Sample};
 use crate::error::{Error, Result};
@@ -195,6 +196,64 @@ pub fn prompt_of(
 /// As [`prompt_of`].
 pub fn caption_prompt_of(assistant: &Assistant, template: PromptTemplate, sample: &Sample) -> Result<Prompt> {
     assistant.prompt(&format!("{}\n{}", sample.caption(), template.user_text(sample)), None)
+}
+
+/// How far a training has reasonings to go by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Reasonings {
+    /// Whether they are learnt; otherwise they are what an adversary aims at.
+    is_learnt: bool,
+    /// Questions whose reasoning is a made-up sentence ([`Sample::reasoning_text`]).
+    made_up: usize,
+    /// Questions whose reasoning gives way to one whenever their options change places.
+    replaced: usize,
+    /// Questions.
+    total: usize,
+}
+
+impl Reasonings {
+    /// Counts what `config` would train with; nothing where no reasoning has a part in it.
+    pub fn of(config: &RunConfig, samples: &[Sample]) -> Self {
+        let train = &config.train;
+        let is_learnt = matches!(train.recipe, RecipeName::Sft | RecipeName::AtSft);
+        let is_aim = train.recipe == RecipeName::AtGrpo;
+        let counts = train.target == TargetName::Cot && (is_learnt || is_aim);
+        let count =
+            |is_one: fn(&Sample) -> bool| samples.iter().filter(|sample| counts && is_one(sample)).count();
+        Self {
+            is_learnt,
+            made_up: count(|sample| sample.reasoning.is_none()),
+            replaced: if train.permute_options { count(Sample::reasons_with_letters) } else { 0 },
+            total: samples.len(),
+        }
+    }
+
+    /// What a reader should know before the training.
+    pub fn notes(&self, samples: &[Sample]) -> Vec<String> {
+        let Self { is_learnt, made_up, replaced, total } = *self;
+        let mut notes = Vec::new();
+        if made_up > 0 {
+            let example = samples.iter().find(|sample| sample.reasoning.is_none());
+            let example = example.map_or_else(String::new, Sample::reasoning_text);
+            let use_of_it = if is_learnt { "is learnt" } else { "is what the adversary aims at" };
+            notes.push(format!(
+                "{made_up} of {total} questions have no reasoning of their own: a made-up sentence {use_of_it}, such as `{example}`, which says what is right and not why; give them a field `reasoning` (or `think`, `cot`), or set `train.target = \"instruct\"`"
+            ));
+        }
+        if replaced > 0 {
+            notes.push(format!(
+                "{replaced} of {total} reasonings hold single letters that may name options (the article `A` counts): wherever `permute_options` moves the options of such a question, a made-up sentence takes the place of its reasoning"
+            ));
+        }
+        notes
+    }
+
+    /// What provenance keeps: names and counts that are not 0.
+    pub fn counts(&self) -> impl Iterator<Item = (&'static str, usize)> {
+        [("made_up_reasonings", self.made_up), ("replaceable_reasonings", self.replaced)]
+            .into_iter()
+            .filter(|(_, count)| *count > 0)
+    }
 }
 
 /// Questions and images of a data set, or a clear refusal of an empty one.

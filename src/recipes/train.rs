@@ -38,6 +38,9 @@ use std::path::PathBuf;
 /// Whatever is wrong with settings, data or weights, before the first step; numbers that are not finite, at the step.
 pub fn train(job: &Job<'_>) -> Result<Outcome> {
     inputs::check_job(job)?;
+    if let Some(note) = job.config.prompt_note() {
+        job.progress.note(&note);
+    }
     inputs::require_greedy(&job.config, "training samples as `train.grpo` says")?;
     let material = material(&job.config, None, &job.stop, job.progress)?;
     let mut run = job.open_run()?;
@@ -87,6 +90,9 @@ pub(super) fn material(
     let (dataset, _) = inputs::open_questions(config)?;
     items::require_some(&dataset, "train on")?;
     let validation = validation::questions(config, &dataset, progress)?;
+    for note in items::Reasonings::of(config, &dataset.samples).notes(&dataset.samples) {
+        progress.note(&note);
+    }
     let device = config.backend().device()?;
     let needs_reference = config.train.recipe.is_grpo() && config.train.grpo.kl_coef > 0.0;
     let model = config.model.as_deref().unwrap_or_default();
@@ -135,6 +141,9 @@ pub fn run_training(config: &RunConfig, run: &mut Run, progress: &dyn Progress) 
 fn learn(material: Material, config: &RunConfig, run: &mut Run, progress: &dyn Progress) -> Result<Value> {
     let Material { dataset, model, chosen, judge, .. } = &material;
     inputs::note_questions(run, dataset, None, config.prompt.parse()?)?;
+    for (key, count) in items::Reasonings::of(config, &dataset.samples).counts() {
+        run.provenance(key, json!(count))?;
+    }
     if let Some(model) = model {
         inputs::note_revision(run, model.commit.as_deref())?;
         run.provenance("model_sha256", json!(inputs::model_sha256(&model.dir)?))?;
@@ -324,8 +333,7 @@ impl Course for Whole<'_> {
                 keeper.rotate(fit.step)?;
                 return Err(Error::Stopped);
             }
-            let report =
-                step(&mut fit, Assumed::default())
+            let report = step(&mut fit, Assumed::default())
                 .map_err(|error| failure::explain(lesson, &fit, self.run.dir(), error))?;
             fit.step += 1;
             if let Some(warning) = fit.take_warning() {

@@ -24,11 +24,26 @@ fn med_r1() -> Value {
     json!([{"image": "Images/X/a.png", "problem": "What is seen? A)Nodule, B)None, C)Bleed", "solution": "<answer> A </answer>"}])
 }
 
+fn llava() -> Value {
+    json!([{"id": "a", "image": "Images/X/a.png", "options": ["Nodule", "None"], "reasoning": "A spot.", "conversations": [
+        {"from": "human", "value": "<image>\nWhat is seen?\nA) Nodule\nB) None"},
+        {"from": "gpt", "value": "<think>Round.</think><answer> A</answer>"}
+    ]}])
+}
+
+fn messages() -> Value {
+    json!([{"id": 3, "images": ["Images/X/a.png"], "modality": "CT", "answer": "Nodule", "messages": [
+        {"role": "system", "content": "Answer."},
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is seen? (A) Nodule (B) None"}]},
+        {"role": "assistant", "content": "The answer is A. Nodule"}
+    ]}])
+}
+
 #[test]
 fn damaged_questions_and_splits_are_refused_or_read() {
     let dir = tempfile::tempdir().unwrap();
     let (file, split) = (dir.path().join("CT_test.json"), dir.path().join("split"));
-    let files = [omnimedvqa(), med_r1()];
+    let files = [omnimedvqa(), med_r1(), llava(), messages()];
     let load = |skip_invalid: bool| {
         let config = DatasetConfig { data: Some(file.clone()), skip_invalid, ..DatasetConfig::default() };
         config.load(ImageCheck::Ignore)
@@ -37,7 +52,7 @@ fn damaged_questions_and_splits_are_refused_or_read() {
         std::fs::write(&file, sound.to_string()).unwrap();
         assert_eq!(load(false).unwrap().samples.len(), 1);
     }
-    for_all(300, &(0..files.len(), json_damage(), any::<bool>()), |(which, damage, skips)| {
+    for_all(500, &(0..files.len(), json_damage(), any::<bool>()), |(which, damage, skips)| {
         let bytes = damage.apply(&files[which]);
         std::fs::write(&file, &bytes).unwrap();
         let read = survive(memory_for(bytes.len()), || load(skips));
@@ -50,6 +65,100 @@ fn damaged_questions_and_splits_are_refused_or_read() {
         std::fs::write(&split, &bytes).unwrap();
         survive(memory_for(bytes.len()), || read_split(&split));
     });
+}
+
+#[test]
+fn damaged_lines_of_questions_are_refused_or_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("CT_test.jsonl");
+    let records = [omnimedvqa(), med_r1(), llava(), messages()].map(|mut array| array[0].take());
+    let lines = |record: &Value| {
+        let more: Vec<String> = (0..3)
+            .map(|n| {
+                let mut record = record.clone();
+                record["id"] = json!(n);
+                record["question_id"] = json!(n.to_string());
+                format!("{record}\n")
+            })
+            .collect();
+        more.concat()
+    };
+    let load = |skip_invalid: bool| {
+        let config = DatasetConfig { data: Some(file.clone()), skip_invalid, ..DatasetConfig::default() };
+        config.load(ImageCheck::Ignore)
+    };
+    for sound in &records {
+        std::fs::write(&file, lines(sound)).unwrap();
+        assert_eq!(load(false).unwrap().samples.len(), 3);
+    }
+    for_all(400, &(0..records.len(), edits(), any::<bool>()), |(which, edits, skips)| {
+        let bytes = damaged(lines(&records[which]).as_bytes(), &edits);
+        std::fs::write(&file, &bytes).unwrap();
+        let read = survive(memory_for(bytes.len()), || load(skips));
+        for sample in read.iter().flat_map(|read| &read.samples) {
+            assert!(sample.answer < sample.options.len());
+        }
+    });
+}
+
+#[test]
+fn lines_of_strangers_are_refused_with_their_place() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("q.jsonl");
+    let load =
+        || DatasetConfig { data: Some(file.clone()), ..DatasetConfig::default() }.load(ImageCheck::Ignore);
+    let line = |id: &str, image: &str, question: &str| {
+        let mut record = llava()[0].take();
+        (record["id"], record["image"]) = (json!(id), json!(image));
+        record["conversations"][0]["value"] = json!(format!("{question}\nA) Nodule\nB) None"));
+        record.to_string()
+    };
+    let good = |id: &str| line(id, "a.png", "What?");
+    let huge = "y ".repeat(5 << 20);
+    let cases: [(Vec<u8>, &str); 11] = [
+        (Vec::new(), "empty file"),
+        (b"\xef\xbb\xbf\n".to_vec(), "empty file"),
+        (
+            [good("a"), good("b"), good("c")[..40].to_owned()].join("\n").into(),
+            "q.jsonl:3: record 3: not JSON: EOF",
+        ),
+        ([good("a").as_bytes(), b"\n\"\xff\xfe\""].concat(), "q.jsonl:2: not UTF-8"),
+        (
+            [good("a"), line("b", "a.png", &huge), "{".repeat(10 << 20)].join("\n").into(),
+            "q.jsonl:3: record 3: not JSON",
+        ),
+        ([good("a"), good("b"), good("a")].join("\n").into(), "q.jsonl:3: record 3 (`a`): id stands twice"),
+        (line("a", "/etc/passwd", "What?").into(), "(`a`): `image` leaves the data root: `/etc/passwd`"),
+        (line("a", "x/../../y.png", "What?").into(), "(`a`): `image` leaves the data root"),
+        (
+            line("a", &format!("data:{huge}"), "What?").into(),
+            "(`a`): `image` is no file under the data root: `data:y",
+        ),
+        (format!("{{\"messages\": {}", "[".repeat(1 << 20)).into(), "q.jsonl:1: not JSON"),
+        (
+            good("a")
+                .replace("<think>Round.", &"x".repeat(1 << 20))
+                .replace("\"reasoning\":\"A spot.\",", "")
+                .into(),
+            "do not stand there once each",
+        ),
+    ];
+    for (bytes, words) in &cases {
+        std::fs::write(&file, bytes).unwrap();
+        let text = on_small_stack(|| refusal(memory_for(bytes.len()), load));
+        assert!(text.contains(words), "{words}: {}", &text[..text.len().min(2000)]);
+    }
+    // Long is not wrong.
+    std::fs::write(&file, [good("a"), line("b", "a.png", &huge)].join("\n")).unwrap();
+    let read = survive(memory_for(11 << 20), load).unwrap();
+    assert_eq!(read.samples[1].question.len(), huge.len() - 1);
+    // Nor is an answer that leads nowhere for long.
+    std::fs::write(
+        &file,
+        good("a").replace("<answer> A<", &format!("<answer>{}<", "answer: ".repeat(1 << 17))),
+    )
+    .unwrap();
+    assert!(refusal(memory_for(2 << 20), load).contains("no option is meant"));
 }
 
 /// A record of nine draws in ten for B; what follows from its counts is left out, so that it does not recompute.

@@ -1,11 +1,63 @@
 //! Settings that change nothing beside the others: said, not refused, so that one file can serve several methods.
 
 use super::{
-    AdversaryConfig, AdversaryObjective, AttackConfig, CertifyConfig, CertifyMode, Command, GrpoSettings, Method,
-    RampName, RecipeName, RefreshName, RunConfig,
+    AdversaryConfig, AdversaryObjective, AttackConfig, CertifyConfig, CertifyMode, Command, GrpoSettings,
+    Method, PromptTemplate, RampName, RecipeName, RefreshName, RunConfig, TargetName,
 };
+use crate::error::ConfigError;
 
 impl RunConfig {
+    /// Whether prompt and target of a training disagree about reasoning, in words and with a remedy.
+    fn disagreement(&self) -> Option<(String, &'static str)> {
+        let template: PromptTemplate = self.prompt.parse().ok()?;
+        let train = &self.train;
+        let is_cot = train.target == TargetName::Cot;
+        if train.recipe == RecipeName::Denoiser || template.asks_for_reasoning() == is_cot {
+            return None;
+        }
+        let (asks, remedy) = if is_cot {
+            (
+                "does not ask for the reasoning that",
+                "take a prompt that asks for it, such as `med_r1_think`, or `target = \"instruct\"`",
+            )
+        } else {
+            (
+                "asks for a reasoning, which",
+                "take a prompt that does not, such as `med_r1_no_think`, or `target = \"cot\"`",
+            )
+        };
+        let target = if is_cot { "`target = \"cot\"` trains" } else { "`target = \"instruct\"` leaves out" };
+        Some((format!("prompt `{template}` {asks} {target}"), remedy))
+    }
+
+    /// The disagreement of prompt and target where it is certainly a mistake: a policy rewarded for another form than the one that
+    /// its prompt asks for in words.
+    pub(super) fn contradicting_prompt(&self) -> Option<ConfigError> {
+        let (message, remedy) = self.disagreement()?;
+        let is_rewarded = self.train.recipe.is_grpo() && self.train.grpo.format_weight > 0.0;
+        let instructs = self.prompt.parse::<PromptTemplate>().is_ok_and(PromptTemplate::instructs);
+        (is_rewarded && instructs).then(|| {
+            let message = format!("{message}: obeying it would cost the format reward");
+            ConfigError::new("train.target", message).with_help(remedy)
+        })
+    }
+
+    /// A shard of a training: its parts could never be joined.
+    pub(super) fn partial_training(&self) -> Option<ConfigError> {
+        let shard = self.data.shard?;
+        let message = format!("training on part {shard} of the questions only: models cannot be merged");
+        let help = "leave `shard` out; to train on fewer questions on purpose, take `split` or `limit`";
+        Some(ConfigError::new("data.shard", message).with_help(help))
+    }
+
+    /// What a training should be told about prompt and target that is no mistake for certain.
+    pub fn prompt_note(&self) -> Option<String> {
+        let (message, remedy) = self.disagreement().filter(|_| self.contradicting_prompt().is_none())?;
+        Some(format!(
+            "{message}: the model learns it all the same, and should be evaluated with this prompt; if that is not meant, {remedy}"
+        ))
+    }
+
     /// The settings that differ from their defaults and have no effect on `command`, each with the reason.
     pub fn without_effect(&self, command: Command) -> Vec<String> {
         let mut notes = Vec::new();
@@ -111,6 +163,51 @@ mod tests {
         let settings: Vec<Override> =
             settings.iter().map(|(key, value)| Override::new(*key, *value, "--set")).collect();
         RunConfig::load_any(None, &settings).unwrap().without_effect(command)
+    }
+
+    #[test]
+    fn prompt_and_target_that_disagree_are_told_and_refused_only_where_the_reward_contradicts() {
+        // Per prompt: whether it asks for a reasoning, and whether it says so in words.
+        for (prompt, asks, instructs) in [
+            ("med_r1_think", true, true),
+            ("think_after", true, true),
+            ("med_r1_no_think", false, true),
+            ("plain", false, true),
+            ("phantom", false, false),
+            ("phantom_cot", true, false),
+        ] {
+            for (target, is_cot) in [("cot", true), ("instruct", false)] {
+                for (recipe, weight, rewards) in [
+                    ("sft", "1", false),
+                    ("at_sft", "1", false),
+                    ("grpo", "1", true),
+                    ("at_grpo", "0.2", true),
+                    ("grpo", "0", false),
+                ] {
+                    let settings = [
+                        ("prompt", prompt),
+                        ("train.target", target),
+                        ("train.recipe", recipe),
+                        ("train.grpo.format_weight", weight),
+                    ]
+                    .map(|(key, value)| Override::new(key, value, "--set"));
+                    let case = format!("{prompt} {target} {recipe} {weight}");
+                    let is_refused = asks != is_cot && rewards && instructs;
+                    match RunConfig::load(Command::Train, None, &settings) {
+                        Ok(config) => {
+                            assert!(!is_refused, "{case}");
+                            assert_eq!(config.prompt_note().is_some(), asks != is_cot, "{case}");
+                        }
+                        Err(error) => {
+                            assert!(is_refused && error.to_string().contains(prompt), "{case}: {error}");
+                        }
+                    }
+                }
+            }
+        }
+        let denoiser = [("train.recipe", "denoiser"), ("prompt", "plain"), ("train.noise_sigma", "0.1")]
+            .map(|(key, value)| Override::new(key, value, "--set"));
+        assert_eq!(RunConfig::load(Command::Train, None, &denoiser).unwrap().prompt_note(), None);
     }
 
     #[test]

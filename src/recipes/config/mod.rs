@@ -15,7 +15,9 @@ pub use adversary::{AdversaryConfig, AdversaryObjective, RampName, RefreshName};
 pub use layers::Override;
 pub use show::show;
 pub use train::{
-    DenoiserSettings, GrpoSettings, ImportanceName, KlImage, LearningRates, LossType, MetricName, RecipeName, RewardAggregation, ScaleRewards, ScheduleName, TargetName, TrainConfig, TrainParts, ValidationConfig, WatchSettings,
+    DenoiserSettings, GrpoSettings, ImportanceName, KlImage, LearningRates, LossType, MetricName, RecipeName,
+    RewardAggregation, ScaleRewards, ScheduleName, TargetName, TrainConfig, TrainParts, ValidationConfig,
+    WatchSettings,
 };
 pub use values::DeviceWord;
 
@@ -245,7 +247,9 @@ section! {
     pub struct DataConfig {
         /// Root of an OmniMedVQA tree; beside `data`, the root of that file's images.
         omnimedvqa: Option<PathBuf> = None,
-        /// A data set in any supported format, detected.
+        /// A data set in any supported format, detected by its content: an OmniMedVQA tree or file, Med-R1 splits, LLaVA or ShareGPT
+        /// `conversations`, chat `messages` (or TRL's `prompt` and `completion`); each file a JSON array or JSON lines; or a folder
+        /// of such files.
         data: Option<PathBuf> = None,
         /// JSON list of the question ids to keep.
         split: Option<PathBuf> = None,
@@ -257,7 +261,7 @@ section! {
         question_type: Option<String> = None,
         /// Keep the first so many items.
         limit: Option<usize> = None => Range::at_least(1.0),
-        /// `I/N`: every N-th item from the I-th on, I from 0; the parts are joined by `safemed merge`.
+        /// `I/N`: every N-th item from the I-th on, I from 0; the parts are joined by `safemed merge`. Not for training.
         shard: Option<Shard> = None,
         /// Whether records with a problem are left out and counted, instead of refusing the data.
         skip_invalid: bool = false,
@@ -492,6 +496,10 @@ impl RunConfig {
         }
         if command.is_none_or(|command| command == Command::Train) {
             self.train_problems(&mut problems);
+            problems.extend(self.contradicting_prompt());
+        }
+        if command == Some(Command::Train) {
+            problems.extend(self.partial_training());
         }
         problems
     }
@@ -617,7 +625,14 @@ impl RunConfig {
             Command::Certify => vec!["data", "certify", "generation"],
             Command::Train => {
                 let recipe = self.train.recipe;
-                let mut sections = vec!["data", "train", "train.parts", "train.learning_rates", "train.validation", "train.watch"];
+                let mut sections = vec![
+                    "data",
+                    "train",
+                    "train.parts",
+                    "train.learning_rates",
+                    "train.validation",
+                    "train.watch",
+                ];
                 sections.extend(recipe.is_grpo().then_some("train.grpo"));
                 sections.extend(recipe.is_adversarial().then_some("train.adversary"));
                 sections.extend((recipe == RecipeName::Denoiser).then_some("train.denoiser"));

@@ -169,7 +169,8 @@ section! {
         /// its attacks and its metrics go on with the weights themselves. Costs four bytes for each trained parameter
         /// (twelve while a checkpoint is written), and a second directory of weights on disk.
         ema_decay: Option<f64> = None => Range::open(0.0, 1.0),
-        /// What the model learns to write.
+        /// What the model learns to write; the `prompt` should ask for it. A question without a reasoning of its own gets a made-up
+        /// sentence (modality, right option): the run says how many.
         target: TargetName = TargetName::Cot,
         /// Whether the order of the options is drawn anew each time an item is seen.
         permute_options: bool = false,
@@ -564,7 +565,8 @@ impl TrainConfig {
             }
         }
         if self.recipe == RecipeName::Trades && self.lora_dropout > 0.0 {
-            let message = "`lora_dropout` would put its own noise between the two branches that `trades` compares";
+            let message =
+                "`lora_dropout` would put its own noise between the two branches that `trades` compares";
             refuse("lora_dropout", message.to_owned(), "leave it out");
         }
         let (rates, parts) = (&self.learning_rates, &self.parts);

@@ -348,7 +348,9 @@ impl Run {
     /// Brings the logs of training to the disk: call it before a checkpoint appears, which is worth nothing without the log of
     /// the steps before it.
     pub fn sync_logs(&self) -> Result<()> {
-        [&self.metrics, &self.completions, &self.validation, &self.warnings].into_iter().try_for_each(JsonLines::sync)
+        [&self.metrics, &self.completions, &self.validation, &self.warnings]
+            .into_iter()
+            .try_for_each(JsonLines::sync)
     }
 
     /// Takes metrics, events, examinations, warnings, completions and pictures back to the end of `step` (the last checkpoint's; 0: to the beginning),
