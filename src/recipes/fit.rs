@@ -517,7 +517,7 @@ impl<L: Learner> Fit<L> {
                 *value = saved.get(name, var.as_tensor().dims())?.flatten_all()?.to_vec1()?;
             }
         }
-        self.learner.open_state(&dir)?;
+        self.learner.open_state(dir)?;
         let path = dir.join("state.json");
         let text = fs::read(&path).map_err(|error| Error::io("cannot read", &path, error))?;
         let state: serde_json::Value = serde_json::from_slice(&text)

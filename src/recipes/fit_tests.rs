@@ -28,6 +28,10 @@ impl Learner for Toy {
     fn open(&self, dir: &Path) -> Result<Saved> {
         Ok(Saved::Tensors { file: TensorFile::open(&dir.join("toy.safetensors"))?, root: "" })
     }
+
+    fn saved_bytes(&self) -> u64 {
+        self.0.iter().map(|(_, var)| 4 * var.as_tensor().elem_count() as u64).sum()
+    }
 }
 
 /// Gradients of these values, in the order of the variables; none where there is none.
