@@ -1,7 +1,7 @@
 """Every row of the training tables: trainings from `configs/`, several seeds, each model clean, attacked and certified.
 
     cargo build --release
-    safemed data phantom --out phantoms --train 20000 --validation 320 --test 320
+    safemed data phantom --out phantoms --train-items 20000
     python3 scripts/tables.py --data phantoms --configs phantom --out tables/phantom
     python3 scripts/tables.py --data ROOT --configs minimed --out tables/minimed
 

@@ -43,7 +43,7 @@ fn penalties_are_columns_of_their_own() {
     let dir = tempfile::tempdir().unwrap();
     let own = [
         ("max_new_tokens", "6"),
-        ("train.grpo.temperature", "0.3"),
+        ("train.grpo.temperature", "0.05"),
         ("train.grpo.overlong_weight", "0.5"),
         ("train.grpo.overlong_cache", "5"),
         ("train.grpo.repetition_weight", "2"),
@@ -135,6 +135,7 @@ fn a_command_is_told_of_every_completion_and_its_rewards_are_learnt_from() {
         ("train.grpo.reward_command_weight", "0.5"),
         ("train.grpo.accuracy_weight", "0"),
         ("train.grpo.format_weight", "0"),
+        ("train.grpo.temperature", "0.4"),
     ];
     let (steps, completions) = trained(&out, &own);
     let told = fs::read_to_string(&log).unwrap();

@@ -504,7 +504,15 @@ fn each_update_of_a_step_has_a_line_of_its_own() {
     let dir = tempfile::tempdir().unwrap();
     let lines_of = |name: &str, own: &[(&str, &str)]| {
         let out = dir.path().join(name);
-        let base = [("train.recipe", "grpo"), ("train.num_steps", "1"), ("train.grpo.kl_coef", "0.5")];
+        let base = [
+            ("train.recipe", "grpo"),
+            ("train.num_steps", "1"),
+            ("train.grpo.kl_coef", "0.5"),
+            ("train.grpo.temperature", "1"),
+            // Completions of one and of two tokens are worth different things.
+            ("train.grpo.overlong_weight", "1"),
+            ("train.grpo.overlong_cache", "1"),
+        ];
         run_as(Train, &settings(&material().loud, &out, &[&SHORT[..], &base, own].concat()), 2).unwrap();
         lines(&out, "metrics.jsonl")
     };
@@ -526,7 +534,7 @@ fn each_update_of_a_step_has_a_line_of_its_own() {
     // Where nothing can be learnt no update is made, and the line says so.
     let own = [("train.grpo.num_updates", "2"), ("train.grpo.kl_coef", "0"), ("train.learning_rate", "0")];
     let weights =
-        [("train.grpo.accuracy_weight", "1"), ("train.grpo.format_weight", "0"), ("max_new_tokens", "1")];
+        [("train.grpo.overlong_weight", "0"), ("train.grpo.format_weight", "0"), ("max_new_tokens", "1")];
     let flat = lines_of("flat", &[&own[..], &weights, &[("train.grpo.temperature", "0.01")]].concat());
     assert_eq!(
         (flat.len(), &flat[0]["update"], &flat[0]["groups_updated"]),

@@ -329,7 +329,8 @@ mod tests {
         file.write([Shown { metrics: &one, ..Shown::default() }]).unwrap();
         let two =
             [json!({"step": 2, "update": 1, "loss": 0.25}), json!({"step": 2, "update": 2, "loss": 0.125})];
-        file.write([Shown { metrics: &two, completions: &completions, pictures: folder.clone(), at: None }]).unwrap();
+        file.write([Shown { metrics: &two, completions: &completions, pictures: folder.clone(), at: None }])
+            .unwrap();
 
         let events = events(&file.path);
         assert_eq!(events[0].get_file_version(), "brain.Event:2");
@@ -371,7 +372,8 @@ mod tests {
         assert_eq!((unknown(&texts[0]), unknown(&pictures[0])), (2, 3));
 
         fs::write(folder.join("clean.png"), b"GIF89a").unwrap();
-        let error = file.write([Shown { metrics: &two, completions: &[], pictures: folder, at: None }]).unwrap_err();
+        let error =
+            file.write([Shown { metrics: &two, completions: &[], pictures: folder, at: None }]).unwrap_err();
         assert!(error.to_string().contains("no PNG file"), "{error}");
     }
 
