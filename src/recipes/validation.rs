@@ -172,6 +172,7 @@ impl<'a> Exam<'a> {
         if is_attacked {
             line["clean"]["accuracy"] = summary["clean_accuracy"].clone();
             line["pgd"] = json!({
+                "n": records.len(),
                 "accuracy": summary["robust_accuracy"],
                 "epsilon": self.settings.epsilon,
                 "num_steps": self.settings.num_steps,

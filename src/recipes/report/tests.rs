@@ -174,7 +174,10 @@ fn training_runs(dir: &Path) -> Vec<source::RunDir> {
         let text: String = lines.iter().map(|line| line.to_string() + "\n").collect();
         fs::write(dir.join("short").join(name), text).unwrap();
     };
-    let validated = |step: u64, clean: f64, pgd: f64| json!({"step": step, "clean": {"accuracy": clean, "n": 10}, "pgd": {"accuracy": pgd, "n": 10}});
+    let validated = |step: u64, clean: f64, pgd: f64| {
+        let controls = json!({"blank_image": 0.3, "option_prior": 0.4, "chance": 0.25});
+        json!({"step": step, "clean": {"accuracy": clean, "n": 10}, "pgd": {"accuracy": pgd, "n": 10}, "controls": controls})
+    };
     file("validation.jsonl", &[validated(0, 0.5, 0.1), validated(2, 0.9, 0.6)]);
     let step = |attack: f64, update: f64| json!({"what": "step", "seconds": attack + update, "attack": attack, "update": update, "peak_memory_bytes": 3.0 * f64::from(1 << 30)});
     file("timings.jsonl", &[step(3.0, 1.0), step(2.0, 2.0), json!({"what": "validation", "seconds": 2.0})]);
@@ -242,6 +245,7 @@ fn tables_of_training_say_what_came_of_it_and_where_the_time_went() {
     assert_eq!(cell(training, 1, "recipe"), Cell::Text("at_grpo".to_owned()));
     assert_eq!(cell(training, 1, "sampled, adversarial"), Cell::Missing);
     assert!(matches!(cell(training, 1, "validation, clean"), Cell::Share(0.9, Some(_))));
+    assert!(matches!(cell(training, 1, "validation, best blind control"), Cell::Share(0.4, None)));
     let times = data.details.iter().find(|table| table.title.starts_with("Where the time")).unwrap();
     assert_eq!(times.rows.len(), 1, "a run that noted no time has no row");
     for (column, text) in

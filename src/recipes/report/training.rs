@@ -60,13 +60,13 @@ const PLOTS: [Plot; 16] = [
     ),
     plot(
         "Loss before and after the attack",
-        "nats per token",
+        "nats per completion",
         "Of the right completion, which the adversary makes less likely.",
         &[("loss_adversarial", "adversarial"), ("loss_clean", "clean")],
     ),
     plot(
         "What the attack gains",
-        "nats per token",
+        "nats per completion",
         "Loss after the attack less loss before.",
         &[("pgd_gain", "")],
     ),
@@ -232,15 +232,22 @@ fn thinned(points: &[Point]) -> Vec<Point> {
         .collect()
 }
 
-/// What a line of `validation.jsonl` says about one kind of image: accuracy, with Wilson's interval where `n` is there.
+/// What a line of `validation.jsonl` says about one kind of image: accuracy, with Wilson's interval where `n` is there; of the kind
+/// [`BLIND`] the best of the controls that see no image, or not the right one.
 fn validated(line: &Value, kind: &str) -> Option<(f64, Option<[f64; 2]>)> {
+    if kind == BLIND {
+        let controls = line["controls"].as_object()?;
+        return Some((controls.values().filter_map(Value::as_f64).reduce(f64::max)?, None));
+    }
     let accuracy = line[kind]["accuracy"].as_f64()?;
     let n = line[kind]["n"].as_u64().or_else(|| line["n"].as_u64());
     let counted = n.and_then(|n| from_counts((accuracy * n as f64).round() as u64, 0, n));
     Some((accuracy, counted.map(|counted| counted.accuracy_interval)))
 }
 
-const VALIDATED: [(&str, &str); 2] = [("pgd", "adversarial"), ("clean", "clean")];
+const BLIND: &str = "blind";
+const VALIDATED: [(&str, &str); 3] =
+    [("pgd", "adversarial"), ("clean", "clean"), (BLIND, "best blind control")];
 
 fn validation_figure(runs: &[&RunDir]) -> Option<Figure> {
     let mut series = Vec::new();
@@ -258,7 +265,7 @@ fn validation_figure(runs: &[&RunDir]) -> Option<Figure> {
     }
     (!series.is_empty()).then(|| Figure {
         title: "Validation accuracy".to_owned(),
-        caption: "On questions that are not trained on, clean and under PGD; band: Wilson's 95 % interval."
+        caption: "On questions that are not trained on, clean, under PGD, and by the best of the controls that see no image or another one; band: Wilson's 95 % interval."
             .to_owned(),
         x_label: "step".to_owned(),
         y_label: "accuracy".to_owned(),
