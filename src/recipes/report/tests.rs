@@ -205,7 +205,10 @@ fn curves_of_training_runs_lie_over_each_other() {
     assert_eq!(names("Training: Loss"), ["long", "short"]);
     assert_eq!(names("Training: Accuracy of sampled completions"), ["long, adversarial", "long, clean"]);
     assert_eq!(names("Training: reward `brevity`"), ["long"]);
-    assert_eq!(names("Validation accuracy"), ["short, adversarial", "short, clean"]);
+    assert_eq!(
+        names("Validation accuracy"),
+        ["short, adversarial", "short, clean", "short, best blind control"]
+    );
     assert!(figure(&data, "Training: Ratios clipped").is_none(), "nothing was clipped");
     assert!(figure(&data, "Training: reward `accuracy`").is_none(), "it is shown by kind of image");
     let loss = figure(&data, "Training: Loss").unwrap();
