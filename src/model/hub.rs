@@ -332,7 +332,7 @@ mod tests {
         assert_eq!(found, Location { dir: dir.path().to_path_buf(), commit: None });
         let error = locate(&name, Some("main"), silent).unwrap_err();
         assert!(matches!(&error, Error::Usage(text) if text.contains("not on the hub")), "{error}");
-        for nonsense in ["", "model", "./a/b", "a/b/c", "/no/such", "../x", "a/..", "a b/c"] {
+        for nonsense in ["", "model", "./a/b", "a/b/c", "/no/such", "../no-such-directory", "a/..", "a b/c"] {
             assert!(!is_hub_id(nonsense), "{nonsense}");
             assert!(matches!(locate(nonsense, None, silent), Err(Error::Data(_))), "{nonsense}");
         }
