@@ -32,6 +32,8 @@ TRAININGS = {
     "at_sft": ("at_sft", "sft_cot"),
     "grpo": ("grpo", "sft_cot"),
     "at_grpo": ("at_grpo", "sft_cot"),
+    # A second stage of either kind over the first, at a like cost.
+    "at_sft_at_sft": ("at_sft", "at_sft"),
     "at_sft_at_grpo": ("at_grpo", "at_sft"),
 }
 ROWS = [name for name in TRAININGS if "captions" not in name]

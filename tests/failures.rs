@@ -3,7 +3,7 @@
 
 use crate::support::{run as call, safemed, texts};
 use crate::tiny::{Kind, Weights, assistant_of};
-use crate::training::{arguments, check_same, copy, lines, material, run_as, settings};
+use crate::training::{SHORT, arguments, check_same, copy, lines, material, run_as, settings};
 use candle_core::{Device, Tensor};
 use safemed::error::ExitStatus;
 use safemed::model::weights::TensorFile;
@@ -35,17 +35,6 @@ const ADAPTER: [(&str, &str); 14] = [
     ("train.grpo.temperature", "0.2"),
     ("train.watch.patience", "2"),
     ("train.watch.max_clipped_ratio", "0.01"),
-];
-
-/// Few steps of supervised training.
-const PLAIN: [(&str, &str); 7] = [
-    ("train.recipe", "sft"),
-    ("data.limit", "12"),
-    ("train.batch_size", "3"),
-    ("train.num_steps", "6"),
-    ("train.save_every", "2"),
-    ("train.keep_checkpoints", "0"),
-    ("train.learning_rate", "0.002"),
 ];
 
 type Damage<'a> = &'a dyn Fn(&Path);
@@ -136,7 +125,7 @@ fn training_killed_at_any_moment_goes_on_to_the_same_bytes() {
 fn damaged_checkpoints_are_named_and_the_one_before_goes_on_to_the_same_bytes() {
     let dir = tempfile::tempdir().unwrap();
     let whole = dir.path().join("whole");
-    run_as(Train, &settings(&material().loud, &whole, &PLAIN), 2).unwrap();
+    run_as(Train, &settings(&material().loud, &whole, &SHORT), 2).unwrap();
     let cut = |path: &Path, length: u64| {
         fs::OpenOptions::new().write(true).open(path).unwrap().set_len(length).unwrap();
     };
@@ -156,7 +145,7 @@ fn damaged_checkpoints_are_named_and_the_one_before_goes_on_to_the_same_bytes() 
         for step in steps {
             damage(&out.join(format!("checkpoints/step-{step}")));
         }
-        let (status, err) = go_on(&out, &PLAIN);
+        let (status, err) = go_on(&out, &SHORT);
         assert_eq!(status, 0, "{name}: {err}");
         let last = format!("step-{}", 6 - 2 * steps.len());
         for step in steps {
@@ -169,7 +158,7 @@ fn damaged_checkpoints_are_named_and_the_one_before_goes_on_to_the_same_bytes() 
     for step in [2, 4, 6] {
         cut(&out.join(format!("checkpoints/step-{step}/state.json")), 3);
     }
-    let (status, err) = go_on(&out, &PLAIN);
+    let (status, err) = go_on(&out, &SHORT);
     assert!(status == 3 && err.contains("no checkpoint of this run is whole"), "{status} {err}");
     assert!([2, 4, 6].iter().all(|step| err.contains(&format!("step {step}: "))), "{err}");
 }
@@ -178,8 +167,8 @@ fn damaged_checkpoints_are_named_and_the_one_before_goes_on_to_the_same_bytes() 
 fn a_disk_that_is_full_leaves_the_last_checkpoint_and_the_run_goes_on_when_there_is_room() {
     let dir = tempfile::tempdir().unwrap();
     let (whole, out) = (dir.path().join("whole"), dir.path().join("full"));
-    run_as(Train, &settings(&material().loud, &whole, &PLAIN), 2).unwrap();
-    let mut child = start(&out, &PLAIN);
+    run_as(Train, &settings(&material().loud, &whole, &SHORT), 2).unwrap();
+    let mut child = start(&out, &SHORT);
     assert!(wait_until(&mut child, || steps_logged(&out) >= 3));
     child.kill().unwrap();
     child.wait().unwrap();
@@ -187,7 +176,7 @@ fn a_disk_that_is_full_leaves_the_last_checkpoint_and_the_run_goes_on_when_there
     let optimizer = fs::metadata(whole.join("checkpoints/step-2/optimizer.safetensors")).unwrap().len();
     let script = format!("trap '' XFSZ; ulimit -f {}; exec \"$@\"", (optimizer - 1) / 512);
     let mut command = std::process::Command::new("sh");
-    command.args(["-c", &script, "sh", env!("CARGO_BIN_EXE_safemed")]).args(words(&out, &PLAIN));
+    command.args(["-c", &script, "sh", env!("CARGO_BIN_EXE_safemed")]).args(words(&out, &SHORT));
     let (status, _, err) = texts(&command.current_dir(dir.path()).output().unwrap());
     assert_eq!(status, 1, "{err}");
     for part in ["checkpoint of step 4 cannot be written", "step 2 is kept", "--resume"] {
@@ -205,7 +194,7 @@ fn a_disk_that_is_full_leaves_the_last_checkpoint_and_the_run_goes_on_when_there
         .collect();
     left.sort();
     assert_eq!(left, ["step-2"]);
-    let (status, err) = go_on(&out, &PLAIN);
+    let (status, err) = go_on(&out, &SHORT);
     assert_eq!(status, 0, "{err}");
     check_same(&whole, &out);
 }
@@ -282,7 +271,7 @@ fn a_step_that_is_not_finite_is_dumped_and_repeats_to_the_bit() {
             ("train.permute_options", "true"),
             ("train.noise_sigma", if recipe == "denoiser" { "0.2" } else { "0" }),
         ];
-        let more = [&PLAIN[..], &own].concat();
+        let more = [&SHORT[..], &own].concat();
         let error = run_as(Train, &settings(&material().loud, &out, &more), 2).unwrap_err();
         assert_eq!(error.status(), ExitStatus::NonFinite, "{recipe}: {error}");
         let text = error.to_string();
@@ -397,7 +386,7 @@ fn a_walk_names_the_first_layer_that_is_not_finite_and_the_question() {
 fn a_run_that_learns_nothing_says_so_in_its_files() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("run");
-    let more = [&PLAIN[..], &[("train.learning_rate", "0")]].concat();
+    let more = [&SHORT[..], &[("train.learning_rate", "0")]].concat();
     let outcome = run_as(Train, &settings(&material().loud, &out, &more), 2).unwrap();
     let warnings = lines(&out, "warnings.jsonl");
     assert_eq!(warnings.len(), 1, "{warnings:?}");
@@ -408,7 +397,7 @@ fn a_run_that_learns_nothing_says_so_in_its_files() {
     assert!(report.contains("learning_rate_zero") && report.contains("at step 2"), "{report}");
     // A run that learns has none.
     let out = dir.path().join("other");
-    let outcome = run_as(Train, &settings(&material().loud, &out, &PLAIN), 2).unwrap();
+    let outcome = run_as(Train, &settings(&material().loud, &out, &SHORT), 2).unwrap();
     assert!(outcome.summary["warnings"] == json!({}) && !out.join("warnings.jsonl").exists());
 }
 
@@ -428,7 +417,7 @@ fn every_bad_row_is_listed_with_its_line_before_weights_are_looked_for() {
     fs::write(&file, format!("[\n{}\n]\n", rows.join(",\n"))).unwrap();
     let data = data.display().to_string();
     let out = dir.path().join("out");
-    let more = [&PLAIN[..], &[("data.omnimedvqa", data.as_str())]].concat();
+    let more = [&SHORT[..], &[("data.omnimedvqa", data.as_str())]].concat();
     let absent = dir.path().join("no-such-model");
     let error = run_as(Train, &settings(&absent, &out, &more), 1).unwrap_err();
     assert_eq!(error.status(), ExitStatus::Data);

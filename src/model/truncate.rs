@@ -176,35 +176,7 @@ pub fn write_stand_in(config: &VlmConfig, is_half: bool, dir: &Path) -> Result<(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::config::{ModelSizes, SpecialIds};
-
-    fn sizes() -> ModelSizes {
-        ModelSizes {
-            vocab_size: 64,
-            hidden_size: 32,
-            intermediate_size: 48,
-            num_layers: 6,
-            num_heads: 2,
-            num_kv_heads: 1,
-            head_dim: 16,
-            vision_depth: 8,
-            vision_hidden_size: 32,
-            vision_intermediate_size: 48,
-            vision_num_heads: 2,
-            patch_size: 8,
-            spatial_merge_size: 2,
-            position_side: 4,
-            deepstack_layers: vec![2, 5],
-            window_size: 32,
-            full_attention_blocks: vec![3, 7],
-            max_position_embeddings: 512,
-            tie_word_embeddings: false,
-        }
-    }
-
-    fn ids() -> SpecialIds {
-        SpecialIds { image: 1, video: 2, vision_start: 3, vision_end: 4, turn_end: 5, document_end: 6 }
-    }
+    use crate::model::test_support::{ids, sizes};
 
     #[test]
     fn a_truncated_model_has_the_names_and_shapes_of_the_whole_one() {

@@ -49,6 +49,11 @@ pub trait Learner {
     /// Bytes of what [`Learner::save`] writes, at most and to within small files.
     fn saved_bytes(&self) -> u64;
 
+    /// The same of [`Learner::save_state`].
+    fn state_bytes(&self) -> u64 {
+        0
+    }
+
     /// Where numbers first stop being finite on the way of a batch through the learner, and what each of its items comes to:
     /// for the report of a failure.
     ///
@@ -194,6 +199,15 @@ impl Learner for Student {
         let parameters = self.assistant.vlm.parameters();
         let (all, trained) = parameters.count();
         (size_of::<f32>() * if self.adapter.is_some() { trained } else { all }) as u64
+    }
+
+    fn state_bytes(&self) -> u64 {
+        match &self.reference {
+            Some(Reference { values: Some(_), .. }) => {
+                (size_of::<f32>() * self.assistant.vlm.parameters().count().1) as u64
+            }
+            _ => 0,
+        }
     }
 
     fn walk(&self, batch: &Noted) -> Result<Walk> {
@@ -481,12 +495,13 @@ impl<L: Learner> Fit<L> {
         fs::write(&path, format!("{state:#}\n")).map_err(|error| Error::io("cannot write", &path, error))
     }
 
-    /// Bytes of a checkpoint, to within its small files: what the learner saves, and two moments of every trained parameter.
+    /// Bytes of a checkpoint, to within its small files: what the learner saves, a second time for the average, and two moments of
+    /// every trained parameter.
     pub fn checkpoint_bytes(&self) -> u64 {
         let trained: usize = self.parameters.iter().map(|(_, var)| var.as_tensor().elem_count()).sum();
-        // The average of an adapter or of a model is as large as that itself.
         let copies = if self.average.is_some() { 2 } else { 1 };
-        copies * self.learner.saved_bytes() + (2 * size_of::<f32>() * trained) as u64
+        let moments = (2 * size_of::<f32>() * trained) as u64;
+        copies * self.learner.saved_bytes() + self.learner.state_bytes() + moments
     }
 
     /// Takes up the newest checkpoint below `root` that is whole, if there is one; see [`checkpoint::take_up`].

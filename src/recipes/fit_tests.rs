@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::nn::recompute::{Memory, loss_and_gradients};
+use crate::recipes::scratch::Scratch;
 
 /// Variables and nothing else.
 struct Toy(Vec<(String, Var)>);
@@ -211,4 +212,27 @@ fn tensors_that_never_learn_are_named_and_an_adapter_that_begins_is_not() {
     let mut fit = Fit::new(Toy::of(&entries)).unwrap();
     let error = update(&mut fit, &[None; 5], &config()).unwrap_err();
     assert!(error.to_string().contains("none of the 5 trained tensors"), "{error}");
+}
+
+#[test]
+fn the_bytes_of_a_checkpoint_are_counted_before_it_is_written() {
+    let blind = |name: &str| !name.starts_with(train::VISION);
+    for (ema_decay, follows) in [(None, false), (Some(0.9), false), (None, true), (Some(0.9), true)] {
+        let assistant = Scratch::tiny().build(&[], &[], 0, &blind, &Device::Cpu).unwrap();
+        let reference = assistant.frozen_copy().unwrap();
+        let student =
+            Student::new(assistant, None).unwrap().with_reference(Some(reference), follows).unwrap();
+        let fit = Fit::new(student).unwrap().averaged(ema_decay).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let saved = fit.save(dir.path()).unwrap();
+        let files = [saved.join("ema"), saved].into_iter().filter_map(|dir| fs::read_dir(dir).ok()).flatten();
+        let lengths = files.map(|entry| entry.unwrap()).filter_map(|entry| {
+            let is_weights = entry.path().extension().is_some_and(|extension| extension == "safetensors");
+            is_weights.then(|| entry.metadata().unwrap().len())
+        });
+        let (written, counted) = (lengths.sum::<u64>(), fit.checkpoint_bytes());
+        let share = written as f64 / counted as f64;
+        // Headers come on top.
+        assert!((1.0..1.02).contains(&share), "{ema_decay:?} {follows}: {written} bytes, counted {counted}");
+    }
 }

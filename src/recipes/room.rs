@@ -6,10 +6,10 @@
 //! `train.recompute` and the like unchanged, since they are part of what a run is.
 
 use super::checkpoint::{self, saved_steps};
-use super::config::{RecipeName, RunConfig};
+use super::config::{RecipeName, RunConfig, TrainConfig};
 use super::estimate::subject::Subject;
 use super::estimate::workload::Workload;
-use super::estimate::{free_bytes, holds_half};
+use super::estimate::{free_bytes, holds_half, render::size};
 use super::progress::{Progress, Silent};
 use super::run::Run;
 use super::train::VISION;
@@ -19,6 +19,7 @@ use crate::model::assistant::Assistant;
 use crate::model::config::VlmConfig;
 use crate::model::hub::Location;
 use std::fmt::Write as _;
+use std::path::Path;
 
 /// Questions that are looked at for the longest, evenly spread.
 const LOOKED_AT: usize = 256;
@@ -29,9 +30,19 @@ const RANK: usize = 16;
 /// Bytes of a float32.
 const FLOAT: u64 = 4;
 
-/// Warns of a run whose checkpoints will not fit on the disk or whose heaviest step will not fit in memory. What cannot be counted,
-/// such as a damaged image, is left to the step that needs it.
-pub(super) fn check(
+/// Warns of a run whose checkpoints below `root`, of `bytes` each, will not fit on the disk.
+pub(super) fn check_disk(bytes: u64, train: &TrainConfig, root: &Path, progress: &dyn Progress) {
+    let there = saved_steps(root).len() as u64;
+    let warning = checkpoint::free_disk_bytes(root)
+        .and_then(|free| disk_warning(bytes, checkpoints(train).saturating_sub(there), free));
+    if let Some(warning) = warning {
+        progress.note(&warning);
+    }
+}
+
+/// Warns of a run whose heaviest step will not fit in memory. What cannot be counted, such as a damaged image, is left to the step
+/// that needs it.
+pub(super) fn check_memory(
     model: Option<&Location>,
     assistant: &Assistant,
     dataset: &Dataset,
@@ -41,16 +52,8 @@ pub(super) fn check(
 ) {
     // A denoiser and a model from scratch are small.
     let Some(model) = model.filter(|_| config.train.recipe != RecipeName::Denoiser) else { return };
-    let root = run.path("checkpoints");
-    let plan = Plan::of(assistant, config);
-    let there = saved_steps(&root).len() as u64;
-    let warning = checkpoint::free_disk_bytes(&root).and_then(|free| {
-        disk_warning(plan.checkpoint_bytes(), checkpoints(config).saturating_sub(there), free)
-    });
-    if let Some(warning) = warning {
-        progress.note(&warning);
-    }
     let Some(free) = free_bytes().filter(|_| assistant.vlm.device().is_cpu()) else { return };
+    let plan = Plan::of(assistant, config);
     let is_visual = |(name, _): &(String, candle_core::Var)| name.starts_with(VISION);
     let is_seen =
         config.train.recipe.is_adversarial() || assistant.vlm.parameters().trained().iter().any(is_visual);
@@ -125,11 +128,6 @@ impl Plan {
         }
     }
 
-    /// Weights or adapter in float32, and two moments.
-    fn checkpoint_bytes(&self) -> u64 {
-        FLOAT * (if self.is_adapter { self.trained } else { self.all } + 2 * self.trained)
-    }
-
     /// Two moments, a gradient and its copy for the update, of every trained parameter.
     fn optimizer_bytes(&self) -> u64 {
         4 * FLOAT * self.trained
@@ -176,11 +174,11 @@ impl Plan {
         }
         let mut text = format!(
             "warning: the heaviest step takes about {} more memory (optimiser and gradients {}, frozen weights on the way back {}, activations {}), and {} are free: the system would end this process without a word.",
-            gib(need),
-            gib(self.optimizer_bytes()),
-            gib(self.frozen_bytes()),
-            gib(self.activation_bytes(model)),
-            gib(free)
+            size(need),
+            size(self.optimizer_bytes()),
+            size(self.frozen_bytes()),
+            size(self.activation_bytes(model)),
+            size(free)
         );
         let (mut plan, mut freed, mut changes) = (self.clone(), 0, Vec::new());
         for change in CHANGES {
@@ -189,7 +187,7 @@ impl Plan {
             changes.push(what);
             if plan.bytes(model) <= free + freed {
                 let needed = plan.bytes(model).saturating_sub(freed);
-                let _ = write!(text, " With {} it would be about {}.", changes.join(", "), gib(needed));
+                let _ = write!(text, " With {} it would be about {}.", changes.join(", "), size(needed));
                 return Some(text + MEASURE);
             }
         }
@@ -230,8 +228,7 @@ const CHANGES: [Change; 4] = [
 ];
 
 /// Checkpoints that are there at once: those that are kept and the one being written.
-fn checkpoints(config: &RunConfig) -> u64 {
-    let train = &config.train;
+fn checkpoints(train: &TrainConfig) -> u64 {
     let saves = train.num_steps.checked_div(train.save_every).unwrap_or(0) + 1;
     (if train.keep_checkpoints == 0 { saves } else { saves.min(train.keep_checkpoints + 1) }) as u64
 }
@@ -240,48 +237,16 @@ fn disk_warning(bytes: u64, count: u64, free: u64) -> Option<String> {
     (bytes.saturating_mul(count) > free).then(|| {
         format!(
             "warning: a checkpoint takes about {}, {count} more of them are to be there at once, and {} are free on this disk: make room, lower `train.keep_checkpoints`, or train an adapter (`train.lora_rank`)",
-            gib(bytes),
-            gib(free)
+            size(bytes),
+            size(free)
         )
     })
-}
-
-fn gib(bytes: u64) -> String {
-    let gib = bytes as f64 / f64::from(1 << 30);
-    if gib >= 0.1 { format!("{gib:.1} GiB") } else { format!("{:.1} MiB", gib * 1024.0) }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::config::{ModelSizes, SpecialIds};
-
-    fn tiny_config() -> VlmConfig {
-        let sizes = ModelSizes {
-            vocab_size: 64,
-            hidden_size: 32,
-            intermediate_size: 48,
-            num_layers: 6,
-            num_heads: 2,
-            num_kv_heads: 1,
-            head_dim: 16,
-            vision_depth: 8,
-            vision_hidden_size: 32,
-            vision_intermediate_size: 48,
-            vision_num_heads: 2,
-            patch_size: 8,
-            spatial_merge_size: 2,
-            position_side: 4,
-            deepstack_layers: vec![2, 5],
-            window_size: 32,
-            full_attention_blocks: vec![3, 7],
-            max_position_embeddings: 512,
-            tie_word_embeddings: false,
-        };
-        let ids =
-            SpecialIds { image: 1, video: 2, vision_start: 3, vision_end: 4, turn_end: 5, document_end: 6 };
-        VlmConfig::new_qwen3_vl(&sizes, ids).unwrap()
-    }
+    use crate::model::test_support::{ids, sizes};
 
     fn plan() -> Plan {
         Plan {
@@ -297,7 +262,7 @@ mod tests {
 
     #[test]
     fn memory_is_counted_over_the_longest_question_and_median_others() {
-        let model = tiny_config();
+        let model = VlmConfig::new_qwen3_vl(&sizes(), ids()).unwrap();
         let (text, vision) = (&model.text, &model.vision);
         let heads = (text.num_heads + text.num_kv_heads) * text.head_dim;
         let row = 4 * text.hidden_size + 4 * heads + 3 * text.intermediate_size;
@@ -308,17 +273,16 @@ mod tests {
         let blind = Plan { items, micro_batch_size: 1, is_recomputed: true, ..plan() };
         let again = 100 * ((text.num_layers + 1) * text.hidden_size + row);
         assert_eq!(blind.activation_bytes(&model), 4 * again as u64);
-        assert_eq!((plan().optimizer_bytes(), plan().checkpoint_bytes()), (16_000, 12_000));
         let adapter = Plan { trained: 10, is_adapter: true, ..plan() };
         assert_eq!(
-            (adapter.checkpoint_bytes(), adapter.frozen_bytes(), plan().frozen_bytes()),
-            (120, 4000, 0)
+            (plan().optimizer_bytes(), adapter.frozen_bytes(), plan().frozen_bytes()),
+            (16_000, 4000, 0)
         );
     }
 
     #[test]
     fn what_would_fit_is_found_in_order_and_enough_room_says_nothing() {
-        let model = tiny_config();
+        let model = VlmConfig::new_qwen3_vl(&sizes(), ids()).unwrap();
         let need = plan().bytes(&model);
         assert_eq!(plan().memory_warning(&model, need), None);
         let said = |free: u64| plan().memory_warning(&model, free).unwrap();
@@ -338,14 +302,14 @@ mod tests {
     fn checkpoints_that_do_not_fit_on_the_disk_are_warned_of() {
         assert_eq!(disk_warning(100, 3, 300), None);
         assert!(disk_warning(100, 3, 299).unwrap().contains("train.keep_checkpoints"));
-        let mut config = RunConfig::default();
+        let mut train = TrainConfig::default();
         for (steps, every, keep, wanted) in
             [(1000, 100, 2, 3), (1000, 100, 0, 11), (1000, 0, 2, 1), (100, 100, 5, 2)]
         {
-            config.train.num_steps = steps;
-            config.train.save_every = every;
-            config.train.keep_checkpoints = keep;
-            assert_eq!(checkpoints(&config), wanted, "{steps} {every} {keep}");
+            train.num_steps = steps;
+            train.save_every = every;
+            train.keep_checkpoints = keep;
+            assert_eq!(checkpoints(&train), wanted, "{steps} {every} {keep}");
         }
     }
 }

@@ -152,7 +152,7 @@ fn learn(material: Material, config: &RunConfig, run: &mut Run, progress: &dyn P
         run.provenance("adapter_sha256", json!(inputs::adapter_sha256(&adapter.dir)?))?;
     }
     inputs::note_denoiser(run, config)?;
-    room::check(model.as_ref(), &material.assistant, dataset, config, run, progress);
+    room::check_memory(model.as_ref(), &material.assistant, dataset, config, run, progress);
     inputs::note_reward_command(run, config, judge)?;
     let num_questions = dataset.samples.len();
     let checkpoint = follow(material, config, &mut Whole { run, progress }, progress)?;
@@ -303,6 +303,7 @@ impl Course for Whole<'_> {
     ) -> Result<PathBuf> {
         let root = self.run.path("checkpoints");
         fit.resume(&root)?;
+        room::check_disk(fit.checkpoint_bytes(), lesson.config, &root, self.progress);
         self.run.rewind_to(fit.step)?;
         validation::forget_after(self.run, fit.step)?;
         let saved = (fit.step > 0).then_some(fit.step);

@@ -9,7 +9,7 @@
 pub mod inference;
 pub mod line;
 pub mod probe;
-mod render;
+pub(super) mod render;
 pub mod subject;
 pub mod workload;
 

@@ -5,14 +5,19 @@ use serde_json::Value;
 use std::fmt::Write as _;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// `3.2 GiB`, or that it is unknown.
-fn size(value: &Value) -> String {
-    let Some(bytes) = value.as_f64() else { return "unknown on this system".to_owned() };
+/// `3.21 GiB`, `40.5 MiB`.
+pub(in crate::recipes) fn size(bytes: u64) -> String {
+    let bytes = bytes as f64;
     if bytes >= f64::from(1 << 30) {
         format!("{:.2} GiB", bytes / f64::from(1 << 30))
     } else {
         format!("{:.1} MiB", bytes / f64::from(1 << 20))
     }
+}
+
+/// The size that is estimated, or that it is unknown.
+fn size_of_value(value: &Value) -> String {
+    value.as_f64().map_or_else(|| "unknown on this system".to_owned(), |bytes| size(bytes as u64))
 }
 
 /// `4 h 05 min`, `12.3 s`, `2.5 ms`.
@@ -59,19 +64,19 @@ pub(super) fn training(summary: &Value) -> String {
         "memory",
         format!(
             "weights {}, optimiser {}, kept images {}, kept features {}",
-            size(&summary["weights_bytes"]),
-            size(&summary["optimizer_bytes"]),
-            size(&summary["kept_images_bytes"]),
-            size(&summary["kept_features_bytes"])
+            size_of_value(&summary["weights_bytes"]),
+            size_of_value(&summary["optimizer_bytes"]),
+            size_of_value(&summary["kept_images_bytes"]),
+            size_of_value(&summary["kept_features_bytes"])
         ),
     );
-    line("peak memory", size(&summary["peak_memory_bytes"]));
+    line("peak memory", size_of_value(&summary["peak_memory_bytes"]));
     let verdict = match summary["fits"].as_bool() {
         Some(true) => ": fits",
         Some(false) => ": DOES NOT FIT",
         None => "",
     };
-    line("free memory", format!("{}{verdict}", size(&summary["free_memory_bytes"])));
+    line("free memory", format!("{}{verdict}", size_of_value(&summary["free_memory_bytes"])));
     line("time per step", duration(&summary["seconds_per_step"]));
     line(
         "total time",
@@ -96,7 +101,7 @@ pub(super) fn training(summary: &Value) -> String {
             format!(
                 "{and}--set {} needs {}{fits}",
                 word(&advice["change"]),
-                size(&advice["peak_memory_bytes"])
+                size_of_value(&advice["peak_memory_bytes"])
             ),
         );
     }
@@ -124,7 +129,7 @@ pub(super) fn inference(summary: &Value) -> String {
             word(&work["work"]),
             duration(&work["seconds"]),
             word(&work["unit"]),
-            size(&work["peak_memory_bytes"])
+            size_of_value(&work["peak_memory_bytes"])
         );
     }
     text
