@@ -116,6 +116,47 @@ fn names_shards_and_bfloat16_change_no_byte_of_a_record() {
 }
 
 #[test]
+fn sizes_of_images_that_are_set_are_those_of_a_checkpoint_that_says_so_and_a_trained_model_keeps_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let sizes = json!({"longest_edge": 256, "shortest_edge": 200});
+    copy(&material().join("single"), &at("limited"));
+    let file = at("limited/preprocessor_config.json");
+    let mut processor = read(&file);
+    processor["size"] = sizes.clone();
+    write(&file, &processor);
+    let file = at("limited/processor_config.json");
+    let mut whole = read(&file);
+    whole["image_processor"]["size"] = sizes.clone();
+    write(&file, &whole);
+    let limits = ["--min-pixels", "200", "--max-pixels", "256"];
+    let set = evaluated("single", &at("set"), &limits);
+    assert_eq!(set, evaluated(&at("limited").display().to_string(), &at("file"), &[]));
+    assert_ne!(set, evaluated("single", &at("plain"), &[]));
+
+    let out = at("trained").display().to_string();
+    let mut arguments = vec!["train", "--model", "single", "--omnimedvqa", "data", "--out", &out];
+    arguments.extend(["--prompt", "phantom_cot", "--limit", "4", "--batch-size", "2"]);
+    arguments.extend(["--set", "train.num_steps=1"]);
+    arguments.extend(limits);
+    done(&arguments);
+    let kept = read(&at("trained/checkpoints/step-1/preprocessor_config.json"));
+    assert_eq!(kept["size"], sizes);
+
+    let refused = |limits: &[&str]| {
+        let out = at("refused").display().to_string();
+        let mut arguments = vec!["eval", "--model", "single", "--omnimedvqa", "data", "--out", &out];
+        arguments.extend(["--prompt", "phantom"]);
+        arguments.extend(limits);
+        let (status, _, said) = crate::support::run(material(), &arguments);
+        assert_eq!(status, 2, "{said}");
+        said
+    };
+    assert!(refused(&["--min-pixels", "300", "--max-pixels", "256"]).contains("exceeds `max_pixels` 256"));
+    assert!(refused(&["--max-pixels", "10"]).contains("`max_pixels` 10"));
+}
+
+#[test]
 fn an_export_without_changes_is_the_checkpoint_byte_for_byte() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("out");

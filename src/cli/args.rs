@@ -168,6 +168,12 @@ pub(crate) struct ModelArgs {
     /// Directory of a denoiser that every image passes before the model.
     #[arg(long, value_name = "DIR", env = "SAFEMED_DENOISER", hide_env = true)]
     denoiser: Option<String>,
+    /// Fewest pixels of a resized image [default: the checkpoint's].
+    #[arg(long, value_name = "N", allow_hyphen_values = true, env = "SAFEMED_MIN_PIXELS", hide_env = true)]
+    min_pixels: Option<String>,
+    /// Most pixels of a resized image [default: the checkpoint's].
+    #[arg(long, value_name = "N", allow_hyphen_values = true, env = "SAFEMED_MAX_PIXELS", hide_env = true)]
+    max_pixels: Option<String>,
     /// Prompt template [default: med_r1_think].
     #[arg(long, value_name = "NAME", env = "SAFEMED_PROMPT", hide_env = true)]
     prompt: Option<String>,

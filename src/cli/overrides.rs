@@ -6,7 +6,7 @@ use clap::ArgMatches;
 use clap::parser::ValueSource;
 
 /// Flags of the top level of the configuration.
-const TOP: [&str; 15] = [
+const TOP: [&str; 17] = [
     "seed",
     "device",
     "dtype",
@@ -16,6 +16,8 @@ const TOP: [&str; 15] = [
     "revision",
     "adapter",
     "denoiser",
+    "min_pixels",
+    "max_pixels",
     "prompt",
     "scoring",
     "max_new_tokens",

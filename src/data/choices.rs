@@ -7,13 +7,10 @@
 use serde_json::Value;
 
 use super::problem::kind;
-use super::{index_of_letter, letter};
+use super::{MOST_OPTIONS, index_of_letter, letter};
 
 /// What is wrong with a text that has no options at all.
 pub(super) const NO_OPTIONS: &str = "no options of the form `A) ...`, `A. ...`, `(A) ...` or `A: ...`";
-
-/// Options have letters of one alphabet.
-const MOST_OPTIONS: usize = 26;
 
 /// How a letter is set off from its option.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -30,9 +30,12 @@ pub use records::Records;
 pub use sample::Sample;
 pub use select::Shard;
 
-/// The letter of an option: 0 is `A`. There are never more than 26 options.
+/// Options have letters of one alphabet.
+pub const MOST_OPTIONS: usize = 26;
+
+/// The letter of an option: 0 is `A`. There are never more than [`MOST_OPTIONS`].
 pub fn letter(index: usize) -> char {
-    char::from(b'A' + (index % 26) as u8)
+    char::from(b'A' + (index % MOST_OPTIONS) as u8)
 }
 
 /// The index that an option letter stands for: `A` is 0; `None` for anything but `A` to `Z`.

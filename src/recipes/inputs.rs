@@ -15,6 +15,7 @@ use crate::model::denoiser::{self, Denoiser};
 use crate::model::hub::{self, Event, Location};
 use crate::model::loader::Adaptation;
 use crate::model::lora::{self, Adapter};
+use crate::model::processor::ImageProcessorConfig;
 use crate::model::weights::Weights;
 use rayon::prelude::*;
 use serde_json::{Map, Value, json};
@@ -144,18 +145,51 @@ pub fn open_model(job: &Job<'_>) -> Result<OpenModel> {
             parts.iter().filter_map(|(name, hash)| hash.map(|hash| format!("{hash}  {name}\n"))).collect();
         sha256 = hex(&Sha256::digest(lines.concat()));
     }
-    let assistant = behind_denoiser(config, assistant)?;
+    let assistant = fitted(config, assistant)?;
     Ok(OpenModel { dir, revision: commit, assistant, sha256, adapter_sha256 })
 }
 
-/// The model behind the denoiser that `config` names, if it names one.
+/// The model as `config` wants it: with its sizes of images, and behind the denoiser that it names.
 ///
 /// # Errors
-/// What is missing or wrong in the denoiser's directory.
-pub fn behind_denoiser(config: &RunConfig, assistant: Assistant) -> Result<Assistant> {
-    let Some(dir) = &config.denoiser else { return Ok(assistant) };
-    let denoiser = Denoiser::load(dir, assistant.vlm.device())?;
-    Ok(Assistant { vlm: assistant.vlm.behind(denoiser), ..assistant })
+/// Those of [`within_limits`]; what is missing or wrong in the denoiser's directory.
+pub fn fitted(config: &RunConfig, assistant: Assistant) -> Result<Assistant> {
+    let image_processor = within_limits(config, assistant.image_processor)?;
+    let vlm = match &config.denoiser {
+        Some(dir) => {
+            let denoiser = Denoiser::load(dir, assistant.vlm.device())?;
+            assistant.vlm.behind(denoiser)
+        }
+        None => assistant.vlm,
+    };
+    Ok(Assistant { vlm, image_processor, ..assistant })
+}
+
+/// The image processor with the sizes that `config` sets in place of its own.
+///
+/// # Errors
+/// A usage error when they do not go together with those of the checkpoint.
+pub fn within_limits(config: &RunConfig, own: ImageProcessorConfig) -> Result<ImageProcessorConfig> {
+    if config.min_pixels.is_none() && config.max_pixels.is_none() {
+        return Ok(own);
+    }
+    let limited = ImageProcessorConfig {
+        min_pixels: config.min_pixels.unwrap_or(own.min_pixels),
+        max_pixels: config.max_pixels.unwrap_or(own.max_pixels),
+        ..own
+    };
+    if !limited.do_resize {
+        return Err(Error::usage(
+            "`min_pixels` and `max_pixels` have no effect: this checkpoint does not resize pictures",
+        ));
+    }
+    limited.check().map_err(|error| {
+        Error::usage(format!(
+            "with `min_pixels` {} and `max_pixels` {}: {error}\n   = help: what is not set is the checkpoint's own",
+            limited.min_pixels, limited.max_pixels
+        ))
+    })?;
+    Ok(limited)
 }
 
 /// The questions of `config`, and those that the option prior counts when a training split is named.

@@ -7,8 +7,8 @@ use super::inputs;
 use super::job::{Job, Outcome};
 use super::records::{counts_by_letter, letter};
 use crate::certify::{self, Draws, Prediction, SmoothingConfig};
-use crate::data::Sample;
 use crate::data::sample::UNKNOWN;
+use crate::data::{MOST_OPTIONS, Sample};
 use crate::error::{Error, Result};
 use crate::model::assistant::Assistant;
 use crate::pixels::RgbImage8;
@@ -22,7 +22,7 @@ use std::path::Path;
 /// Answers `question` about the image, choosing among `options`.
 ///
 /// # Errors
-/// A usage error for fewer than two options or more than five; a data error for a damaged image.
+/// A usage error for fewer than two options or more than [`MOST_OPTIONS`]; a data error for a damaged image.
 pub fn predict(job: &Job<'_>, image: &Path, question: &str, options: &[String]) -> Result<Outcome> {
     let config = &job.config;
     let sample = sample(image, question, options)?;
@@ -41,9 +41,9 @@ pub fn predict(job: &Job<'_>, image: &Path, question: &str, options: &[String]) 
 }
 
 fn sample(image: &Path, question: &str, options: &[String]) -> Result<Sample> {
-    if !(2..=5).contains(&options.len()) || options.iter().any(|option| option.trim().is_empty()) {
+    if !(2..=MOST_OPTIONS).contains(&options.len()) || options.iter().any(|option| option.trim().is_empty()) {
         return Err(Error::usage(format!(
-            "{} option(s): a question has two to five, none of them blank\n   = help: give each with `--option TEXT`, in order",
+            "{} option(s): a question has 2 to {MOST_OPTIONS}, none of them blank\n   = help: give each with `--option TEXT`, in order",
             options.len()
         )));
     }

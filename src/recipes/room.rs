@@ -77,7 +77,7 @@ fn longest(
     let some = Dataset::new(dataset.root.clone(), some);
     let dir = model.dir.display().to_string();
     let about = (&some.samples[..], config.prompt.parse()?);
-    let subject = Subject::open(&dir, None, about, run.stop(), &Silent)?;
+    let subject = Subject::open(&dir, None, about, run.stop(), &Silent)?.within(config)?;
     let work = Workload::count(config, &subject, &some, Some(config.max_new_tokens))?;
     let merged = subject.config.vision.merge_unit();
     let patches = |tokens: usize| if is_seen { tokens * merged } else { 0 };
@@ -191,7 +191,7 @@ impl Plan {
                 return Some(text + MEASURE);
             }
         }
-        text.push_str(" No setting makes it fit: take a smaller model, or smaller images.");
+        text.push_str(" No setting makes it fit: take a smaller model, or smaller images (`max_pixels`).");
         Some(text + MEASURE)
     }
 }

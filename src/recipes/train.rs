@@ -123,7 +123,7 @@ pub(super) fn material(
         let assistant = Assistant::load_part(&model.dir, depths, adaptation, precision, &trains, &device)?;
         (Some(model), assistant)
     };
-    let assistant = inputs::behind_denoiser(config, assistant)?;
+    let assistant = inputs::fitted(config, assistant)?;
     // The policy as it is before the first step: a new adapter changes nothing, so this is its base.
     let reference = if needs_reference { Some(assistant.frozen_copy()?) } else { None };
     let adapter = chosen.settings(&assistant, config.train.lora_dropout)?;

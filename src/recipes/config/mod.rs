@@ -197,6 +197,12 @@ section! {
         /// Directory of a denoiser (see `train.recipe`) that every image passes before `model`: part of what is attacked and
         /// certified.
         denoiser: Option<PathBuf> = None,
+        /// Fewest pixels of a resized image, in place of what the checkpoint's image processor says. Smaller images are blown up.
+        min_pixels: Option<usize> = None => Range::at_least(1.0),
+        /// Most pixels of a resized image, in place of what the checkpoint's image processor says: memory and time of training
+        /// and of attacks grow with it, and so does what can be seen. A model that is trained keeps it; an adapter does not,
+        /// and wants the same again wherever it is used.
+        max_pixels: Option<usize> = None => Range::at_least(1.0),
         /// Name of the prompt template.
         prompt: String = "med_r1_think".to_owned(),
         /// How the answer is obtained.
@@ -448,6 +454,12 @@ impl RunConfig {
             let text = error.to_string();
             let (message, help) = text.split_once("\n   = help: ").unwrap_or((&text, ""));
             problems.push(ConfigError::new("prompt", message).with_help(help));
+        }
+        if let (Some(least), Some(most)) = (self.min_pixels, self.max_pixels)
+            && least > most
+        {
+            let message = format!("`min_pixels` {least} exceeds `max_pixels` {most}");
+            problems.push(ConfigError::new("min_pixels", message));
         }
         if self.arithmetic == ArithmeticName::Bf16 && self.dtype == Dtype::F32 {
             problems.push(

@@ -104,7 +104,8 @@ fn rehearse(job: &Job<'_>, options: &Options) -> Result<Outcome> {
         (&dataset.samples, template),
         &job.stop,
         job.progress,
-    )?;
+    )?
+    .within(config)?;
     let assumed = options.completion_tokens.unwrap_or(config.max_new_tokens);
     let work = Workload::count(config, &subject, &dataset, Some(assumed))?;
     let seconds_per_image = if work.decoded > 0 { seconds_per_image(&subject, &dataset)? } else { 0.0 };

@@ -12,6 +12,7 @@ use crate::model::processor::ImageProcessorConfig;
 use crate::model::tokenizer::{REASONING_TOKENS, Tokenizer, train_bpe};
 use crate::model::truncate::{self, Depths, Truncation, count_parameters};
 use crate::model::weights::Weights;
+use crate::recipes::config::RunConfig;
 use crate::recipes::inputs;
 use crate::recipes::progress::Progress;
 use crate::recipes::run::Stop;
@@ -124,6 +125,15 @@ impl Subject {
             stand_ins,
             _made: Some(made),
         })
+    }
+
+    /// The same with the sizes of images that `config` wants.
+    ///
+    /// # Errors
+    /// Those of [`inputs::within_limits`].
+    pub fn within(mut self, config: &RunConfig) -> Result<Self> {
+        self.processor.image_processor = inputs::within_limits(config, self.processor.image_processor)?;
+        Ok(self)
     }
 
     fn scratch(samples: &[Sample], template: PromptTemplate) -> Result<Self> {
