@@ -79,3 +79,17 @@ pub fn guarded<T>(work: impl FnOnce() -> T) -> Option<T> {
 pub fn is_guarded() -> bool {
     GUARDED.get()
 }
+
+/// For tests: where reference numbers and data lie, which this checkout may be without.
+#[cfg(test)]
+pub(crate) fn shared() -> Option<std::path::PathBuf> {
+    let beside = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared");
+    match std::env::var_os("SAFEMED_SHARED").map(std::path::PathBuf::from) {
+        Some(named) => {
+            // Tests that find nothing pass: a slip of the pen must not let all of them.
+            assert!(named.is_dir(), "SAFEMED_SHARED names {}, which is no directory", named.display());
+            Some(named)
+        }
+        None => Some(beside).filter(|dir| dir.is_dir()),
+    }
+}

@@ -406,6 +406,8 @@ fn a_refreshed_attack_keeps_the_old_probabilities_of_the_image_sampled_on() {
         ("train.grpo.num_updates", "3"),
         ("train.grpo.temperature", "0.2"),
         ("train.adversary.epsilon_schedule", "constant"),
+        // Five of six are attacked in every step.
+        ("train.adversary.clean_fraction", "0.16666"),
     ];
     let of = |name: &str, own: &[(&str, &str)]| trained(&dir, name, &[&base[..], own].concat(), 2);
     let again = ("train.adversary.refresh", "each_update");
@@ -425,10 +427,7 @@ fn a_refreshed_attack_keeps_the_old_probabilities_of_the_image_sampled_on() {
     let frozen = ("train.learning_rate", "0");
     let ((_, once), (_, each)) = (of("once", &[frozen]), of("each", &[frozen, again]));
     assert_eq!(numbers(&once, "reward"), numbers(&each, "reward"), "completions are of the first image");
-    // Absent where every group was worth the same.
-    let clipped = |steps: &[Value]| {
-        steps.iter().filter_map(|step| step["clip_ratio/region_mean"].as_f64()).sum::<f64>()
-    };
+    let clipped = |steps: &[Value]| numbers(steps, "clip_ratio/region_mean").iter().sum::<f64>();
     assert_eq!(clipped(&once), 0.0);
     assert!(clipped(&each) > 0.0, "{each:?}");
     // Three attacks in a row climb higher than one, in the same ball.

@@ -22,7 +22,7 @@ error: `norm`: unknown word `l3`
   --> bad.toml:5:1  (attack.norm)
    |  norm = \"l3\"
    = help: use `linf` or `l2`
-error: `group_size`: 1 is out of range: at least 2
+error: `group_size`: 1 is out of range: at least 2 and at most 65536
   --> bad.toml:9:1  (train.grpo.group_size)
    |  group_size = 1
 error: `epsilon` 8 is out of range: at least 0 and at most 1 for norm `linf`

@@ -97,6 +97,8 @@ fn a_dry_run_refuses_what_the_run_would() {
         assert_eq!(found, status, "{said}");
         assert!(said.contains("-->"), "{said}");
     }
+    let (status, _, said) = train(dir.path(), &[], &["--dry-run", "--completion-tokens", "100000"]);
+    assert!(status == 2 && said.contains("no completion is that long"), "{said}");
     let (status, _, said) = train(dir.path(), &["train.recipe=denoiser"], &["--dry-run"]);
     assert_eq!(status, 2, "{said}");
     fs::create_dir(dir.path().join("run")).unwrap();

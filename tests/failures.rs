@@ -429,3 +429,39 @@ fn every_bad_row_is_listed_with_its_line_before_weights_are_looked_for() {
     }
     assert!(!out.exists());
 }
+
+#[test]
+fn an_image_that_cannot_be_read_is_found_before_weights_are_looked_for_or_left_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("data");
+    copy(&material().data, &data);
+    let trained: Vec<String> =
+        serde_json::from_slice(&fs::read(data.join("splits/train.json")).unwrap()).unwrap();
+    let split = dir.path().join("split.json");
+    fs::write(&split, json!(trained[..12]).to_string()).unwrap();
+    let folder = data.join("QA_information/Open-access");
+    let file = fs::read_dir(&folder).unwrap().next().unwrap().unwrap().path();
+    let records: Vec<Value> = serde_json::from_slice(&fs::read(file).unwrap()).unwrap();
+    let of = |id: &str| records.iter().find(|record| record["question_id"] == id).unwrap();
+    let image = of(&trained[7])["image_path"].as_str().unwrap();
+    let damaged = data.join(image);
+    let length = fs::metadata(&damaged).unwrap().len();
+    fs::OpenOptions::new().write(true).open(&damaged).unwrap().set_len(length / 2).unwrap();
+    let (data, split) = (data.display().to_string(), split.display().to_string());
+    let more = [&SHORT[..], &[("data.omnimedvqa", data.as_str()), ("data.split", split.as_str())]].concat();
+    let (absent, out) = (dir.path().join("no-such-model"), dir.path().join("out"));
+    let error = run_as(Train, &settings(&absent, &out, &more), 1).unwrap_err();
+    let text = error.to_string();
+    assert_eq!(error.status(), ExitStatus::Data, "{text}");
+    assert!(text.starts_with("1 problem in the data") && text.contains(image), "{text}");
+    assert!(!out.exists());
+    let more = [&more[..], &[("data.skip_invalid", "true")]].concat();
+    let summary = run_as(Train, &settings(&material().loud, &out, &more), 2).unwrap().summary;
+    let left = records.iter().filter(|record| {
+        let is_wanted = trained[..12].iter().any(|id| record["question_id"] == id.as_str());
+        is_wanted && record["image_path"] != image
+    });
+    assert_eq!(summary["n"], left.count());
+    let run: Value = serde_json::from_slice(&fs::read(out.join("run.json")).unwrap()).unwrap();
+    assert!(run.to_string().contains("\"skipped_problems\":1"), "{run}");
+}

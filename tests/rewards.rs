@@ -275,6 +275,40 @@ fn a_command_that_breaks_ends_training_with_step_and_question_and_loses_nothing(
 }
 
 #[test]
+fn validation_rewards_what_training_rewards() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    // Of the trial and of training 0.5, of validation 0.25.
+    let text = "while IFS= read -r l; do case \"$l\" in *'\"count\":8,'*) echo '{\"reward\": 0.25}';; *) echo '{\"reward\": 0.5}';; esac; done";
+    let command = json!(["sh", "-c", text]).to_string();
+    let own = [
+        ("train.num_steps", "2"),
+        ("train.grpo.accuracy_weight", "0"),
+        ("train.grpo.format_weight", "0"),
+        ("train.grpo.reward_command", command.as_str()),
+        ("train.grpo.reward_command_weight", "3"),
+        ("train.validation.every", "2"),
+        ("train.validation.split", "splits/test.json"),
+        ("train.validation.limit", "8"),
+        ("train.validation.num_steps", "2"),
+        ("train.validation.metric", "robust_reward"),
+    ];
+    let summary =
+        run_as(Train, &settings(&material().loud, &out, &[&SHORT[..], &own].concat()), 2).unwrap().summary;
+    let examined = lines(&out, "validation.jsonl");
+    assert_eq!(examined.len(), 2);
+    for line in &examined {
+        assert_eq!(
+            (&line["clean"]["reward"], &line["pgd"]["reward"]),
+            (&json!(0.75), &json!(0.75)),
+            "{line}"
+        );
+    }
+    assert_eq!(lines(&out, "metrics.jsonl")[0]["reward"], 1.5);
+    assert_eq!(summary["best"]["value"], 0.75);
+}
+
+#[test]
 fn rewards_that_make_no_sense_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("out");

@@ -299,19 +299,19 @@ pub(crate) struct EstimateFlags {
     /// Dry run: seconds that measuring may take, roughly; a model small enough is measured whole.
     #[arg(
         long, value_name = "S", allow_hyphen_values = true, value_parser = not_negative, default_value = "60",
-        env = "SAFEMED_PROBE_SECONDS", hide_env = true
+        requires = "dry_run", env = "SAFEMED_PROBE_SECONDS", hide_env = true
     )]
     pub(crate) probe_seconds: f64,
     /// Dry run of GRPO: length of sampled completions [default: as the model samples them, else the longest].
     #[arg(
         long, value_name = "N", allow_hyphen_values = true, value_parser = at_least_one,
-        env = "SAFEMED_COMPLETION_TOKENS", hide_env = true
+        requires = "dry_run", env = "SAFEMED_COMPLETION_TOKENS", hide_env = true
     )]
     pub(crate) completion_tokens: Option<usize>,
     /// Dry run: memory to plan for, in GiB [default: what is free].
     #[arg(
         long, value_name = "GIB", allow_hyphen_values = true, value_parser = not_negative,
-        env = "SAFEMED_MEMORY_GIB", hide_env = true
+        requires = "dry_run", env = "SAFEMED_MEMORY_GIB", hide_env = true
     )]
     pub(crate) memory_gib: Option<f64>,
 }

@@ -37,7 +37,8 @@ fn around<'a>(text: &'a str, name: &str) -> Result<Option<(&'a str, &'a str, &'a
 }
 
 /// The reasoning of a record: of the fields `reasoning`, `think`, `thinking` and `cot` the first that says something, else what
-/// `<think>...</think>` holds in one of the `completions`, each with the name of its place.
+/// `<think>...</think>` holds in one of the `completions`, each with the name of its place, or what is said in whole sentences
+/// before `<answer>` where there are no such tags.
 ///
 /// # Errors
 /// When a field is no text, or tags do not fit together.
@@ -54,7 +55,13 @@ pub fn reasoning_of(record: &Value, completions: &[(&str, Option<&str>)]) -> Res
         let found = text.map_or(Ok(None), |text| inside(text, "think"));
         match found.map_err(|why| format!("{place}: {why}"))? {
             Some(found) if !found.is_empty() => return without_tags(found, place).map(Some),
-            _ => {}
+            Some(_) => {}
+            None => {
+                let said = text.and_then(|text| Some(text.split_once("<answer>")?.0.trim()));
+                if let Some(said) = said.filter(|said| said.ends_with(['.', '!', '?'])) {
+                    return without_tags(said, place).map(Some);
+                }
+            }
         }
     }
     Ok(None)
@@ -96,6 +103,9 @@ mod tests {
             (json!({}), None, None),
             (json!({}), Some("<answer> B</answer>"), None),
             (json!({}), Some("<think> </think>B"), None),
+            (json!({}), Some("A rim. So: no.\n<answer>C</answer>"), Some("A rim. So: no.")),
+            (json!({}), Some("The answer is <answer>C</answer>"), None),
+            (json!({}), Some("A rim. C"), None),
             (json!({}), tagged, Some("A rim.")),
             (json!({"cot": "c", "think": " "}), tagged, Some("c")),
             (json!({"cot": "<think> </think>"}), tagged, Some("A rim.")),

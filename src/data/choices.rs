@@ -39,13 +39,19 @@ impl Style {
     }
 }
 
-/// How an instruction begins, lower case.
-const INSTRUCTIONS: [&str; 22] = [
+/// How an instruction begins, lower case. With a capital, no option goes on like this.
+const INSTRUCTIONS: [&str; 39] = [
     "answer directly",
     "answer the question",
     "answer using",
     "answer with",
-    "choose ",
+    "choose from the",
+    "choose one of",
+    "choose the best answer",
+    "choose the best option",
+    "choose the correct answer",
+    "choose the correct option",
+    "choose the letter",
     "directly answer",
     "first output",
     "first provide",
@@ -54,16 +60,31 @@ const INSTRUCTIONS: [&str; 22] = [
     "only return",
     "output only",
     "output the",
-    "please ",
+    "please answer",
+    "please choose",
+    "please provide",
+    "please reply",
+    "please respond",
+    "please select",
     "provide the correct",
     "provide your answer",
     "reply with",
     "respond with",
     "return only",
-    "select ",
+    "select from the",
+    "select one of",
+    "select the best answer",
+    "select the best option",
+    "select the correct answer",
+    "select the correct option",
+    "select the letter",
     "think through the question",
     "your task:",
 ];
+
+/// Words that begin an instruction where they begin a line or a sentence, lower case. Elsewhere they are as good a part of an
+/// option: `to select a donor`.
+const INSTRUCTION_WORDS: [&str; 3] = ["choose ", "please ", "select "];
 
 /// What may stand over a list of options, lower case, without its colon.
 const HEADERS: [&str; 6] =
@@ -93,7 +114,8 @@ struct Cut {
 }
 
 /// Cuts `QUESTION` from its options: `A) x`, `A. x`, `(A) x` or `A: x`, one in each line or all in one, there with commas or
-/// semicolons between them or none.
+/// semicolons between them or none. An instruction behind the last option is cut off where it can be nothing else: in lines of
+/// its own, behind the end of a sentence, or as one of the phrases that options do not hold; else the option stays whole.
 ///
 /// # Errors
 /// When there are no options, or none that can be told apart with certainty.
@@ -105,10 +127,12 @@ pub fn split(text: &str) -> Result<(String, Vec<String>), String> {
     if let Some(last) = options.last_mut()
         && let Some(at) = instruction_in(last)
     {
-        last.truncate(at);
-        *last = last.trim().to_owned();
+        // What sets the instruction off goes with it.
+        let sets_off = |mark: char| mark.is_whitespace() || [',', ';', '(', '['].contains(&mark);
+        let end = last[..at].trim_end_matches(sets_off).len();
+        last.truncate(end);
     }
-    if !tail.is_empty() && instruction_in(&tail) != Some(0) {
+    if !tail.is_empty() && !begins_instruction(&tail) {
         return Err(format!("text behind the options that is no instruction: `{}`", shortened(&tail)));
     }
     let question = without_header(&head);
@@ -222,15 +246,30 @@ fn in_line(line: &str, style: Style) -> Option<Result<(&str, Vec<String>), Strin
     Some(Ok((head, options)))
 }
 
-/// Where in a text an instruction begins.
-fn instruction_in(text: &str) -> Option<usize> {
+/// Whether a text of its own is an instruction.
+fn begins_instruction(text: &str) -> bool {
     let folded = text.to_ascii_lowercase();
-    let is_start =
-        |at: &usize| folded[..*at].chars().next_back().is_none_or(|before| !before.is_alphanumeric());
-    INSTRUCTIONS
+    INSTRUCTIONS.iter().chain(&INSTRUCTION_WORDS).any(|start| folded.starts_with(*start))
+}
+
+/// Where in an option, all in one line, an instruction begins that can be no part of it.
+fn instruction_in(option: &str) -> Option<usize> {
+    let folded = option.to_ascii_lowercase();
+    let is_start = |at: &usize| {
+        let before = option[..*at].chars().next_back();
+        option[*at..].starts_with(char::is_uppercase) && before.is_none_or(|before| !before.is_alphanumeric())
+    };
+    let is_behind_sentence = |at: &usize| {
+        let before = option[..*at].trim_end();
+        before.len() < *at && before.ends_with(['.', '?', '!', ';'])
+    };
+    let phrases = INSTRUCTIONS
         .iter()
-        .filter_map(|phrase| folded.match_indices(phrase).map(|(at, _)| at).find(is_start))
-        .min()
+        .filter_map(|phrase| folded.match_indices(phrase).map(|(at, _)| at).find(is_start));
+    let words = INSTRUCTION_WORDS.iter().filter_map(|word| {
+        folded.match_indices(word).map(|(at, _)| at).find(|at| is_start(at) && is_behind_sentence(at))
+    });
+    phrases.chain(words).min()
 }
 
 /// A question without the word that stands over its options.
@@ -305,7 +344,7 @@ fn without_letters(options: Vec<String>) -> Vec<String> {
 /// The option that an answer means: `B`, `(B)`, `B.`, `B) text`, the text of an option, or one of these behind `The answer is`.
 ///
 /// # Errors
-/// When it is none of these, or letter and text disagree.
+/// When it is none of these, letter and text disagree, or several options have that text.
 pub fn find(answer: &str, options: &[String]) -> Result<usize, String> {
     const WRAPPERS: [char; 4] = ['*', '`', '"', ' '];
     let mut text = answer.trim().trim_matches(WRAPPERS);
@@ -325,8 +364,10 @@ pub fn find(answer: &str, options: &[String]) -> Result<usize, String> {
 }
 
 fn meant(text: &str, options: &[String]) -> Result<Option<usize>, String> {
-    let same = options.iter().position(|option| option == text);
-    let same = same.or_else(|| options.iter().position(|option| folded(option) == folded(text)));
+    let same = match only(text, options, |option| option == text)? {
+        None => only(text, options, |option| folded(option) == folded(text))?,
+        found => found,
+    };
     let Some((index, rest)) = lettered(text) else { return Ok(same) };
     if rest.is_empty() {
         return match same {
@@ -349,6 +390,23 @@ fn meant(text: &str, options: &[String]) -> Result<Option<usize>, String> {
             letter(other)
         )),
         None => Ok(None),
+    }
+}
+
+/// The one option that is the same as `text`; `None` when there is none.
+///
+/// # Errors
+/// When there are several: then the text names none of them.
+pub(super) fn only(
+    text: &str,
+    options: &[String],
+    is_same: impl Fn(&str) -> bool,
+) -> Result<Option<usize>, String> {
+    let mut found = (0..options.len()).filter(|&index| is_same(&options[index]));
+    let first = found.next();
+    match found.count() {
+        0 => Ok(first),
+        more => Err(format!("`{}` is the text of {} options", shortened(text.trim()), more + 1)),
     }
 }
 
@@ -446,6 +504,41 @@ mod tests {
     }
 
     #[test]
+    fn an_option_is_cut_only_where_an_instruction_begins_a_line_or_a_sentence() {
+        for (last, expected) in [
+            // Within an option the same words are part of it.
+            ("to select a donor", "to select a donor"),
+            ("to choose a donor, to please all", "to choose a donor, to please all"),
+            ("a way to answer with care", "a way to answer with care"),
+            ("Select a donor", "Select a donor"),
+            ("The Select kit", "The Select kit"),
+            ("none. please wait", "none. please wait"),
+            ("none.Please wait", "none.Please wait"),
+            ("unselect one, please", "unselect one, please"),
+            // Behind the end of a sentence, or in words that no option has, they are none.
+            ("none. Select one.", "none."),
+            ("none! Please say which.", "none!"),
+            ("none; Choose one.", "none"),
+            ("to select a donor. Choose one.", "to select a donor."),
+            ("none Please answer with the letter.", "none"),
+            ("none (Answer with the letter.)", "none"),
+            ("none Select the correct option.", "none"),
+            ("none Provide the correct single-letter choice (A, B, C, D,...) inside <answer> tags.", "none"),
+            ("none Your task: 1. Think through the question.", "none"),
+            ("none\nplease answer with one letter", "none"),
+            ("none\nSelect one.", "none"),
+        ] {
+            for text in [format!("Q? A) cyst, B) {last}"), format!("Q?\nA) cyst\nB) {last}")] {
+                let options = vec!["cyst".to_owned(), expected.to_owned()];
+                assert_eq!(split(&text), Ok(("Q?".to_owned(), options)), "{text}");
+            }
+        }
+        // Either the option is missing, or these are its words.
+        let error = split("Q? A) cyst, B) Answer with the letter.").unwrap_err();
+        assert!(error.contains("option B is blank"), "{error}");
+    }
+
+    #[test]
     fn a_field_of_options_has_many_shapes() {
         let expected = Ok(Some(vec!["x".to_owned(), "y".into()]));
         for options in [
@@ -512,5 +605,32 @@ mod tests {
             assert!(error.contains(words), "{answer}: {error}");
         }
         assert!(find(&"x".repeat(1000), &options).unwrap_err().len() < 120);
+    }
+
+    #[test]
+    fn a_text_that_several_options_have_names_none_of_them() {
+        let options = ["cyst", "mass", "cyst", "Mass"].map(str::to_owned);
+        for (answer, expected) in [
+            // A letter tells them apart, and so does the case where it is the same.
+            ("A", 0),
+            ("C", 2),
+            ("A) cyst", 0),
+            ("C. Cyst", 2),
+            ("The answer is (C) cyst", 2),
+            ("mass", 1),
+            ("Mass", 3),
+        ] {
+            assert_eq!(find(answer, &options), Ok(expected), "{answer}");
+        }
+        for (answer, words) in [
+            ("cyst", "`cyst` is the text of 2 options"),
+            ("Cyst.", "`Cyst.` is the text of 2 options"),
+            ("The answer is: cyst", "`cyst` is the text of 2 options"),
+            ("MASS", "`MASS` is the text of 2 options"),
+            ("B) cyst", "the letter B, but the text of option A"),
+        ] {
+            let error = find(answer, &options).unwrap_err();
+            assert!(error.contains(words), "{answer}: {error}");
+        }
     }
 }

@@ -308,22 +308,30 @@ fn question_of(record: &Value, text: &str) -> Told<(String, Vec<String>)> {
     }
 }
 
-/// The right option: what `answer` or `solution` says, else the assistant's turn. Where both can be read they must agree.
+/// The right option: what `answer` says, else `solution`, else the assistant's turn. All of them that can be read must agree,
+/// and the first that is there must be one of those.
 fn answer_of(record: &Value, assistant: Option<&str>, options: &[String]) -> Told<usize> {
-    let turn = assistant.map(|text| answer::stated(text, options));
-    for key in ["answer", "solution"] {
-        let Some(text) = optional_text(record, key)? else { continue };
-        let own = answer::stated(text, options).map_err(|why| format!("`{key}`: {why}"))?;
-        return match turn {
-            Some(Ok(other)) if other != own => Err(format!(
-                "`{key}` is option {}, the assistant's answer option {}",
-                letter(own),
-                letter(other)
-            )),
-            _ => Ok(own),
-        };
+    let stated =
+        |place: &str, text: &str| answer::stated(text, options).map_err(|why| format!("{place}: {why}"));
+    let field = |key: &str| match optional_text(record, key) {
+        Ok(text) => text.map(|text| stated(&format!("`{key}`"), text)),
+        Err(why) => Some(Err(why)),
+    };
+    let turn = assistant.map(|text| stated("the assistant's turn", text));
+    let sources =
+        [("`answer`", field("answer")), ("`solution`", field("solution")), ("the assistant's answer", turn)];
+    let mut told: Option<(&str, usize)> = None;
+    for (name, option) in sources {
+        match (told, option) {
+            (None, Some(option)) => told = Some((name, option?)),
+            (Some((first, own)), Some(Ok(other))) if other != own => {
+                return Err(format!("{first} is option {}, {name} option {}", letter(own), letter(other)));
+            }
+            // Beside an answer, a text that gives none may explain it.
+            _ => {}
+        }
     }
-    turn.unwrap_or_else(|| Err("it is missing".into())).map_err(|why| format!("the assistant's turn: {why}"))
+    told.map(|(_, option)| option).ok_or_else(|| "the assistant's turn: it is missing".to_owned())
 }
 
 #[cfg(test)]

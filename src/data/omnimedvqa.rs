@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use super::answer;
 use super::problem::{self, Collector, Problem, image_field, optional_text, text_field};
-use super::{Reading, Records, Sample, letter, records, sample};
+use super::{Reading, Records, Sample, choices, letter, records, sample};
 use crate::error::Result;
 
 const OPTION_KEYS: [&str; 5] = ["option_A", "option_B", "option_C", "option_D", "option_E"];
@@ -97,7 +97,18 @@ fn parse(record: &Value, file_stem: &str) -> std::result::Result<Sample, Vec<Str
         })
     };
     let dataset = optional("dataset").unwrap_or(file_stem).to_owned();
-    let answer = find_answer(&gold, &options);
+    let answer = match find_answer(&gold, &options) {
+        Ok(None) if !gold.is_empty() && options.len() > 1 => {
+            let there = quoted(&options);
+            problems.push(format!("`gt_answer` is none of the options: `{gold}`, options are {there}"));
+            None
+        }
+        Ok(answer) => answer,
+        Err(why) => {
+            problems.push(format!("`gt_answer`: {why}"));
+            None
+        }
+    };
     let solution = record.get("solution").and_then(Value::as_str);
     let reasoning = answer::reasoning_of(record, &[("`solution`", solution)]).unwrap_or_else(|problem| {
         problems.push(problem);
@@ -115,10 +126,6 @@ fn parse(record: &Value, file_stem: &str) -> std::result::Result<Sample, Vec<Str
             letter(stated),
             letter(right)
         ));
-    }
-    if answer.is_none() && !gold.is_empty() && options.len() > 1 {
-        problems
-            .push(format!("`gt_answer` is none of the options: `{gold}`, options are {}", quoted(&options)));
     }
     match answer {
         Some(answer) if problems.is_empty() => Ok(Sample {
@@ -158,14 +165,17 @@ fn options_of(record: &Value, problems: &mut Vec<String>) -> Vec<String> {
     options
 }
 
-/// The option that the answer's text names: the same text, else the same after trimming and case folding. Of
-/// several alike the first.
-fn find_answer(gold: &str, options: &[String]) -> Option<usize> {
+/// The option that the answer's text names: the same text, else the same after trimming and case folding. Wrong options may be
+/// alike, as some are in the published files.
+///
+/// # Errors
+/// When the text is that of several options.
+fn find_answer(gold: &str, options: &[String]) -> std::result::Result<Option<usize>, String> {
     let folded = gold.trim().to_lowercase();
-    options
-        .iter()
-        .position(|option| option == gold)
-        .or_else(|| options.iter().position(|option| option.trim().to_lowercase() == folded))
+    match choices::only(gold, options, |option| option == gold)? {
+        None => choices::only(gold, options, |option| option.trim().to_lowercase() == folded),
+        found => Ok(found),
+    }
 }
 
 fn quoted(options: &[String]) -> String {

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::letter;
+use super::{index_of_letter, letter};
 
 /// Stands in a reasoning where the letter of the right option belongs.
 pub const ANSWER_PLACEHOLDER: &str = "{answer}";
@@ -17,6 +17,10 @@ pub const MODALITY_RECOGNITION: &str = "Modality Recognition";
 
 /// The name of a modality or question type that the source does not tell.
 pub const UNKNOWN: &str = "unknown";
+
+/// So many letters may name options in a reasoning even where a question has fewer: the letters of a file whose list has
+/// gaps go further than those of the options that are left.
+const FEWEST_LETTERS: usize = 5;
 
 /// One question with its options and image.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -126,7 +130,8 @@ impl Sample {
             return self.clone();
         };
         let moved = permutation.iter().enumerate().any(|(to, &from)| to != from);
-        let reasoning = self.reasoning.clone().filter(|text| !(moved && names_a_letter(text)));
+        let stays_true = |text: &String| !(moved && names_a_letter(text, self.options.len()));
+        let reasoning = self.reasoning.clone().filter(stays_true);
         Self {
             options: permutation.iter().map(|&from| self.options[from].clone()).collect(),
             answer,
@@ -148,7 +153,7 @@ impl Sample {
 
     /// Whether there is a reasoning that names letters of its own, which another order of the options would make untrue.
     pub fn reasons_with_letters(&self) -> bool {
-        self.reasoning.as_deref().is_some_and(names_a_letter)
+        self.reasoning.as_deref().is_some_and(|text| names_a_letter(text, self.options.len()))
     }
 
     fn reasoning_template(&self) -> String {
@@ -188,13 +193,7 @@ fn names_option(before: &str, after: &str) -> bool {
     if !is_apart || next.is_some_and(|c| !c.is_whitespace() && !".,;:!?".contains(c)) {
         return false;
     }
-    // Only the sentence around it counts: no longer text is looked at, whatever the length of the whole.
-    let mut words = before
-        .rsplit(|c: char| !c.is_alphanumeric())
-        .take(16)
-        .filter(|word| !word.is_empty())
-        .map(str::to_ascii_lowercase);
-    let (last, second, third) = (words.next(), words.next(), words.next());
+    let [last, second, third] = last_words(before);
     let is = |word: &Option<String>, list: &[&str]| word.as_deref().is_some_and(|word| list.contains(&word));
     if is(&last, &NOUNS) {
         return true;
@@ -213,12 +212,111 @@ fn names_option(before: &str, after: &str) -> bool {
     is_answer && ends_here && !rest.trim_start().starts_with(char::is_lowercase)
 }
 
-/// Whether a single letter A to E stands alone anywhere. The article `A` counts too: better to lose one reasoning
-/// than to keep an untrue one.
-fn names_a_letter(text: &str) -> bool {
-    text.replace(ANSWER_PLACEHOLDER, " ")
-        .split(|c: char| !c.is_alphanumeric())
-        .any(|word| word.len() == 1 && ('A'..='E').contains(&char::from(word.as_bytes()[0])))
+/// The last words of a text in small letters, the very last first.
+fn last_words(text: &str) -> [Option<String>; 3] {
+    // Only the sentence around a letter counts: no longer text is looked at, whatever the length of the whole.
+    let mut words = text
+        .rsplit(|c: char| !c.is_alphanumeric())
+        .take(16)
+        .filter(|word| !word.is_empty())
+        .map(str::to_ascii_lowercase);
+    [words.next(), words.next(), words.next()]
+}
+
+/// Whether a text may name one of so many options by its letter.
+///
+/// Any capital among their letters that stands alone counts, the article `A` and the end of `vitamin C` too: better to lose
+/// one reasoning than to keep an untrue one. Spared are only the pronoun `I` and `X-ray`, which letters that go so far
+/// would find in most reports. A small letter counts where it is marked: see
+/// [`is_small_label`] and [`is_led_to`].
+fn names_a_letter(text: &str, num_options: usize) -> bool {
+    let text = text.replace(ANSWER_PLACEHOLDER, " ");
+    let is_in_word = |neighbour: Option<char>| neighbour.is_some_and(char::is_alphanumeric);
+    text.char_indices().any(|(at, found)| {
+        let index = index_of_letter(found.to_ascii_uppercase());
+        if index.is_none_or(|index| index >= num_options.max(FEWEST_LETTERS)) {
+            return false;
+        }
+        let (before, after) = (&text[..at], &text[at + 1..]);
+        if is_in_word(before.chars().next_back()) || is_in_word(after.chars().next()) {
+            return false;
+        }
+        if found.is_ascii_uppercase() {
+            !is_word(found, after)
+        } else {
+            is_small_label(before, after) || is_led_to(found, before, after)
+        }
+    })
+}
+
+/// Whether a capital before this text is certain to name no option: the pronoun `I`, told by a verb that takes another
+/// form behind the name of an option, or the first of `X-ray`.
+fn is_word(capital: char, after: &str) -> bool {
+    const VERBS: [&str; 12] = [
+        "am", "believe", "conclude", "consider", "find", "have", "identify", "note", "notice", "observe",
+        "see", "think",
+    ];
+    const CONTRACTIONS: [&str; 4] = ["d", "ll", "m", "ve"];
+    let mut rest = after.chars();
+    let mark = rest.next();
+    let next = first_word(rest.as_str()).to_ascii_lowercase();
+    match (capital, mark) {
+        ('I', Some(' ')) => VERBS.contains(&next.as_str()),
+        ('I', Some('\'' | '\u{2019}')) => CONTRACTIONS.contains(&next.as_str()),
+        ('X', Some('-' | ' ' | '\u{2011}')) => next == "ray" || next == "rays",
+        _ => false,
+    }
+}
+
+/// The letters and digits that a text begins with.
+fn first_word(text: &str) -> &str {
+    let end = text.find(|c: char| !c.is_alphanumeric()).unwrap_or(text.len());
+    &text[..end]
+}
+
+/// Whether a small letter between these texts is marked as an option's: enclosed (`(c)`, `**c**`, `\boxed{c}`), before a
+/// bracket that closes no other (`c) round`), or first in a line and set off (`c. round`, or nothing behind it). One within
+/// a sentence is a word of it: `hepatitis c`, `(vitamin d)`, `b values`.
+fn is_small_label(before: &str, after: &str) -> bool {
+    const PAIRS: [(char, char); 6] = [('(', ')'), ('[', ']'), ('{', '}'), ('*', '*'), ('`', '`'), ('"', '"')];
+    let (left, right) = (before.chars().next_back(), after.chars().next());
+    if PAIRS.iter().any(|&(open, close)| left == Some(open) && right == Some(close)) {
+        return true;
+    }
+    let is_in_brackets = before.rfind(['(', ')']).is_some_and(|at| before[at..].starts_with('('));
+    if right == Some(')') && !is_in_brackets {
+        return true;
+    }
+    let lead = before.trim_end_matches([' ', '\t', '-', '*']);
+    let is_first = lead.is_empty() || lead.ends_with(['\n', '\r']);
+    let rest = after.strip_prefix(['.', ':']);
+    let is_set_off = rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(char::is_whitespace));
+    is_first && (is_set_off || after.is_empty() || after.starts_with(['\n', '\r']))
+}
+
+/// Whether a small letter between these texts follows, in its sentence, what leads to an option: `option c`, `answer: c`,
+/// `the choice is c`, `choose c`. Behind the verbs and `answer` an `a` before a word is the article (`the answer is a cyst`).
+fn is_led_to(small: char, before: &str, after: &str) -> bool {
+    const NOUNS: [&str; 6] = ["option", "options", "choice", "choices", "letter", "letters"];
+    const ANSWERS: [&str; 2] = ["answer", "answers"];
+    const CHOOSING: [&str; 4] = ["choose", "chose", "pick", "select"];
+    // Words that go on with the sentence behind the letter `a`, and cannot follow the article.
+    const GOING_ON: [&str; 9] = ["and", "as", "because", "but", "is", "nor", "not", "or", "since"];
+    let sentence = before.trim_end_matches(|c: char| !c.is_alphanumeric());
+    if before[sentence.len()..].contains(['.', '?', '!', ';']) {
+        return false;
+    }
+    let [last, second, third] = last_words(before);
+    let is = |word: &Option<String>, list: &[&str]| word.as_deref().is_some_and(|word| list.contains(&word));
+    if is(&last, &NOUNS) {
+        return true;
+    }
+    let is_named = |word: &Option<String>| is(word, &NOUNS) || is(word, &ANSWERS);
+    let is_verb = is(&last, &["is", "be", "are"]) && (is_named(&second) || is_named(&third));
+    let next = first_word(after.trim_start_matches([' ', '*', '"', '\u{201c}'])).to_ascii_lowercase();
+    let is_article =
+        small == 'a' && after.starts_with(' ') && !next.is_empty() && !GOING_ON.contains(&next.as_str());
+    (is_verb || is(&last, &ANSWERS) || is(&last, &CHOOSING)) && !is_article
 }
 
 #[cfg(test)]
@@ -289,6 +387,74 @@ mod tests {
         assert!(original.reasons_with_letters() && !sample().reasons_with_letters());
         original.reasoning = Some("Rim enhancement, no Calcification.".into());
         assert!(original.with_options_permuted(&[1, 0, 2, 3]).reasoning.is_some());
+    }
+
+    /// Whether a reasoning about so many options is kept when the first two change places.
+    fn survives(text: &str, num_options: usize) -> bool {
+        let original = Sample {
+            options: (0..num_options).map(|n| format!("finding {n}")).collect(),
+            answer: 0,
+            reasoning: Some(text.into()),
+            ..sample()
+        };
+        let mut swapped: Vec<usize> = (0..num_options).collect();
+        swapped.swap(0, 1);
+        let survives = original.with_options_permuted(&swapped).reasoning.is_some();
+        assert_eq!(survives, !original.reasons_with_letters(), "{text}");
+        survives
+    }
+
+    #[test]
+    fn every_letter_of_the_options_counts_in_every_form_that_names_one() {
+        for index in 0..26 {
+            let large = letter(index);
+            let small = large.to_ascii_lowercase();
+            for text in [
+                format!("Round, so not option {large}."),
+                format!("{large} is wrong."),
+                format!("Round ({large})"),
+                format!("Not option ({small})."),
+                format!("Neither option {small} nor none."),
+                format!("So the answer: {small}"),
+                format!("The answer is {small}."),
+                format!("The choice must be **{small}**."),
+                format!("Round: I'd choose {small}."),
+                format!("Hence \\boxed{{{small}}}"),
+                format!("Too dense for {small}) round."),
+                format!("Compared:\n- {small}. dense\nnone fits"),
+                format!("Dense, hence\n{small}"),
+            ] {
+                assert!(!survives(&text, 26) && !survives(&text, (index + 1).max(2)), "{text}");
+                // Where no option has it, a letter past the fifth is a word or a name.
+                assert_eq!(survives(&text, index.max(2)), index >= 5, "{text}");
+            }
+        }
+        for text in
+            ["The answer is a because it is round.", "Letters h and {answer}", "I shows a rim, X is dark"]
+        {
+            assert!(!survives(text, 26), "{text}");
+        }
+    }
+
+    #[test]
+    fn small_letters_and_capitals_in_ordinary_words_name_no_option() {
+        for text in [
+            "Round, no Calcification, T2 bright, CD20 positive.",
+            "I see a cyst and I'm sure; I have no doubt.",
+            "The X-ray shows hepatitis c (not hepatitis b).",
+            "X rays are weak here; b values of 1000 s are high, p < 0.05.",
+            "The answer is a cyst, the best option.",
+            "The answer is a *dense* cyst, so the options differ.",
+            "I'd choose a biopsy.",
+            "Vitamin d is low, i.e. rickets, e.g. bowing.",
+            "That gives the answer. b values agree.",
+        ] {
+            assert!(survives(text, 26), "{text}");
+        }
+        // Better to lose one reasoning than to keep an untrue one.
+        for text in ["A mass is seen.", "Lack of vitamin C.", "Of type B.", "Stage I"] {
+            assert!(!survives(text, 26), "{text}");
+        }
     }
 
     #[test]

@@ -58,6 +58,7 @@ fn omnimedvqa_is_read_with_the_dirt_it_is_shipped_with() {
             record("D_6", "Images/D & 1/b.png"),
             &[("option_A", json!("Cyst")), ("gt_answer", json!("cyst"))]
         ),
+        with(record("D_7", "Images/D & 1/b.png"), &[("option_C", json!("both"))]),
     ]);
     let folder = root_with(&[
         ("OmniMedVQA/QA_information/Open-access/b.json", format!("\u{feff}{dirty}")),
@@ -74,7 +75,7 @@ fn omnimedvqa_is_read_with_the_dirt_it_is_shipped_with() {
     let samples = &dataset.samples;
     assert_eq!(
         samples.iter().map(|s| s.id.as_str()).collect::<Vec<_>>(),
-        ["A_0", "D_0", "D_1", "D_2", "D_3", "D_4", "D_5", "D_6"]
+        ["A_0", "D_0", "D_1", "D_2", "D_3", "D_4", "D_5", "D_6", "D_7"]
     );
     assert_eq!(samples[0].dataset, "a");
     assert_eq!(
@@ -88,6 +89,7 @@ fn omnimedvqa_is_read_with_the_dirt_it_is_shipped_with() {
     assert_eq!(samples[5].modality, "Ultrasound");
     assert_eq!((samples[6].modality.as_str(), samples[6].reasoning_text().as_str()), ("Endoscopy", "seen B"));
     assert_eq!(samples[7].answer, 1, "the same text goes before the same text in another case");
+    assert_eq!(samples[8].answer, 1, "wrong options may be alike");
     // The root may be given as any of three folders.
     for inner in ["OmniMedVQA", "OmniMedVQA/QA_information"] {
         assert_eq!(load(&folder.path().join(inner)).unwrap().samples, *samples);
@@ -108,6 +110,11 @@ fn every_problem_is_told_at_once_with_its_file_record_and_line() {
         with(without(record("B_5", "/etc/x.png"), "question_type"), &[("question_typ", json!("x"))]),
         without(record("B_6", "Images/g.png"), "modality_type"),
         good.clone(),
+        with(record("B_8", "Images/g.png"), &[("option_D", json!("cyst"))]),
+        with(
+            record("B_9", "Images/g.png"),
+            &[("option_A", json!("Cyst")), ("option_C", json!("CYST")), ("option_B", json!("x"))],
+        ),
     ];
     let lines: Vec<String> = bad.iter().map(Value::to_string).collect();
     let folder = root_with(&[
@@ -121,7 +128,7 @@ fn every_problem_is_told_at_once_with_its_file_record_and_line() {
     assert_eq!(error.status(), ExitStatus::Data);
     let text = error.to_string();
     for expected in [
-        "14 problems in the data",
+        "16 problems in the data",
         "a.json:3: record 2: an object was expected, found a number",
         "a.json:4: record 3 (`B_2`): `question` is a number, a text was expected",
         "a.json:4: record 3 (`B_2`): `option_A` is an array, a text was expected",
@@ -132,6 +139,8 @@ fn every_problem_is_told_at_once_with_its_file_record_and_line() {
         "a.json:7: record 6 (`B_5`): `image_path` leaves the data root: `/etc/x.png`",
         "a.json:8: record 7 (`B_6`): `modality_type` is missing",
         "a.json:9: record 8 (`G_0`): id stands twice: also",
+        "a.json:10: record 9 (`B_8`): `gt_answer`: `cyst` is the text of 2 options",
+        "a.json:11: record 10 (`B_9`): `gt_answer`: `cyst` is the text of 2 options",
         "b.json: empty file",
         "c.json:2: not JSON",
         "d.json: an array of records, or one record in each line, was expected, found an object",
@@ -145,7 +154,7 @@ fn every_problem_is_told_at_once_with_its_file_record_and_line() {
         ..DatasetConfig::default()
     };
     let dataset = config.load(ImageCheck::Ignore).unwrap();
-    assert_eq!((dataset.samples.len(), dataset.skipped.len()), (1, 14));
+    assert_eq!((dataset.samples.len(), dataset.skipped.len()), (1, 16));
 }
 
 #[test]
@@ -413,9 +422,7 @@ fn options_in_lines_of_their_own_are_read_in_splits_too() {
 
 /// Where shared data lies, when this machine has any.
 fn shared(name: &str) -> Option<PathBuf> {
-    let root =
-        std::env::var("SAFEMED_SHARED").unwrap_or(concat!(env!("CARGO_MANIFEST_DIR"), "/../shared").into());
-    Some(Path::new(&root).join(name)).filter(|path| path.exists())
+    Some(crate::files::shared()?.join(name)).filter(|path| path.exists())
 }
 
 #[test]

@@ -8,9 +8,7 @@ use std::path::{Path, PathBuf};
 
 /// The directory of reference numbers, when there is one.
 pub(crate) fn fixtures() -> Option<PathBuf> {
-    let shared = std::env::var("SAFEMED_SHARED")
-        .unwrap_or_else(|_| concat!(env!("CARGO_MANIFEST_DIR"), "/../shared").to_string());
-    Some(Path::new(&shared).join("reference/fixtures")).filter(|dir| dir.is_dir())
+    Some(crate::files::shared()?.join("reference/fixtures")).filter(|dir| dir.is_dir())
 }
 
 /// A JSON file.

@@ -24,6 +24,15 @@ pub enum Memory {
 pub struct Gradients(HashMap<TensorId, Tensor>);
 
 impl Gradients {
+    /// Those of a loss that `tensors` have no part in.
+    ///
+    /// # Errors
+    /// When the device has no room.
+    pub fn zero(tensors: &[Tensor]) -> Result<Self> {
+        let zeros = tensors.iter().map(|tensor| Ok((tensor.id(), tensor.zeros_like()?)));
+        Ok(Self(zeros.collect::<Result<_>>()?))
+    }
+
     /// The gradient of the loss with respect to `tensor`, if it got one.
     pub fn get(&self, tensor: &Tensor) -> Option<&Tensor> {
         self.0.get(&tensor.id())

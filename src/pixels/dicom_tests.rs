@@ -231,9 +231,7 @@ fn what_is_no_picture_or_only_part_of_one_is_refused() {
 }
 
 fn samples() -> Option<PathBuf> {
-    let shared = std::env::var("SAFEMED_SHARED")
-        .unwrap_or_else(|_| concat!(env!("CARGO_MANIFEST_DIR"), "/../shared").to_string());
-    Some(Path::new(&shared).join("data/minimed/decoder_samples")).filter(|dir| dir.is_dir())
+    Some(crate::files::shared()?.join("data/minimed/decoder_samples")).filter(|dir| dir.is_dir())
 }
 
 #[test]

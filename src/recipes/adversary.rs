@@ -109,7 +109,7 @@ impl Adversary<'_> {
         let num_steps = lesson.config.adversary.num_steps_at(self.step, lesson.config.num_steps);
         let epsilon = lesson.epsilon_at(self.step);
         lesson.evidence.note(|noted| (noted.phase, noted.epsilon) = ("attack", Some(epsilon)));
-        let attacked = lesson.num_attacked(questions.samples.len());
+        let attacked = lesson.num_attacked(self.step, questions.samples.len());
         let mut pixels = Vec::new();
         let (mut losses, mut counts) = ([Vec::new(), Vec::new()], [0, 0]);
         for (number, places) in self.passes(attacked).into_iter().enumerate() {

@@ -1,18 +1,20 @@
 //! Checkpoint directories that survive a kill, a power cut and a full disk at any moment.
 //!
-//! `step-N` appears under its name only when every file of it is on the disk, with a list of them and their lengths
-//! ([`LIST`]). On resume the newest directory that is whole counts; damaged ones are named and set aside, never taken up in part.
+//! `step-N` appears under its name only when every file of it is on the disk, with a list of them, their lengths
+//! and hashes ([`LIST`]). On resume the newest directory that is whole counts; damaged ones are named and set aside, never taken up in part.
 //! What stands in the files is the learner's business.
 
+use super::inputs::file_sha256;
 use super::run::write_atomic;
 use crate::error::{Error, ExitStatus, Result};
+use rayon::prelude::*;
 use serde_json::{Map, Value, json};
 use std::fs::{self, File, OpenOptions};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
-/// The files of a checkpoint with their lengths in bytes. Checkpoints of earlier versions have none and are judged by what can be
-/// read.
+/// The files of a checkpoint with their lengths in bytes and their SHA-256. Lists of earlier versions have lengths alone, and
+/// checkpoints before them no list: they are judged by what is there.
 pub const LIST: &str = "files.json";
 
 /// The directory of step `step` below `root`.
@@ -145,11 +147,19 @@ fn inspect(dir: &Path) -> Result<()> {
     let files = list["files"]
         .as_object()
         .ok_or_else(|| Error::data(format!("`files` is missing\n  --> {}", path.display())))?;
-    for (name, length) in files {
+    for (name, about) in files {
         let file = dir.join(name);
+        let length = if about.is_object() { &about["bytes"] } else { about };
         let wrong = |what: String| Err(Error::data(format!("{what}\n  --> {}", file.display())));
         match fs::metadata(&file) {
-            Ok(about) if Some(about.len()) == length.as_u64() => {}
+            Ok(found) if Some(found.len()) == length.as_u64() => {
+                let wanted = about["sha256"].as_str();
+                if wanted.is_some() && Some(file_sha256(&file)?.as_str()) != wanted {
+                    return wrong(
+                        "the file is not the one that was written: its SHA-256 is another".to_owned(),
+                    );
+                }
+            }
             Ok(about) => return wrong(format!("the file has {} of {length} bytes", about.len())),
             Err(error) if error.kind() == ErrorKind::NotFound => {
                 return wrong("the file is missing".to_owned());
@@ -162,7 +172,7 @@ fn inspect(dir: &Path) -> Result<()> {
 
 /// Brings all of a directory to the disk, and lists it.
 fn seal(dir: &Path) -> Result<()> {
-    let mut lengths: Vec<(String, u64)> = Vec::new();
+    let mut found: Vec<(String, PathBuf, u64)> = Vec::new();
     let mut folders = vec![dir.to_path_buf()];
     let mut next = 0;
     while next < folders.len() {
@@ -182,11 +192,15 @@ fn seal(dir: &Path) -> Result<()> {
             let length = length.map_err(|error| Error::io("cannot bring to the disk", &path, error))?;
             let relative = path.strip_prefix(dir).unwrap_or(&path);
             let parts: Vec<_> = relative.iter().map(|part| part.to_string_lossy()).collect();
-            lengths.push((parts.join("/"), length));
+            found.push((parts.join("/"), path.clone(), length));
         }
     }
-    lengths.sort();
-    let files: Map<String, Value> = lengths.into_iter().map(|(name, length)| (name, json!(length))).collect();
+    found.sort();
+    let about = |(name, path, length): (String, PathBuf, u64)| -> Result<(String, Value)> {
+        Ok((name, json!({"bytes": length, "sha256": file_sha256(&path)?})))
+    };
+    let files: Map<String, Value> =
+        found.into_par_iter().map(about).collect::<Result<Vec<_>>>()?.into_iter().collect();
     write_atomic(&dir.join(LIST), format!("{:#}\n", json!({"files": files})).as_bytes())?;
     for folder in &folders {
         sync_dir(folder);
@@ -273,10 +287,11 @@ mod tests {
         let cut = |file: &Path, length: u64| {
             OpenOptions::new().write(true).open(file).unwrap().set_len(length).unwrap();
         };
-        let damages: [(&str, Damage<'_>); 6] = [
+        let damages: [(&str, Damage<'_>); 7] = [
             ("truncated", &|dir| cut(&dir.join("weights"), 99)),
             ("of no length", &|dir| cut(&dir.join("ema/weights"), 0)),
             ("longer", &|dir| cut(&dir.join("weights"), 101)),
+            ("of other bytes", &|dir| fs::write(dir.join("ema/weights"), [0; 10]).unwrap()),
             ("missing", &|dir| fs::remove_file(dir.join("ema/weights")).unwrap()),
             ("list of no length", &|dir| cut(&dir.join(LIST), 0)),
             ("empty", &|dir| {

@@ -3,6 +3,7 @@
 //! What the formats are stands in `data`; here is what each command reads, says and writes.
 
 use super::export::refuse_occupied;
+use super::items;
 use super::job::{Job, Outcome};
 use super::merge::link_or_copy;
 use super::progress::Progress;
@@ -15,7 +16,6 @@ use crate::data::stats::{self as counts, Blind, DataStats};
 use crate::data::{self, Dataset, DatasetConfig, ImageCheck, Sample, letter, select};
 use crate::error::{Error, Result};
 use crate::pixels::decode;
-use rayon::prelude::*;
 use serde_json::{Map, Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -33,18 +33,10 @@ pub fn check(job: &Job<'_>) -> Result<Outcome> {
         // Nothing is left: the strict reading says why.
         Err(error) => return strict.load(ImageCheck::Exist).and(Err(error)),
     };
-    let images: BTreeSet<&PathBuf> = dataset.samples.iter().map(|sample| &sample.image).collect();
-    let images: Vec<&PathBuf> = images.into_iter().collect();
     let mut problems = dataset.skipped.clone();
-    job.progress.start(images.len(), 0, "decode images");
-    for (done, chunk) in images.chunks(256).enumerate() {
-        job.stop.check()?;
-        let found: Vec<Problem> = chunk.par_iter().filter_map(|image| damage(&dataset.root, image)).collect();
-        problems.extend(found);
-        job.progress.tick((256 * done + chunk.len()).min(images.len()), &[]);
-    }
-    job.progress.finish();
+    problems.extend(items::damaged(&dataset, &job.stop, job.progress)?.into_values());
     problem::refuse(&problems)?;
+    let images: BTreeSet<&PathBuf> = dataset.samples.iter().map(|sample| &sample.image).collect();
     let summary = json!({
         "command": "data check",
         "n": dataset.samples.len(),
@@ -60,13 +52,6 @@ pub fn check(job: &Job<'_>) -> Result<Outcome> {
         restricted_text(dataset.restricted)
     );
     Ok(Outcome::new(summary, text))
-}
-
-fn damage(root: &Path, image: &Path) -> Option<Problem> {
-    let file = root.join(image);
-    let error = decode::decode_file(&file).err()?;
-    let text = error.to_string();
-    Some(Problem::of_file(&file, text.lines().next().unwrap_or_default()))
 }
 
 fn restricted_text(count: usize) -> String {

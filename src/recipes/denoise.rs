@@ -7,7 +7,7 @@
 use super::failure::Noted;
 use super::fit::Fit;
 use super::lesson::Lesson;
-use super::sft::StepReport;
+use super::step::StepReport;
 use crate::error::{Error, Result};
 use crate::model::assistant::Assistant;
 use crate::model::denoiser::Denoiser;

@@ -224,11 +224,25 @@ pub fn explain<L: Learner>(lesson: &Lesson<'_>, fit: &Fit<L>, run: &Path, error:
         Err(reason) => error.at(&format!("the batch could not be written down: {reason}")),
     };
     let text = error.to_string();
-    let advice = "lower `train.learning_rate`, add `train.warmup_steps`, or set `train.max_grad_norm`; the last checkpoint is kept";
-    Error::NonFinite(if text.contains("\n   = help: ") {
-        format!("{text}; {advice}")
-    } else {
-        format!("{text}\n   = help: {advice}")
+    let then = match saved_steps(&run.join("checkpoints")).into_iter().max() {
+        Some(last) => format!(
+            "with other settings begin a new run from the checkpoint of step {last} (`--model` or `--adapter`, and another `--out`)"
+        ),
+        None => {
+            "no checkpoint was written yet: begin again with other settings and another `--out`".to_owned()
+        }
+    };
+    let is_image = began.first().is_some_and(|what| what.starts_with("the image"));
+    Error::NonFinite(match text.contains("\n   = help: ") {
+        true => format!("{text}; {then}"),
+        false if is_image => {
+            format!(
+                "{text}\n   = help: the image was no number before the model saw it: look at `train.noise_sigma` and `train.adversary`; {then}"
+            )
+        }
+        false => format!(
+            "{text}\n   = help: lower `train.learning_rate`, add `train.warmup_steps`, or set `train.max_grad_norm`; {then}"
+        ),
     })
 }
 

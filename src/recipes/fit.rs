@@ -140,7 +140,8 @@ impl Student {
     pub fn move_reference(&mut self, alpha: f64) -> Result<()> {
         let Some(Reference { values: Some(values), .. }) = &self.reference else { return Ok(()) };
         let mix = |((_, var), old): (&(String, Var), &Tensor)| -> Result<Tensor> {
-            Ok(((var.as_tensor().detach() * alpha)? + (old * (1.0 - alpha))?)?)
+            // In this form what has not moved stays where it is, to the bit.
+            Ok((old + ((var.as_tensor().detach() - old)? * alpha)?)?)
         };
         let mixed = self.trained().iter().zip(values).map(mix).collect::<Result<Vec<_>>>()?;
         self.set_reference(mixed)
@@ -349,21 +350,17 @@ impl<L: Learner> Fit<L> {
             let gradient = gradients.get(var.as_tensor());
             values.push(gradient.map(|g| g.flatten_all()?.to_vec1::<f32>()).transpose()?);
         }
-        let named: Vec<(&str, &[f32])> = self
-            .parameters
-            .iter()
-            .zip(&values)
-            .filter_map(|((name, _), values)| values.as_ref().map(|v| (name.as_str(), v.as_slice())))
-            .collect();
-        let grad_norm = optimizer::global_norm(named)?;
         if !self.is_examined {
             self.examine(&values, config)?;
         }
-        let scale = if config.max_grad_norm > 0.0 {
-            optimizer::clip_factor(grad_norm, config.max_grad_norm)
-        } else {
-            1.0
-        };
+        let mut named: Vec<(&str, &mut [f32])> = self
+            .parameters
+            .iter()
+            .zip(&mut values)
+            .filter_map(|((name, _), values)| Some((name.as_str(), values.as_mut()?.as_mut_slice())))
+            .collect();
+        let max_grad_norm = Some(config.max_grad_norm).filter(|norm| *norm > 0.0);
+        let grad_norm = optimizer::clip_global_norm(&mut named, max_grad_norm)?;
         self.updates += 1;
         let learning_rate = learning_rate_at(config, self.step);
         let adamw = AdamWConfig {
@@ -374,14 +371,9 @@ impl<L: Learner> Fit<L> {
         };
         let undecayed = AdamWConfig { weight_decay: 0.0, ..adamw.clone() };
         for (((name, var), gradient), moments) in self.parameters.iter().zip(values).zip(&mut self.moments) {
-            let Some(mut gradient) = gradient else { continue };
+            let Some(gradient) = gradient else { continue };
             let learning_rate = group_rate_at(config, name, self.step);
             let adamw = if config.weight_decay_norms || decays(name) { &adamw } else { &undecayed };
-            if scale < 1.0 {
-                for value in &mut gradient {
-                    *value *= scale;
-                }
-            }
             let mut weights = floats(var)?;
             adamw.step(self.updates, learning_rate, &mut weights, &gradient, moments)?;
             // Found here, before a checkpoint of it takes the place of a good one.

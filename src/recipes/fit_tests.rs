@@ -236,3 +236,17 @@ fn the_bytes_of_a_checkpoint_are_counted_before_it_is_written() {
         assert!((1.0..1.02).contains(&share), "{ema_decay:?} {follows}: {written} bytes, counted {counted}");
     }
 }
+
+#[test]
+fn a_gradient_of_zero_goes_on_with_what_the_optimiser_remembers() {
+    let mut fit = Fit::new(Toy::of(&[("a", &[1.0])])).unwrap();
+    fit.update(&gradients(&fit, &[Some(&[2.0])]), &config()).unwrap();
+    let before = f64::from(held(&fit)[0][0]);
+    fit.update(&Gradients::zero(&fit.wanted()).unwrap(), &config()).unwrap();
+    let moved = before - f64::from(held(&fit)[0][0]);
+    // Adam's means of the gradients 2 and 0, each made unbiased.
+    let mean = 0.9 * 0.2 / (1.0 - 0.9f64.powi(2));
+    let square = 0.999 * 0.004 / (1.0 - 0.999f64.powi(2));
+    assert!((moved - 0.1 * mean / square.sqrt()).abs() < 1e-6, "{moved}");
+    assert_eq!(fit.updates, 2);
+}

@@ -1,8 +1,10 @@
 //! Questions ready for the model: images decoded and resized once, prompts and targets in tokens.
 
 use super::config::{RecipeName, RunConfig, TargetName};
+use super::progress::Progress;
+use super::run::Stop;
 use crate::data::prompt::PromptTemplate;
-use crate::data::{Dataset, Sample};
+use crate::data::{Dataset, Problem, Sample, problem};
 use crate::error::{Error, Result};
 use crate::model::assistant::Assistant;
 use crate::model::generate::Prompt;
@@ -12,7 +14,7 @@ use crate::pixels::gray::GrayReading;
 use crate::pixels::{RgbImage8, decode};
 use candle_core::Tensor;
 use rayon::prelude::*;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -125,6 +127,52 @@ impl Images {
     ) -> Result<Vec<Arc<ProcessedImage>>> {
         samples.into_par_iter().map(|sample| self.processed(assistant, &sample.image)).collect()
     }
+}
+
+/// Images of a data set that cannot be read, each decoded once to see.
+///
+/// # Errors
+/// When asked to stop.
+pub fn damaged(
+    dataset: &Dataset,
+    stop: &Stop,
+    progress: &dyn Progress,
+) -> Result<BTreeMap<PathBuf, Problem>> {
+    let images: BTreeSet<&PathBuf> = dataset.samples.iter().map(|sample| &sample.image).collect();
+    let images: Vec<&PathBuf> = images.into_iter().collect();
+    let damage = |image: &PathBuf| {
+        let file = dataset.root.join(image);
+        let text = decode::decode_file(&file).err()?.to_string();
+        Some((image.clone(), Problem::of_file(&file, text.lines().next().unwrap_or_default())))
+    };
+    let mut problems = BTreeMap::new();
+    progress.start(images.len(), 0, "decode images");
+    for (done, chunk) in images.chunks(256).enumerate() {
+        stop.check()?;
+        problems.par_extend(chunk.par_iter().filter_map(|image| damage(image)));
+        progress.tick((256 * done + chunk.len()).min(images.len()), &[]);
+    }
+    progress.finish();
+    Ok(problems)
+}
+
+/// Leaves out the questions whose images cannot be read, where `config` allows it: a run of days must not find them on its way.
+///
+/// # Errors
+/// A data error that lists them, where it does not; when asked to stop.
+pub fn without_damaged(
+    config: &RunConfig,
+    dataset: &mut Dataset,
+    stop: &Stop,
+    progress: &dyn Progress,
+) -> Result<()> {
+    let damaged = damaged(dataset, stop, progress)?;
+    if !config.data.skip_invalid {
+        return problem::refuse(&damaged.into_values().collect::<Vec<_>>());
+    }
+    dataset.samples.retain(|sample| !damaged.contains_key(&sample.image));
+    dataset.skipped.extend(damaged.into_values());
+    Ok(())
 }
 
 /// Pixels of images in order, neighbours of one size in one tensor `[n, 3, height, width]` in [0, 1].

@@ -218,10 +218,18 @@ impl Lesson<'_> {
         })
     }
 
-    /// How many of a step's questions are attacked: the first so many, the rest stay clean.
-    pub fn num_attacked(&self, count: usize) -> usize {
-        (count as f64 * (1.0 - self.config.adversary.clean_fraction)).round() as usize
+    /// How many of the `count` questions of step `step` are attacked: the first so many, the rest stay clean.
+    pub fn num_attacked(&self, step: u64, count: usize) -> usize {
+        attacked_of(1.0 - self.config.adversary.clean_fraction, step, count)
     }
+}
+
+/// Attacked questions of step `step`: what a share of a small batch leaves over counts for later steps, so that the share holds
+/// over all of them.
+fn attacked_of(share: f64, step: u64, count: usize) -> usize {
+    // A hair more than the product, which may fall short of a whole number by its rounding.
+    let until = |step: u64| (step as f64 * count as f64 * share + 1e-6).floor() as usize;
+    until(step + 1) - until(step)
 }
 
 /// The norm that a setting names.
@@ -242,5 +250,29 @@ pub fn objectives_of(name: ObjectiveName) -> Vec<ObjectiveName> {
             ObjectiveName::Margin,
         ],
         one => vec![one],
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_share_of_attacked_questions_holds_over_the_steps_of_any_batch() {
+        for share in [0.0, 0.1, 0.25, 0.4, 0.75, 0.9, 1.0] {
+            for count in [1, 2, 3, 5, 16, 24, 30] {
+                let steps: Vec<usize> = (0..1000).map(|step| attacked_of(share, step, count)).collect();
+                let wanted = share * count as f64;
+                assert!(
+                    steps.iter().all(|&n| (n as f64 - wanted).abs() < 1.0 && n <= count),
+                    "{share} {count}"
+                );
+                let total: usize = steps.iter().sum();
+                assert_eq!(total, (1000.0 * wanted).round() as usize, "{share} {count}");
+            }
+        }
+        assert!((0..100_000).all(|step| attacked_of(0.75, step, 24) == 18));
+        let alone: Vec<usize> = (0..8).map(|step| attacked_of(0.75, step, 1)).collect();
+        assert_eq!(alone, [0, 1, 1, 1, 0, 1, 1, 1]);
     }
 }

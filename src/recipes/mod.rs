@@ -43,6 +43,7 @@ mod room;
 pub mod run;
 pub mod scratch;
 pub mod sft;
+pub mod step;
 pub mod trades;
 pub mod train;
 pub mod validation;

@@ -505,13 +505,8 @@ pub(super) fn merge_by_name(checks: Vec<Check>) -> Vec<Check> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::test_support::fixtures;
     use serde_json::json;
-
-    fn fixtures() -> Option<PathBuf> {
-        let shared = std::env::var("SAFEMED_SHARED")
-            .unwrap_or_else(|_| concat!(env!("CARGO_MANIFEST_DIR"), "/../shared").to_string());
-        Some(Path::new(&shared).join("reference/fixtures")).filter(|dir| dir.is_dir())
-    }
 
     #[test]
     fn differences_that_are_no_numbers_do_not_pass() {

@@ -34,7 +34,7 @@ pub fn of_attack(
         return Ok(None);
     };
     // Attacked ones come first.
-    if lesson.num_attacked(questions.samples.len()) == 0 {
+    if lesson.num_attacked(step, questions.samples.len()) == 0 {
         return Ok(None);
     }
     let (sample, clean) = (&questions.samples[0], &questions.images[0].resized);

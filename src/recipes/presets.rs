@@ -86,8 +86,16 @@ mod tests {
             let dir = tempfile::tempdir().unwrap();
             let path = dir.path().join("preset.toml");
             std::fs::write(&path, content).unwrap();
-            RunConfig::load_any(Some(&path), &[]).unwrap_or_else(|error| panic!("{name}: {error}"));
+            let config =
+                RunConfig::load_any(Some(&path), &[]).unwrap_or_else(|error| panic!("{name}: {error}"));
             assert!(content.starts_with("# "), "{name}");
+            let commands =
+                [("[train", Command::Train), ("[attack", Command::Attack), ("[certify", Command::Certify)];
+            for (section, command) in commands {
+                if content.contains(&format!("\n{section}")) {
+                    assert_eq!(config.without_effect(command), Vec::<String>::new(), "{name}");
+                }
+            }
         }
     }
 

@@ -12,6 +12,7 @@ use super::estimate::workload::Workload;
 use super::estimate::{free_bytes, holds_half, render::size};
 use super::progress::{Progress, Silent};
 use super::run::Run;
+use super::scratch;
 use super::train::VISION;
 use crate::data::Dataset;
 use crate::error::Result;
@@ -50,14 +51,17 @@ pub(super) fn check_memory(
     run: &Run,
     progress: &dyn Progress,
 ) {
-    // A denoiser and a model from scratch are small.
-    let Some(model) = model.filter(|_| config.train.recipe != RecipeName::Denoiser) else { return };
+    // A denoiser is small.
+    if config.train.recipe == RecipeName::Denoiser {
+        return;
+    }
+    let model = model.map_or_else(|| scratch::TINY.to_owned(), |model| model.dir.display().to_string());
     let Some(free) = free_bytes().filter(|_| assistant.vlm.device().is_cpu()) else { return };
     let plan = Plan::of(assistant, config);
     let is_visual = |(name, _): &(String, candle_core::Var)| name.starts_with(VISION);
     let is_seen =
         config.train.recipe.is_adversarial() || assistant.vlm.parameters().trained().iter().any(is_visual);
-    let warning = longest(&plan, model, dataset, config, (run, is_seen))
+    let warning = longest(&plan, &model, dataset, config, (run, is_seen))
         .map(|(plan, shape)| plan.memory_warning(&shape, free));
     if let Ok(Some(warning)) = warning {
         progress.note(&warning);
@@ -67,7 +71,7 @@ pub(super) fn check_memory(
 /// The plan with the lengths of its questions, and the shape of the model.
 fn longest(
     plan: &Plan,
-    model: &Location,
+    model: &str,
     dataset: &Dataset,
     config: &RunConfig,
     (run, is_seen): (&Run, bool),
@@ -75,9 +79,8 @@ fn longest(
     let stride = dataset.samples.len().div_ceil(LOOKED_AT).max(1);
     let some = dataset.samples.iter().step_by(stride).cloned().collect();
     let some = Dataset::new(dataset.root.clone(), some);
-    let dir = model.dir.display().to_string();
     let about = (&some.samples[..], config.prompt.parse()?);
-    let subject = Subject::open(&dir, None, about, run.stop(), &Silent)?.within(config)?;
+    let subject = Subject::open(model, None, about, run.stop(), &Silent)?.within(config)?;
     let work = Workload::count(config, &subject, &some, Some(config.max_new_tokens))?;
     let merged = subject.config.vision.merge_unit();
     let patches = |tokens: usize| if is_seen { tokens * merged } else { 0 };
@@ -227,10 +230,12 @@ const CHANGES: [Change; 4] = [
     },
 ];
 
-/// Checkpoints that are there at once: those that are kept and the one being written.
+/// Checkpoints that are there at once: those that are kept, the one being written, and with validation the best.
 fn checkpoints(train: &TrainConfig) -> u64 {
     let saves = train.num_steps.checked_div(train.save_every).unwrap_or(0) + 1;
-    (if train.keep_checkpoints == 0 { saves } else { saves.min(train.keep_checkpoints + 1) }) as u64
+    let exams = train.num_steps.checked_div(train.validation.every).unwrap_or(0);
+    let most = if train.keep_checkpoints == 0 { saves } else { saves.min(train.keep_checkpoints + 1) };
+    (most + usize::from(exams > 0)) as u64
 }
 
 fn disk_warning(bytes: u64, count: u64, free: u64) -> Option<String> {
@@ -310,6 +315,9 @@ mod tests {
             train.save_every = every;
             train.keep_checkpoints = keep;
             assert_eq!(checkpoints(&train), wanted, "{steps} {every} {keep}");
+            train.validation.every = 50;
+            assert_eq!(checkpoints(&train), wanted + 1, "{steps} {every} {keep}");
+            train.validation.every = 0;
         }
     }
 }

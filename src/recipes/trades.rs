@@ -14,7 +14,7 @@ use super::fit::{Fit, Student};
 use super::items;
 use super::lesson::Lesson;
 use super::pictures;
-use super::sft::StepReport;
+use super::step::StepReport;
 use crate::error::{Error, Result};
 use crate::model::assistant::Assistant;
 use crate::model::generate::Prompt;
@@ -139,7 +139,7 @@ pub fn step(lesson: &Lesson<'_>, fit: &mut Fit<Student>) -> Result<StepReport> {
     report.phases.push(("attack", started.elapsed().as_secs_f64()));
 
     let started = Instant::now();
-    let num_attacked = lesson.num_attacked(questions.samples.len());
+    let num_attacked = lesson.num_attacked(fit.step, questions.samples.len());
     let tokens = |count: usize| questions.targets[..count].iter().map(Vec::len).sum::<usize>();
     let (all_tokens, attacked_tokens) = (tokens(questions.targets.len()), tokens(num_attacked));
     let divergence_weight = lesson.config.adversary.trades_beta / attacked_tokens.max(1) as f64;

@@ -14,7 +14,7 @@ use super::report::{self, ReportOptions};
 use super::room;
 use super::run::{Run, Stop};
 use super::scratch::{self, Scratch};
-use super::sft::StepReport;
+use super::step::{self, StepReport};
 use super::validation::{self, Best, Exam};
 use super::watch::{self, Watch};
 use super::{denoise, sft, trades};
@@ -31,6 +31,7 @@ use candle_core::Var;
 use serde_json::{Value, json};
 use std::fmt::Write as _;
 use std::path::PathBuf;
+use std::time::Instant;
 
 /// `safemed train`.
 ///
@@ -42,7 +43,7 @@ pub fn train(job: &Job<'_>) -> Result<Outcome> {
         job.progress.note(&note);
     }
     inputs::require_greedy(&job.config, "training samples as `train.grpo` says")?;
-    let material = material(&job.config, None, &job.stop, job.progress)?;
+    let material = material(&job.config, Extent::Whole, &job.stop, job.progress)?;
     let mut run = job.open_run()?;
     let summary = learn(material, &job.config, &mut run, job.progress)?;
     let options = ReportOptions { images: job.config.images, ..ReportOptions::default() };
@@ -79,17 +80,39 @@ pub(super) struct Material {
     judge: Judge,
 }
 
-/// Everything a configuration names, loaded; the questions first, for they are cheap. Of a checkpoint only the first blocks
-/// of each kind where `depths` says so.
+/// How much of a training is to come.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Extent {
+    /// All of it: whatever could stop it on its way is looked for first.
+    Whole,
+    /// A few steps, of the first blocks of each kind where they are told.
+    Steps(Option<Depths>),
+}
+
+/// Everything a configuration names, loaded; the questions first, for they are cheap.
 pub(super) fn material(
     config: &RunConfig,
-    depths: Option<Depths>,
+    extent: Extent,
     stop: &Stop,
     progress: &dyn Progress,
 ) -> Result<Material> {
-    let (dataset, _) = inputs::open_questions(config)?;
+    let (mut dataset, _) = inputs::open_questions(config)?;
     items::require_some(&dataset, "train on")?;
-    let validation = validation::questions(config, &dataset, progress)?;
+    let mut validation = validation::questions(config, &dataset, progress)?;
+    if matches!(extent, Extent::Whole) {
+        if !config.train.captions {
+            items::without_damaged(config, &mut dataset, stop, progress)?;
+            items::require_some(&dataset, "train on")?;
+        }
+        if let Some(questions) = &mut validation {
+            items::without_damaged(config, questions, stop, progress)?;
+            items::require_some(questions, "validate on")?;
+        }
+        let skipped = dataset.skipped.len();
+        if skipped > 0 {
+            progress.note(&format!("{skipped} problems: their records are left out"));
+        }
+    }
     for note in items::Reasonings::of(config, &dataset.samples).notes(&dataset.samples) {
         progress.note(&note);
     }
@@ -120,6 +143,7 @@ pub(super) fn material(
         let model = inputs::locate_model(model, config.revision.as_deref(), stop, progress)?;
         let trains = |name: &str| chosen.trains(name, trains);
         let (adaptation, precision) = (chosen.adaptation(config.seed), config.precision());
+        let depths = if let Extent::Steps(depths) = extent { depths } else { None };
         let assistant = Assistant::load_part(&model.dir, depths, adaptation, precision, &trains, &device)?;
         (Some(model), assistant)
     };
@@ -135,7 +159,7 @@ pub(super) fn material(
 /// # Errors
 /// As [`train`].
 pub fn run_training(config: &RunConfig, run: &mut Run, progress: &dyn Progress) -> Result<Value> {
-    learn(material(config, None, run.stop(), progress)?, config, run, progress)
+    learn(material(config, Extent::Whole, run.stop(), progress)?, config, run, progress)
 }
 
 fn learn(material: Material, config: &RunConfig, run: &mut Run, progress: &dyn Progress) -> Result<Value> {
@@ -234,7 +258,7 @@ pub(super) fn follow<C: Course>(
     };
     let own = validation::own_config(config);
     let exam = match &validation {
-        Some(questions) => Some(Exam::new(&lesson, &own, questions, &dataset)?),
+        Some(questions) => Some(Exam::new(&lesson, &own, questions, &dataset, &judge)?),
         None => None,
     };
     if settings.recipe == RecipeName::Denoiser {
@@ -267,7 +291,10 @@ pub(super) fn follow<C: Course>(
         };
         let follows = settings.grpo.ref_sync_steps > 0;
         let student = Student::new(assistant, adapter)?.with_reference(reference, follows)?;
-        course.run(&lesson, Fit::new(student)?.averaged(settings.ema_decay)?, &step, exam.as_ref())
+        let fit = Fit::new(student)?.averaged(settings.ema_decay)?;
+        let output = course.run(&lesson, fit, &step, exam.as_ref())?;
+        judge.finish()?;
+        Ok(output)
     }
 }
 
@@ -357,8 +384,10 @@ impl Whole<'_> {
         let lines = self.run.read_validation()?;
         let is_done = lines.last().is_some_and(|line| line["step"].as_u64() == Some(fit.step));
         let Some(assistant) = fit.learner.assistant().filter(|_| !is_done) else { return Ok(()) };
+        let started = Instant::now();
         match exam.sit(assistant, fit.step, self.run, self.progress) {
             Ok(line) => {
+                self.run.timing("validation", started.elapsed().as_secs_f64(), &[])?;
                 self.run.validation(&line)?;
                 self.progress.note(&validation::describe(&line));
             }
@@ -410,7 +439,7 @@ impl Whole<'_> {
         if let Some(pictures) = &report.pictures {
             self.run.pictures(step, &pictures.files, &pictures.about)?;
         }
-        let lines = sft::lines_of(metrics, &report.updates);
+        let lines = step::lines_of(metrics, &report.updates);
         for line in &lines {
             so_far.watch.report(line, self.run, self.progress)?;
         }

@@ -8,14 +8,14 @@
 use super::attack;
 use super::config::{AttackConfig, Command, MetricName, RunConfig, ValidationConfig};
 use super::eval::{self, EvalSettings};
+use super::grpo::{Judge, Said};
 use super::inputs;
 use super::lesson::Lesson;
 use super::progress::Progress;
 use super::run::{Opening, Run};
-use crate::data::{Dataset, ImageCheck, Sample, index_of_letter};
+use crate::data::{Dataset, ImageCheck, Sample};
 use crate::error::{Error, Result};
 use crate::model::assistant::Assistant;
-use crate::reward::{Format, RewardConfig};
 use serde_json::{Value, json};
 use std::collections::{HashMap, HashSet};
 use std::fs;
@@ -103,8 +103,9 @@ pub struct Exam<'a> {
     dataset: &'a Dataset,
     /// What the option prior counts.
     trained: &'a Dataset,
-    /// Where completions are rewarded, how.
-    rewards: Option<(RewardConfig, Format)>,
+    lesson: &'a Lesson<'a>,
+    /// What completions are worth, where they are rewarded.
+    judge: Option<&'a Judge>,
     /// For a vision tower that does not train: keeps what it said about clean images.
     setting: Option<attack::Setting<'a>>,
 }
@@ -115,18 +116,19 @@ impl<'a> Exam<'a> {
     /// # Errors
     /// When there is no such prompt.
     pub fn new(
-        lesson: &Lesson<'a>,
+        lesson: &'a Lesson<'a>,
         own: &'a RunConfig,
         dataset: &'a Dataset,
         trained: &'a Dataset,
+        judge: &'a Judge,
     ) -> Result<Self> {
-        let is_rewarded = lesson.config.recipe.is_grpo();
         Ok(Self {
             settings: &lesson.config.validation,
             config: own,
             dataset,
             trained,
-            rewards: is_rewarded.then(|| (lesson.config.grpo.rewards(), lesson.format())),
+            lesson,
+            judge: lesson.config.recipe.is_grpo().then_some(judge),
             setting: lesson.features.is_some().then(|| attack::Setting::of(own)).transpose()?,
         })
     }
@@ -168,7 +170,8 @@ impl<'a> Exam<'a> {
         };
         let records = own.records()?;
         let mut line = json!({"step": step, "clean": {"n": records.len()}});
-        let reward = |key: &str| self.rewards.map(|rewards| mean_reward(&records, key, rewards));
+        let reward =
+            |key: &str| self.judge.map(|judge| self.mean_reward(judge, assistant, step, &records, key));
         if is_attacked {
             line["clean"]["accuracy"] = summary["clean_accuracy"].clone();
             line["pgd"] = json!({
@@ -192,20 +195,40 @@ impl<'a> Exam<'a> {
         line["controls"] = summary["controls"].clone();
         Ok(line)
     }
-}
 
-/// What the completions under `key` of the records are worth, on average.
-fn mean_reward(records: &[Value], key: &str, (rewards, format): (RewardConfig, Format)) -> Result<f64> {
-    let mut sum = 0.0;
-    for record in records {
-        let text = record[key].as_str();
-        let answer = record["answer"].as_str().and_then(|word| index_of_letter(word.chars().next()?));
-        let (Some(text), Some(answer), Some(options)) = (text, answer, record["options"].as_array()) else {
-            return Err(Error::data(format!("record {} has no `{key}`, answer or options", record["id"])));
+    /// What the completions under `key` of the records are worth on average, as in training. Records hold no tokens: a completion
+    /// is as long as its text in tokens, with one that ended it unless it fills all that is allowed.
+    fn mean_reward(
+        &self,
+        judge: &Judge,
+        assistant: &Assistant,
+        step: u64,
+        records: &[Value],
+        key: &str,
+    ) -> Result<f64> {
+        let samples: HashMap<&str, &Sample> =
+            self.dataset.samples.iter().map(|sample| (sample.id.as_str(), sample)).collect();
+        let said = |record: &'_ Value| -> Option<(&Sample, String)> {
+            Some((*samples.get(record["id"].as_str()?)?, record[key].as_str()?.to_owned()))
         };
-        sum += rewards.score(text, answer, options.len(), format).total;
+        let mut texts = Vec::with_capacity(records.len());
+        for record in records {
+            let (sample, text) = said(record)
+                .ok_or_else(|| Error::data(format!("the record of {} has no `{key}`", record["id"])))?;
+            let length = assistant.tokenizer.encode(&text)?.len();
+            texts.push((sample, text, length));
+        }
+        let most = self.config.max_new_tokens;
+        let all: Vec<Said<'_>> = texts
+            .iter()
+            .map(|(sample, text, length)| {
+                let is_finished = *length < most;
+                let num_tokens = length.min(&most) + usize::from(is_finished);
+                Said { sample, text, num_tokens, is_finished }
+            })
+            .collect();
+        judge.mean_reward(self.lesson, step, &all)
     }
-    Ok(sum / records.len().max(1) as f64)
 }
 
 /// The value of `metric` in a line of `validation.jsonl`.
@@ -344,16 +367,5 @@ mod tests {
         let error = refuse_overlap(&other, &trained, true).unwrap_err();
         assert!(error.to_string().starts_with("1 of 1 validation questions are trained on"), "{error}");
         assert!(error.to_string().contains("`q03`"), "{error}");
-    }
-
-    #[test]
-    fn rewards_of_an_exam_are_those_of_training() {
-        let record =
-            |text: &str| json!({"id": "x", "answer": "B", "options": ["p", "q", "r"], "completion": text});
-        let records = [record("<think> so</think><answer> B</answer>"), record("B"), record("nothing")];
-        let rewards = RewardConfig { format_weight: 0.5, ..RewardConfig::default() };
-        let mean = mean_reward(&records, "completion", (rewards, Format::ThinkThenAnswer)).unwrap();
-        assert!((mean - (1.5 + 1.0) / 3.0).abs() < 1e-12, "{mean}");
-        assert!(mean_reward(&records, "clean_completion", (rewards, Format::Letter)).is_err());
     }
 }

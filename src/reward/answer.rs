@@ -7,9 +7,9 @@
 //!    (`B. cyst`, `(B) cyst`), or a letter after `answer`, `option`, `choice` (`The answer is B`).
 //! 3. Without a pair: the whole text must be a letter form alone.
 //!
-//! A completion that lists several letters (`A or B`, `A) x B) y`) chooses none, and a letter that the question
-//! does not have is no answer. Letters are those of the options and always those up to H, so that a letter the
-//! question lacks is seen beside another; only ASCII letters are letters, whatever else looks like one.
+//! A completion that lists several letters (`A or B`, `A) x b) y`, `A. x vs B`, `A. x - B`) chooses none, and a letter
+//! that the question does not have is no answer. Letters are those of the options and always those up to H, so that a
+//! letter the question lacks is seen beside another; only ASCII letters are letters, whatever else looks like one.
 //! Deviation: Med-R1 and AdvMed-R1 take the first tag; an ambiguous one is none here.
 
 /// What a completion chooses.
@@ -158,24 +158,31 @@ impl Letters {
 
     /// Whether another option than `chosen` is offered in `text`: as a label with text after it, in brackets, as the
     /// first thing, or after a word or mark that joins alternatives. `hepatitis C` at the end offers none, nor do the
-    /// words `A` and `I` before others.
+    /// words `A` and `I` before others. A small letter must be a label.
     fn has_other_label(self, text: &str, chosen: usize) -> bool {
         let mut previous_word = "";
         let mut from = 0;
         while let Some((start, word)) = next_word(text, from) {
             let end = start + word.len();
             let single = word.chars().next().filter(|_| word.len() == 1);
-            if single.and_then(|letter| self.index_of(letter)).is_some_and(|option| option != chosen) {
-                let between = text[from..start].trim();
-                let after = &text[end..];
-                let is_word = matches!(word, "A" | "I")
-                    && after.trim_start_matches(' ').starts_with(char::is_alphabetic);
-                let first = from == 0;
-                let joined = joins(previous_word)
-                    || between.ends_with([',', ';', '/', '|', '&', '+', '(', '[', '.', ':']);
-                let labels = after.starts_with([')', ']', ':'])
-                    || (after.starts_with('.') && !after[1..].trim().is_empty());
-                if (first || joined || labels) && !is_word {
+            let option = single.and_then(|letter| self.index_of(letter.to_ascii_uppercase()));
+            if option.is_some_and(|option| option != chosen) {
+                let (before, after) = (&text[..start], &text[end..]);
+                let is_offered = if single.is_some_and(|letter| letter.is_ascii_lowercase()) {
+                    is_small_label(before, after)
+                } else {
+                    let is_word = matches!(word, "A" | "I")
+                        && after.trim_start_matches(' ').starts_with(char::is_alphabetic);
+                    let between = &text[from..start];
+                    let first = from == 0;
+                    let joined = joins(previous_word)
+                        || between.trim().ends_with([',', ';', '/', '|', '&', '+', '(', '[', '.', ':']);
+                    let set_against = (contrasts(previous_word) || is_dash(between)) && !goes_on(after);
+                    let labels = after.starts_with([')', ']', ':'])
+                        || (after.starts_with('.') && !after[1..].trim().is_empty());
+                    (first || joined || set_against || labels) && !is_word
+                };
+                if is_offered {
                     return true;
                 }
             }
@@ -192,6 +199,46 @@ fn joins(word: &str) -> bool {
         "or", "and", "either", "maybe", "perhaps", "then", "but", "also", "option", "choice", "answer", "is",
     ];
     JOINING.iter().any(|joining| word.eq_ignore_ascii_case(joining))
+}
+
+/// Whether a word sets alternatives against each other. Names hold it too (`T cells vs B cells`): see [`goes_on`].
+fn contrasts(word: &str) -> bool {
+    ["nor", "versus", "vs"].iter().any(|contrasting| word.eq_ignore_ascii_case(contrasting))
+}
+
+/// Whether what stands between two words is a dash apart from them. One without blanks makes a name of both (`hepatitis-B`),
+/// except for the long one.
+fn is_dash(between: &str) -> bool {
+    let marks = between.trim_end();
+    let lead = marks.trim_end_matches(['-', '\u{2013}', '\u{2014}', '\u{2212}']);
+    let is_apart = between.len() > marks.len() && !lead.is_empty();
+    lead.len() < marks.len() && (is_apart || marks.ends_with('\u{2014}'))
+}
+
+/// Whether the name that a letter begins goes on in `after`: `B cells`, `B-mode`.
+fn goes_on(after: &str) -> bool {
+    let next = after.trim_start_matches(' ');
+    next.strip_prefix(['-', '\u{2011}']).unwrap_or(next).starts_with(char::is_alphanumeric)
+}
+
+/// Whether a small letter between these texts is a label: `(b)`, `b)` where the bracket closes no other, or `b. ` and `b: ` at
+/// the start of a line. Elsewhere it is a part of words: `hepatitis b.`, `(vitamin c)`, `nodule(s)`, `e. coli`.
+fn is_small_label(before: &str, after: &str) -> bool {
+    let mut following = after.chars();
+    let mark = following.next();
+    let is_spaced = following.next().is_none_or(char::is_whitespace);
+    if let Some(outside) = before.strip_suffix(['(', '[']) {
+        return matches!(mark, Some(')' | ']')) && !outside.ends_with(char::is_alphanumeric);
+    }
+    match mark {
+        Some(')') => {
+            let is_apart = before.ends_with(|c: char| c.is_whitespace() || ",;/|&+*".contains(c));
+            let is_enclosed = before.rfind(['(', ')']).is_some_and(|at| before[at..].starts_with('('));
+            (is_apart || before.is_empty()) && !is_enclosed
+        }
+        Some('.' | ':') => is_spaced && before.trim_end_matches([' ', '\t', '-', '*']).ends_with('\n'),
+        _ => false,
+    }
 }
 
 /// Cuts `The correct answer is`, `Option`, `Choice:` and the like off the front.
@@ -299,6 +346,78 @@ mod tests {
     }
 
     #[test]
+    fn small_labels_and_contrasts_are_hedges_too() {
+        check(&[
+            ("<answer>A) round b) oval</answer>", None),
+            ("<answer>A) round, b) oval</answer>", None),
+            ("<answer>A)round,b)oval</answer>", None),
+            ("<answer>A) b)</answer>", None),
+            ("<answer>A) round b)</answer>", None),
+            ("<answer>(A) round (b) oval</answer>", None),
+            ("<answer>A. round [b]</answer>", None),
+            ("<answer>A. round or b) oval</answer>", None),
+            ("<answer>A) round (hepatitis c) b) oval</answer>", None),
+            ("<answer>A. round\nb. oval</answer>", None),
+            ("<answer>A. round\n- b: oval</answer>", None),
+            // A letter that a question of four options lacks is a second letter all the same.
+            ("<answer>A) round f) none</answer>", None),
+            ("<answer>A. round vs B</answer>", None),
+            ("<answer>A. round vs. B</answer>", None),
+            ("<answer>A. round VS B.</answer>", None),
+            ("<answer>A. round versus B</answer>", None),
+            ("<answer>A vs B</answer>", None),
+            ("<answer>A, nor B</answer>", None),
+            ("<answer>A. round, nor B</answer>", None),
+            ("<answer>A. neither round nor B, nor C</answer>", None),
+            ("<answer>A. round - B</answer>", None),
+            ("<answer>A. round -- B</answer>", None),
+            ("<answer>A. round \u{2013} B</answer>", None),
+            ("<answer>A. round \u{2014} B</answer>", None),
+            ("<answer>A. round\u{2014}B</answer>", None),
+            ("<answer>A. round. - B. oval</answer>", None),
+            ("<answer>A. round (dense) - B</answer>", None),
+            ("<answer>A - B</answer>", None),
+            ("<answer>A-B</answer>", None),
+        ]);
+    }
+
+    #[test]
+    fn letters_within_the_words_of_an_option_are_no_hedge() {
+        check(&[
+            ("<answer>A. hepatitis b</answer>", Some('A')),
+            ("<answer>A. Hepatitis b.</answer>", Some('A')),
+            ("<answer>A. type b, acute</answer>", Some('A')),
+            ("<answer>A. lack of vitamin c or d</answer>", Some('A')),
+            ("<answer>A) scurvy (lack of vitamin c)</answer>", Some('A')),
+            ("<answer>A) scurvy (lack of vitamin c), acute</answer>", Some('A')),
+            ("<answer>A. vitamin C</answer>", Some('A')),
+            ("<answer>A. type B</answer>", Some('A')),
+            ("<answer>A. b values</answer>", Some('A')),
+            ("<answer>A. e. coli</answer>", Some('A')),
+            ("<answer>A. h. pylori or c. difficile</answer>", Some('A')),
+            ("<answer>A. dense, e.g. a cyst</answer>", Some('A')),
+            ("<answer>A. lamina(e)</answer>", Some('A')),
+            ("<answer>B) cyst b) cyst</answer>", Some('B')),
+            ("<answer>A. ratio a:b</answer>", Some('A')),
+            ("<answer>A. T-cell lymphoma</answer>", Some('A')),
+            ("<answer>A. X-ray</answer>", Some('A')),
+            ("<answer>A. an ocular A-scan</answer>", Some('A')),
+            ("<answer>A. ocular B-scan</answer>", Some('A')),
+            ("<answer>A. ultrasound - B-mode</answer>", Some('A')),
+            ("<answer>A. hepatitis-B</answer>", Some('A')),
+            ("<answer>A. hepatitis\u{2013}B</answer>", Some('A')),
+            ("<answer>A. grade 1 - 2, T1-T2</answer>", Some('A')),
+            ("<answer>B. cyst - A dense one</answer>", Some('B')),
+            ("<answer>B. cyst - a dense one</answer>", Some('B')),
+            ("<answer>A. T cells vs B cells</answer>", Some('A')),
+            ("<answer>A. M-mode versus B-mode</answer>", Some('A')),
+            ("<answer>A. graft versus host disease</answer>", Some('A')),
+            ("<answer>A. neither cyst nor mass</answer>", Some('A')),
+            ("<answer>The answer is A: vitamin c.</answer>", Some('A')),
+        ]);
+    }
+
+    #[test]
     fn several_and_nested_tags_must_agree() {
         check(&[
             ("<answer>B</answer><answer>b.</answer><answer>(B) cyst</answer>", Some('B')),
@@ -358,6 +477,10 @@ mod tests {
                 for text in [
                     format!("<answer>B. x or {letter}. y</answer>"),
                     format!("<answer>B or {letter}</answer>"),
+                    format!("<answer>B) one {small}) two</answer>"),
+                    format!("<answer>B. one ({small})</answer>"),
+                    format!("<answer>B. one vs {letter}</answer>"),
+                    format!("<answer>B. one - {letter}</answer>"),
                     format!("<answer>B</answer><answer>{letter}</answer>"),
                 ] {
                     assert_eq!(of(&text, 26), None, "{text}");

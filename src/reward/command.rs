@@ -237,7 +237,28 @@ impl RewardCommand {
         });
         result?;
         self.pipes = Some(Pipes { input, answers });
+        // Another line is there already where each was answered twice: the answers are not those of their lines.
+        if let (Err(fault @ Fault::Wrong(..)), Some(last)) = (self.is_silent(), lines.last()) {
+            return Err(self.blame(&fault, last));
+        }
         Ok(read)
+    }
+
+    /// Looks once more, after a moment, for lines that nobody asked for.
+    ///
+    /// # Errors
+    /// A data error when there is one: rewards may have been those of other completions.
+    pub fn finish(&mut self) -> Result<()> {
+        thread::sleep(SURPLUS);
+        match self.is_silent() {
+            Err(Fault::Wrong(what, help)) => {
+                self.kill();
+                Err(Error::data(format!(
+                    "the reward command {what}\n  --> after the last step\n   = help: {help}"
+                )))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Whether nothing is there to read while nothing was asked.

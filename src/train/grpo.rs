@@ -130,7 +130,7 @@ pub struct Completions<'a> {
 /// Where a micro-batch stands in its optimiser step and in the batch of generated completions.
 ///
 /// With these the gradients of the micro-batches of one optimiser step add up to that of the undivided batch
-/// (`bnpo` alone weighs micro-batches equally, by definition).
+/// (`bnpo` alone weighs micro-batches equally, by definition; training here never lets it, see `train.grpo.loss_type`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Accumulation {
     /// Micro-batches per optimiser step, at least 1.
@@ -159,14 +159,10 @@ pub struct GrpoLoss {
 pub struct GrpoStats {
     /// Unmasked tokens: the weight of `kl` when micro-batches are averaged.
     pub num_tokens: usize,
+    /// Ratios, of tokens or of completions: the weight of the shares that were clipped.
+    pub num_ratios: usize,
     /// Mean divergence from the reference, as it enters the loss; `None` without a reference.
     pub kl: Option<f64>,
-    /// Mean ratio.
-    pub ratio_mean: f64,
-    /// Smallest ratio.
-    pub ratio_min: f64,
-    /// Largest ratio.
-    pub ratio_max: f64,
     /// Share of ratios below the clip with a negative advantage.
     pub clip_low_mean: f64,
     /// Least such share of any completion.
@@ -382,7 +378,7 @@ impl Sequence<'_> {
         let observed = &ratios[observed];
         let below = observed.iter().filter(|&&ratio| ratio < low && advantage < 0.0).count();
         let above = observed.iter().filter(|&&ratio| ratio > high && advantage > 0.0).count();
-        tally.add(observed, below, above);
+        tally.add(observed.len(), below, above);
     }
 }
 
@@ -396,9 +392,6 @@ struct PolicyTerm {
 struct Tally {
     kl: f64,
     ratios: usize,
-    ratio_sum: f64,
-    ratio_min: f64,
-    ratio_max: f64,
     below: usize,
     above: usize,
     below_min: f64,
@@ -410,9 +403,6 @@ impl Tally {
         Self {
             kl: 0.0,
             ratios: 0,
-            ratio_sum: 0.0,
-            ratio_min: f64::INFINITY,
-            ratio_max: f64::NEG_INFINITY,
             below: 0,
             above: 0,
             below_min: f64::INFINITY,
@@ -420,21 +410,16 @@ impl Tally {
         }
     }
 
-    /// One completion's ratios, and how many of them were clipped below and above.
-    fn add(&mut self, ratios: &[f64], below: usize, above: usize) {
-        if ratios.is_empty() {
+    /// How many ratios one completion has, and how many of them were clipped below and above.
+    fn add(&mut self, ratios: usize, below: usize, above: usize) {
+        if ratios == 0 {
             return;
         }
-        self.ratios += ratios.len();
-        for &ratio in ratios {
-            self.ratio_sum += ratio;
-            self.ratio_min = self.ratio_min.min(ratio);
-            self.ratio_max = self.ratio_max.max(ratio);
-        }
+        self.ratios += ratios;
         self.below += below;
         self.above += above;
-        self.below_min = self.below_min.min(below as f64 / ratios.len() as f64);
-        self.above_max = self.above_max.max(above as f64 / ratios.len() as f64);
+        self.below_min = self.below_min.min(below as f64 / ratios as f64);
+        self.above_max = self.above_max.max(above as f64 / ratios as f64);
     }
 
     fn finish(&self, num_tokens: usize, with_kl: bool) -> GrpoStats {
@@ -444,10 +429,8 @@ impl Tally {
         let share = |count: usize| count as f64 / self.ratios as f64;
         GrpoStats {
             num_tokens,
+            num_ratios: self.ratios,
             kl: with_kl.then(|| self.kl / num_tokens as f64),
-            ratio_mean: self.ratio_sum / self.ratios as f64,
-            ratio_min: self.ratio_min,
-            ratio_max: self.ratio_max,
             clip_low_mean: share(self.below),
             clip_low_min: self.below_min,
             clip_high_mean: share(self.above),
@@ -458,40 +441,46 @@ impl Tally {
 }
 
 impl GrpoStats {
-    /// Of several micro-batches as one: means weigh them by tokens.
+    /// Of several micro-batches as one: each mean weighs them by what it is a mean over.
     pub fn joined(parts: &[Self]) -> Self {
-        let total: usize = parts.iter().map(|part| part.num_tokens).sum();
-        let parts = || parts.iter().filter(|part| part.num_tokens > 0);
-        if total == 0 {
+        let parts = || parts.iter().filter(|part| part.num_ratios > 0);
+        let num_tokens: usize = parts().map(|part| part.num_tokens).sum();
+        let num_ratios: usize = parts().map(|part| part.num_ratios).sum();
+        if num_ratios == 0 {
             return Self::empty();
         }
-        let mean = |value: fn(&Self) -> f64| {
-            parts().map(|part| value(part) * part.num_tokens as f64).sum::<f64>() / total as f64
+        let share = |value: fn(&Self) -> f64| {
+            parts().map(|part| value(part) * part.num_ratios as f64).sum::<f64>() / num_ratios as f64
         };
-        let least = |value: fn(&Self) -> f64| parts().map(value).fold(f64::INFINITY, f64::min);
-        let most = |value: fn(&Self) -> f64| parts().map(value).fold(f64::NEG_INFINITY, f64::max);
+        // Completions that were left out have no divergence, and no weight in it.
+        let kl: Option<f64> = parts()
+            .filter(|part| part.num_tokens > 0)
+            .map(|part| part.kl.map(|kl| kl * part.num_tokens as f64))
+            .sum();
         Self {
-            num_tokens: total,
-            kl: parts().all(|part| part.kl.is_some()).then(|| mean(|part| part.kl.unwrap_or(0.0))),
-            ratio_mean: mean(|part| part.ratio_mean),
-            ratio_min: least(|part| part.ratio_min),
-            ratio_max: most(|part| part.ratio_max),
-            clip_low_mean: mean(|part| part.clip_low_mean),
-            clip_low_min: least(|part| part.clip_low_min),
-            clip_high_mean: mean(|part| part.clip_high_mean),
-            clip_high_max: most(|part| part.clip_high_max),
-            clip_region_mean: mean(|part| part.clip_region_mean),
+            num_tokens,
+            num_ratios,
+            kl: kl.filter(|_| num_tokens > 0).map(|sum| sum / num_tokens as f64),
+            clip_low_mean: share(|part| part.clip_low_mean),
+            clip_low_min: parts().map(|part| part.clip_low_min).fold(f64::INFINITY, f64::min),
+            clip_high_mean: share(|part| part.clip_high_mean),
+            clip_high_max: parts().map(|part| part.clip_high_max).fold(f64::NEG_INFINITY, f64::max),
+            clip_region_mean: share(|part| part.clip_region_mean),
         }
     }
 
+    /// Of completions with so many ratios that have no part in the loss, for their advantages are zero: nothing is ever
+    /// clipped there.
+    pub const fn of_idle(num_ratios: usize) -> Self {
+        Self { num_ratios, ..Self::empty() }
+    }
+
     /// Of a micro-batch without any unmasked token: nothing measured, nothing clipped.
-    fn empty() -> Self {
+    const fn empty() -> Self {
         Self {
             num_tokens: 0,
+            num_ratios: 0,
             kl: None,
-            ratio_mean: 1.0,
-            ratio_min: 1.0,
-            ratio_max: 1.0,
             clip_low_mean: 0.0,
             clip_low_min: 0.0,
             clip_high_mean: 0.0,

@@ -88,7 +88,7 @@ fn on_policy_the_loss_is_minus_the_mean_advantage_and_the_gradient_follows_it() 
         assert_close(&[got.loss], &[-2.0 * 3.0 * first + second], 1e-15, "loss");
         let want = [-2.0 * first, -2.0 * first, -2.0 * first, second];
         assert_close(&got.d_log_probs, &want, 1e-15, "gradient");
-        assert_eq!((got.stats.ratio_mean, got.stats.clip_region_mean, got.stats.kl), (1.0, 0.0, None));
+        assert_eq!((got.stats.num_ratios, got.stats.clip_region_mean, got.stats.kl), (4, 0.0, None));
     }
 }
 
@@ -414,4 +414,49 @@ fn equal_to_the_golden_vectors() {
         }
     }
     assert!(seen > 0, "no case had the metrics");
+}
+
+#[test]
+fn shares_of_passes_are_those_of_the_whole_batch_with_what_was_left_out() {
+    // A clipped completion of one token and a free one of three, ratios of tokens and of sequences; a third of two tokens whose
+    // advantage is zero.
+    let ratio = |ratio: f64, length: usize| vec![ratio.ln(); length];
+    let (first, second, third) = (ratio(2.0, 1), ratio(1.05, 3), ratio(1.0, 2));
+    for (importance_level, high, kept) in
+        [(ImportanceLevel::Token, 1.0 / 6.0, 4), (ImportanceLevel::Sequence, 1.0 / 3.0, 2)]
+    {
+        let config = GrpoConfig { importance_level, kl_coef: 0.1, ..GrpoConfig::default() };
+        let stats = |parts: &[(&[f64], f64)]| {
+            let log_probs: Vec<f64> = parts.iter().flat_map(|(values, _)| values.to_vec()).collect();
+            let lengths: Vec<usize> = parts.iter().map(|(values, _)| values.len()).collect();
+            let advantages: Vec<f64> = parts.iter().map(|(_, advantage)| *advantage).collect();
+            let zeros = vec![0.0; log_probs.len()];
+            let batch = Completions {
+                lengths: &lengths,
+                completion_mask: None,
+                log_probs: &log_probs,
+                old_log_probs: Some(&zeros),
+                ref_log_probs: Some(&zeros),
+                advantages: &advantages,
+            };
+            grpo_loss(&batch, &config, &undivided(log_probs.len())).unwrap().stats
+        };
+        let whole = stats(&[(&first, 1.0), (&second, 1.0), (&third, 0.0)]);
+        assert_close(&[whole.clip_high_mean, whole.clip_high_max], &[high, 1.0], 1e-15, "whole");
+        let parts = [stats(&[(&first, 1.0)]), stats(&[(&second, 1.0)])];
+        let joined = GrpoStats::joined(&parts);
+        assert_eq!((joined.num_ratios, joined.num_tokens), (kept, 4));
+        let idle = if importance_level == ImportanceLevel::Token { 2 } else { 1 };
+        let all = GrpoStats::joined(&[parts[0], parts[1], GrpoStats::of_idle(idle)]);
+        for (found, wanted) in [
+            (all.clip_high_mean, whole.clip_high_mean),
+            (all.clip_region_mean, whole.clip_region_mean),
+            (all.clip_high_max, whole.clip_high_max),
+            (all.clip_low_min, whole.clip_low_min),
+            (all.kl.unwrap(), joined.kl.unwrap()),
+        ] {
+            assert_close(&[found], &[wanted], 1e-15, "joined");
+        }
+        assert_eq!(GrpoStats::joined(&[GrpoStats::of_idle(3)]).kl, None);
+    }
 }

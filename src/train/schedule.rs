@@ -2,7 +2,6 @@
 //!
 //! Nothing here has state, so a resumed run needs only its step number.
 
-use crate::error::ConfigError;
 use serde::{Deserialize, Serialize};
 
 /// What the learning rate does after the warm-up.
@@ -31,15 +30,6 @@ pub struct Schedule {
 }
 
 impl Schedule {
-    /// Every value out of its range.
-    pub fn check(&self) -> Vec<ConfigError> {
-        if (0.0..=1.0).contains(&self.final_fraction) {
-            return Vec::new();
-        }
-        let message = format!("final_fraction must lie in [0, 1], got {}", self.final_fraction);
-        vec![ConfigError::new("final_fraction", message)]
-    }
-
     /// The fraction of the peak learning rate for the step that follows `steps_done` of `total_steps` steps.
     ///
     /// The first step of a run with a warm-up has rate zero, as in Hugging Face's `get_scheduler`, whose numbers
@@ -98,8 +88,6 @@ mod tests {
             assert_eq!(schedule.factor(3, 5), 0.3);
             assert_eq!(schedule.factor(10, 5), 1.0);
         }
-        assert_eq!(Schedule { final_fraction: 1.5, ..Schedule::default() }.check().len(), 1);
-        assert_eq!(Schedule { final_fraction: f64::NAN, ..Schedule::default() }.check().len(), 1);
     }
 
     #[test]

@@ -1,13 +1,11 @@
 //! Reference numbers, read when they stand beside the checkout.
 
 use serde_json::Value;
-use std::path::PathBuf;
 
 /// The parsed reference file, or `None` when this checkout stands alone.
 pub(crate) fn reference(relative: &str) -> Option<Value> {
-    let root = std::env::var_os("SAFEMED_SHARED")
-        .map_or_else(|| PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../shared")), PathBuf::from);
-    let bytes = std::fs::read(root.join("reference").join(relative)).ok()?;
+    let path = crate::files::shared()?.join("reference").join(relative);
+    let bytes = std::fs::read(path).ok()?;
     Some(serde_json::from_slice(&bytes).expect("reference files are JSON"))
 }
 

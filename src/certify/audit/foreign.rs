@@ -416,9 +416,8 @@ mod tests {
 
     /// The published files, where they are at hand.
     fn published(name: &str) -> Option<String> {
-        let shared = std::env::var("SAFEMED_SHARED")
-            .unwrap_or(concat!(env!("CARGO_MANIFEST_DIR"), "/../shared").into());
-        std::fs::read_to_string(Path::new(&shared).join("data/published_certificates").join(name)).ok()
+        let dir = crate::files::shared()?.join("data/published_certificates");
+        std::fs::read_to_string(dir.join(name)).ok()
     }
 
     #[test]

@@ -82,6 +82,7 @@ fn one_question_in_every_shape_is_one_sample() {
         ),
         with(llava(QUESTION, "A dense, round shape."), &[("answer", json!("B"))]),
         with(llava(QUESTION, "B"), &[("answer", json!("mass")), ("solution", json!("B"))]),
+        with(llava(QUESTION, "Dense."), &[("answer", json!("B")), ("solution", json!("It is dense."))]),
         with(llava("<image>What is seen?", "B"), &[("options", json!(["cyst", "mass"]))]),
         with(llava(QUESTION, "B"), &[("options", json!({"A": "cyst", "B": "mass"}))]),
         json!({"id": "q", "image": "i.png", "answer": "B", "conversations": [{"from": "human", "value": QUESTION}]}),
@@ -190,6 +191,23 @@ fn whatever_is_no_question_about_one_image_is_told_with_its_line() {
             with(llava(QUESTION, "A"), &[("answer", json!("B"))]),
             "`answer` is option B, the assistant's answer option A",
         ),
+        (
+            with(of(json!([human])), &[("answer", json!("A")), ("solution", json!("<answer>B</answer>"))]),
+            "`answer` is option A, `solution` option B",
+        ),
+        (
+            with(llava(QUESTION, "It is dense."), &[("answer", json!("B")), ("solution", json!("cyst"))]),
+            "`answer` is option B, `solution` option A",
+        ),
+        (
+            with(llava(QUESTION, "A"), &[("answer", json!("B")), ("solution", json!("It is dense."))]),
+            "`answer` is option B, the assistant's answer option A",
+        ),
+        (
+            with(llava(QUESTION, "A"), &[("solution", json!("mass"))]),
+            "`solution` is option B, the assistant's answer option A",
+        ),
+        (llava("What? A) cyst, B) mass, C) cyst", "cyst"), "the assistant's turn: `cyst` is the text of 2"),
         (with(llava(QUESTION, "B"), &[("answer", json!(1))]), "`answer` is a number"),
         (with(llava(QUESTION, "B"), &[("solution", json!("Z"))]), "`solution`: the answer is Z"),
         (

@@ -2,7 +2,8 @@
 
 use super::{
     AdversaryConfig, AdversaryObjective, AttackConfig, CertifyConfig, CertifyMode, Command, GrpoSettings,
-    Method, PromptTemplate, RampName, RecipeName, RefreshName, RunConfig, TargetName,
+    LossType, Method, PromptTemplate, RampName, RecipeName, RefreshName, RunConfig, TargetName, TrainConfig,
+    ValidationConfig,
 };
 use crate::error::ConfigError;
 
@@ -60,97 +61,212 @@ impl RunConfig {
 
     /// The settings that differ from their defaults and have no effect on `command`, each with the reason.
     pub fn without_effect(&self, command: Command) -> Vec<String> {
-        let mut notes = Vec::new();
-        let mut note = |is_idle: bool, key: &str, why: String| {
-            if is_idle {
-                notes.push(format!("`{key}` has no effect: {why}"));
+        let mut notes = Notes::default();
+        match command {
+            Command::Attack => self.idle_in_attack(&mut notes),
+            Command::Certify => self.idle_in_certificates(&mut notes),
+            Command::Predict if self.certify.sigma.is_none() => {
+                let (own, default) = (&self.certify, CertifyConfig::default());
+                let why = "nothing is smoothed without `sigma`";
+                notes.add(own.n0 != default.n0, "n0", why);
+                notes.add(own.n != default.n, "n", why);
+                notes.add(own.alpha != default.alpha, "alpha", why);
             }
-        };
-        if command == Command::Attack {
-            let (own, default) = (&self.attack, AttackConfig::default());
-            let method = own.method;
-            let is = |methods: &[Method]| methods.contains(&method);
-            let with = || format!("the method is `{}`", method.word());
-            let num_steps = AttackConfig::default_num_steps(method);
-            let has_steps = is(&[Method::Pgd, Method::Apgd, Method::Auto]);
-            note(!has_steps && own.num_steps != num_steps, "num_steps", with());
-            note(method != Method::Pgd && own.step_size.is_some(), "step_size", with());
-            let has_queries = is(&[Method::Square, Method::Auto]);
-            note(!has_queries && own.num_queries != default.num_queries, "num_queries", with());
-            let is_plain = own.smoothing_sigma.is_none() && own.eot_samples != default.eot_samples;
-            note(is_plain, "eot_samples", "there is no noise without `smoothing_sigma`".to_owned());
-        }
-        if command == Command::Train && self.train.recipe.is_adversarial() {
-            let (own, default) = (&self.train.adversary, AdversaryConfig::default());
-            let mut idle = |is_idle: bool, key: &str, why: &str| {
-                note(is_idle, &format!("train.adversary.{key}"), why.to_owned());
-            };
-            let is_plain = own.smoothing_sigma.is_none() && own.eot_samples != default.eot_samples;
-            idle(is_plain, "eot_samples", "there is no noise in the attack without `smoothing_sigma`");
-            let is_paid = own.objective == AdversaryObjective::ExpectedReward;
-            let samples = own.expected_reward_samples != default.expected_reward_samples;
-            idle(!is_paid && samples, "expected_reward_samples", "`objective` is not `expected_reward`");
-            let beta = own.trades_beta != default.trades_beta;
-            idle(
-                self.train.recipe != RecipeName::Trades && beta,
-                "trades_beta",
-                "the recipe is not `trades`",
-            );
-            let is_single = !self.train.recipe.is_grpo() || self.train.grpo.num_updates == 1;
-            let refreshes = own.refresh == RefreshName::EachUpdate;
-            idle(is_single && refreshes, "refresh", "a step has one update");
-            let is_ramp = own.epsilon_schedule != RampName::Constant;
-            let start = own.epsilon_start_fraction != default.epsilon_start_fraction;
-            idle(!is_ramp && start, "epsilon_start_fraction", "`epsilon_schedule` is `constant`");
-            let ramp = own.ramp_fraction != default.ramp_fraction;
-            idle(!is_ramp && ramp, "ramp_fraction", "`epsilon_schedule` is `constant`");
-            let stages = own.ramp_stages != default.ramp_stages;
-            let has_stages = own.epsilon_schedule == RampName::Steps;
-            idle(!has_stages && stages, "ramp_stages", "`epsilon_schedule` is not `steps`");
-        }
-        let (own, default) = (&self.certify, CertifyConfig::default());
-        if command == Command::Certify {
-            let is_fixed = own.mode == CertifyMode::Cohen;
-            let with = || "mode `cohen` makes `n` draws".to_owned();
-            note(is_fixed && own.rule != default.rule, "rule", with());
-            note(is_fixed && own.min_gain != default.min_gain, "min_gain", with());
-            let has_target = !is_fixed && own.target_radius.is_some() && own.min_gain != default.min_gain;
-            note(has_target, "min_gain", "`target_radius` says when to stop".to_owned());
-        }
-        if command == Command::Predict && own.sigma.is_none() {
-            let with = || "nothing is smoothed without `sigma`".to_owned();
-            note(own.n0 != default.n0, "n0", with());
-            note(own.n != default.n, "n", with());
-            note(own.alpha != default.alpha, "alpha", with());
-        }
-        if command == Command::Train && self.train.recipe.is_grpo() {
-            let (own, default) = (&self.train.grpo, GrpoSettings::default());
-            let without = |key: &str| format!("`{key}` is 0");
-            let is_short = own.overlong_weight == 0.0;
-            let with = || without("overlong_weight");
-            note(is_short && own.overlong_max_length.is_some(), "overlong_max_length", with());
-            note(is_short && own.overlong_cache.is_some(), "overlong_cache", with());
-            let is_free = own.repetition_weight == 0.0;
-            let with = || without("repetition_weight");
-            let is_other = own.repetition_ngram_size != default.repetition_ngram_size;
-            note(is_free && is_other, "repetition_ngram_size", with());
-            let is_other = own.repetition_max_penalty != default.repetition_max_penalty;
-            note(is_free && is_other, "repetition_max_penalty", with());
-            let is_alone = own.reward_command.is_none();
-            let with = || "there is no `reward_command`".to_owned();
-            let is_other = own.reward_command_weight != default.reward_command_weight;
-            note(is_alone && is_other, "reward_command_weight", with());
-            let is_other = own.reward_command_timeout != default.reward_command_timeout;
-            note(is_alone && is_other, "reward_command_timeout", with());
+            Command::Train => {
+                self.idle_in_training(&mut notes);
+                let why = |what: &str| format!("the recipe `{}` {what}", self.train.recipe);
+                if self.train.recipe.is_adversarial() {
+                    self.idle_in_adversary(&mut notes);
+                } else {
+                    let is_other = self.train.adversary != AdversaryConfig::default();
+                    notes.add(is_other, "train.adversary", &why("attacks nothing"));
+                }
+                if self.train.recipe.is_grpo() {
+                    self.idle_in_grpo(&mut notes);
+                    self.idle_in_rewards(&mut notes);
+                } else {
+                    let is_other = self.train.grpo != GrpoSettings::default();
+                    notes.add(is_other, "train.grpo", &why("samples no completions"));
+                }
+            }
+            _ => {}
         }
         let generation = &self.generation;
         if generation.temperature == 0.0 {
-            let with = || "tokens are not drawn at temperature 0".to_owned();
-            note(generation.top_k.is_some(), "top_k", with());
-            note(generation.top_p.is_some(), "top_p", with());
-            note(generation.min_p.is_some(), "min_p", with());
+            let why = "tokens are not drawn at temperature 0";
+            notes.add(generation.top_k.is_some(), "top_k", why);
+            notes.add(generation.top_p.is_some(), "top_p", why);
+            notes.add(generation.min_p.is_some(), "min_p", why);
         }
-        notes
+        notes.0
+    }
+
+    fn idle_in_attack(&self, notes: &mut Notes) {
+        let (own, default) = (&self.attack, AttackConfig::default());
+        let method = own.method;
+        let is = |methods: &[Method]| methods.contains(&method);
+        let why = format!("the method is `{}`", method.word());
+        let num_steps = AttackConfig::default_num_steps(method);
+        let has_steps = is(&[Method::Pgd, Method::Apgd, Method::Auto]);
+        notes.add(!has_steps && own.num_steps != num_steps, "num_steps", &why);
+        notes.add(method != Method::Pgd && own.step_size.is_some(), "step_size", &why);
+        let has_queries = is(&[Method::Square, Method::Auto]);
+        notes.add(!has_queries && own.num_queries != default.num_queries, "num_queries", &why);
+        let is_plain = own.smoothing_sigma.is_none() && own.eot_samples != default.eot_samples;
+        notes.add(is_plain, "eot_samples", "there is no noise without `smoothing_sigma`");
+    }
+
+    fn idle_in_certificates(&self, notes: &mut Notes) {
+        let (own, default) = (&self.certify, CertifyConfig::default());
+        let is_fixed = own.mode == CertifyMode::Cohen;
+        let why = "mode `cohen` makes `n` draws";
+        notes.add(is_fixed && own.rule != default.rule, "rule", why);
+        notes.add(is_fixed && own.min_gain != default.min_gain, "min_gain", why);
+        let has_target = !is_fixed && own.target_radius.is_some() && own.min_gain != default.min_gain;
+        notes.add(has_target, "min_gain", "`target_radius` says when to stop");
+    }
+
+    fn idle_in_training(&self, notes: &mut Notes) {
+        let (own, default) = (&self.train, TrainConfig::default());
+        let validation = &own.validation;
+        if validation.every == 0 {
+            let (own, default) = (validation, ValidationConfig::default());
+            let why = "nothing is validated while `train.validation.every` is 0";
+            for (is_other, key) in [
+                (own.split.is_some(), "split"),
+                (own.data.is_some(), "data"),
+                (own.limit != default.limit, "limit"),
+                (own.norm != default.norm, "norm"),
+                (own.epsilon != default.epsilon, "epsilon"),
+                (own.num_steps != default.num_steps, "num_steps"),
+                (own.objective != default.objective, "objective"),
+                (own.metric.is_some(), "metric"),
+            ] {
+                notes.add(is_other, &format!("train.validation.{key}"), why);
+            }
+        }
+        if own.recipe == RecipeName::Denoiser {
+            let why = "the recipe `denoiser` trains a network of its own on images alone";
+            notes.add(own.micro_batch_size.is_some(), "train.micro_batch_size", why);
+            notes.add(own.recompute, "train.recompute", why);
+            notes.add(own.permute_options, "train.permute_options", why);
+            notes.add(own.target != default.target, "train.target", why);
+            notes.add(own.parts != default.parts, "train.parts", why);
+            return;
+        }
+        if own.lora_rank == 0 && self.adapter.is_none() {
+            let why = "no adapter trains: `train.lora_rank` is 0";
+            notes.add(own.lora_alpha != default.lora_alpha, "train.lora_alpha", why);
+            notes.add(own.lora_use_rslora, "train.lora_use_rslora", why);
+        } else if self.adapter.is_some() {
+            let why = "the adapter named with `--adapter` has its own";
+            notes.add(own.lora_use_rslora, "train.lora_use_rslora", why);
+        }
+        notes.add(own.captions && own.noise_sigma > 0.0, "train.noise_sigma", "captions stand in for images");
+    }
+
+    fn idle_in_adversary(&self, notes: &mut Notes) {
+        let (own, default) = (&self.train.adversary, AdversaryConfig::default());
+        if own.epsilon == 0.0 || own.clean_fraction == 1.0 {
+            let key = if own.epsilon == 0.0 {
+                "epsilon` 0 moves no pixel"
+            } else {
+                "clean_fraction` 1 leaves every image clean"
+            };
+            notes.0.push(format!("nothing is attacked: `train.adversary.{key}"));
+            return;
+        }
+        let mut idle = |is_idle: bool, key: &str, why: &str| {
+            notes.add(is_idle, &format!("train.adversary.{key}"), why);
+        };
+        let is_plain = own.smoothing_sigma.is_none() && own.eot_samples != default.eot_samples;
+        idle(is_plain, "eot_samples", "there is no noise in the attack without `smoothing_sigma`");
+        let is_paid = own.objective == AdversaryObjective::ExpectedReward;
+        let samples = own.expected_reward_samples != default.expected_reward_samples;
+        idle(!is_paid && samples, "expected_reward_samples", "`objective` is not `expected_reward`");
+        let is_whole =
+            own.objective == AdversaryObjective::Finding && self.train.target == TargetName::Instruct;
+        idle(is_whole, "objective", "an answer without a reasoning is attacked whole, as by `completion`");
+        let beta = own.trades_beta != default.trades_beta;
+        idle(self.train.recipe != RecipeName::Trades && beta, "trades_beta", "the recipe is not `trades`");
+        let is_single = !self.train.recipe.is_grpo() || self.train.grpo.num_updates == 1;
+        let refreshes = own.refresh == RefreshName::EachUpdate;
+        idle(is_single && refreshes, "refresh", "a step has one update");
+        let is_ramp = own.epsilon_schedule != RampName::Constant;
+        let start = own.epsilon_start_fraction != default.epsilon_start_fraction;
+        idle(!is_ramp && start, "epsilon_start_fraction", "`epsilon_schedule` is `constant`");
+        let ramp = own.ramp_fraction != default.ramp_fraction;
+        idle(!is_ramp && ramp, "ramp_fraction", "`epsilon_schedule` is `constant`");
+        let stages = own.ramp_stages != default.ramp_stages;
+        let has_stages = own.epsilon_schedule == RampName::Steps;
+        idle(!has_stages && stages, "ramp_stages", "`epsilon_schedule` is not `steps`");
+    }
+
+    fn idle_in_grpo(&self, notes: &mut Notes) {
+        let (own, default) = (&self.train.grpo, GrpoSettings::default());
+        let mut idle = |is_idle: bool, key: &str, why: &str| {
+            notes.add(is_idle, &format!("train.grpo.{key}"), why);
+        };
+        let why = "there is no reference while `train.grpo.kl_coef` is 0";
+        if own.kl_coef == 0.0 {
+            idle(own.kl_image != default.kl_image, "kl_image", why);
+            idle(own.kl_bias_correction, "kl_bias_correction", why);
+            idle(own.ref_sync_steps > 0, "ref_sync_steps", why);
+        }
+        let (low, high) = (own.clip_low != default.clip_low, own.clip_high != default.clip_high);
+        let is_sequence = own.importance_level != default.importance_level;
+        if own.num_updates == 1 {
+            let why = "with one update a rollout every ratio is 1";
+            // Cispo wants its cap set and Luspo its level in any case.
+            idle(low, "clip_low", why);
+            idle(high && own.loss_type != LossType::Cispo, "clip_high", why);
+            idle(own.delta.is_some(), "delta", why);
+            idle(is_sequence && own.loss_type != LossType::Luspo, "importance_level", why);
+            return;
+        }
+        let has_no_floor = [LossType::Cispo, LossType::Sapo].contains(&own.loss_type);
+        let why = format!("the loss `{}` does not clip there", own.loss_type.word());
+        idle(has_no_floor && low, "clip_low", &why);
+        idle(has_no_floor && own.delta.is_some(), "delta", &why);
+        idle(own.loss_type == LossType::Sapo && high, "clip_high", &why);
+    }
+
+    fn idle_in_rewards(&self, notes: &mut Notes) {
+        let (own, default) = (&self.train.grpo, GrpoSettings::default());
+        let mut idle = |is_idle: bool, key: &str, why: &str| {
+            notes.add(is_idle, &format!("train.grpo.{key}"), why);
+        };
+        if own.overlong_weight == 0.0 {
+            let why = "`overlong_weight` is 0";
+            idle(own.overlong_max_length.is_some(), "overlong_max_length", why);
+            idle(own.overlong_cache.is_some(), "overlong_cache", why);
+        }
+        if own.repetition_weight == 0.0 {
+            let why = "`repetition_weight` is 0";
+            let is_other = own.repetition_ngram_size != default.repetition_ngram_size;
+            idle(is_other, "repetition_ngram_size", why);
+            let is_other = own.repetition_max_penalty != default.repetition_max_penalty;
+            idle(is_other, "repetition_max_penalty", why);
+        }
+        if own.reward_command.is_none() {
+            let why = "there is no `reward_command`";
+            let is_other = own.reward_command_weight != default.reward_command_weight;
+            idle(is_other, "reward_command_weight", why);
+            let is_other = own.reward_command_timeout != default.reward_command_timeout;
+            idle(is_other, "reward_command_timeout", why);
+        }
+    }
+}
+
+/// What is said about settings without effect.
+#[derive(Default)]
+struct Notes(Vec<String>);
+
+impl Notes {
+    fn add(&mut self, is_idle: bool, key: &str, why: &str) {
+        if is_idle {
+            self.0.push(format!("`{key}` has no effect: {why}"));
+        }
     }
 }
 
@@ -291,7 +407,7 @@ mod tests {
 
     #[test]
     fn idle_settings_of_an_adversary_are_said() {
-        let cases: [(&[(&str, &str)], usize); 4] = [
+        let cases: [(&[(&str, &str)], usize); 7] = [
             (
                 &[
                     ("train.recipe", "at_sft"),
@@ -328,10 +444,62 @@ mod tests {
                 ],
                 2,
             ),
-            (&[("train.recipe", "sft"), ("train.adversary.trades_beta", "1")], 0),
+            (&[("train.recipe", "sft"), ("train.adversary.trades_beta", "1")], 1),
+            (&[("train.recipe", "at_sft"), ("train.adversary.epsilon", "0")], 1),
+            (&[("train.recipe", "at_sft"), ("train.adversary.clean_fraction", "1")], 1),
+            (&[("train.recipe", "at_sft"), ("train.grpo.group_size", "4")], 1),
         ];
         for (settings, count) in cases {
             assert_eq!(notes(Command::Train, settings).len(), count, "{settings:?}");
         }
+    }
+
+    #[test]
+    fn idle_settings_of_a_training_are_said() {
+        let all = |settings: &[(&str, &str)]| -> Vec<String> {
+            let keys = notes(Command::Train, settings);
+            keys.iter().map(|note| note.split('`').nth(1).unwrap().replace("train.", "")).collect()
+        };
+        let validation = [("train.validation.split", "x"), ("train.validation.metric", "accuracy")];
+        assert_eq!(all(&validation), ["validation.split", "validation.metric"]);
+        let on = [("train.validation.every", "5"), ("train.validation.split", "x")];
+        assert_eq!(all(&on), [""; 0]);
+        let lora = [("train.lora_alpha", "8"), ("train.lora_use_rslora", "true")];
+        assert_eq!(all(&lora), ["lora_alpha", "lora_use_rslora"]);
+        assert_eq!(all(&[&lora[..], &[("train.lora_rank", "4")]].concat()), [""; 0]);
+        assert_eq!(all(&[("adapter", "a"), ("train.lora_use_rslora", "true")]), ["lora_use_rslora"]);
+        assert_eq!(all(&[("train.captions", "true"), ("train.noise_sigma", "0.1")]), ["noise_sigma"]);
+        let denoiser = [
+            ("train.recipe", "denoiser"),
+            ("train.noise_sigma", "0.1"),
+            ("train.recompute", "true"),
+            ("train.micro_batch_size", "1"),
+            ("train.parts.text", "false"),
+        ];
+        assert_eq!(all(&denoiser), ["micro_batch_size", "recompute", "parts"]);
+        let instruct = [("train.target", "instruct"), ("train.adversary.objective", "finding")];
+        assert_eq!(all(&[&instruct[..], &[("train.recipe", "at_sft")]].concat()), ["adversary.objective"]);
+
+        let grpo = |more: &[(&str, &str)]| all(&[&[("train.recipe", "grpo")], more].concat());
+        assert_eq!(grpo(&[("train.grpo.kl_image", "clean")]), ["grpo.kl_image"]);
+        assert_eq!(grpo(&[("train.grpo.kl_image", "clean"), ("train.grpo.kl_coef", "0.1")]), [""; 0]);
+        let clips = [
+            ("train.grpo.clip_low", "0.1"),
+            ("train.grpo.clip_high", "0.5"),
+            ("train.grpo.delta", "3"),
+            ("train.grpo.importance_level", "sequence"),
+        ];
+        let keys = ["clip_low", "clip_high", "delta", "importance_level"].map(|key| format!("grpo.{key}"));
+        assert_eq!(grpo(&clips), keys);
+        let several = [("train.grpo.num_updates", "2")];
+        assert_eq!(grpo(&[&clips[..], &several].concat()), [""; 0]);
+        let cispo = [("train.grpo.loss_type", "cispo")];
+        let capped =
+            [&clips[..], &several, &cispo, &[("train.grpo.clip_high", "5"), ("train.grpo.delta", "7")]]
+                .concat();
+        assert_eq!(grpo(&capped), ["grpo.clip_low", "grpo.delta"]);
+        let sapo = [("train.grpo.loss_type", "sapo")];
+        let found = grpo(&[&clips[..], &several, &sapo].concat());
+        assert_eq!(found, ["grpo.clip_low", "grpo.delta", "grpo.clip_high"]);
     }
 }

@@ -57,7 +57,8 @@ words! {
     pub enum LossType = Grpo {
         /// Mean over the tokens of each completion, then over completions (Shao et al. 2024).
         Grpo = "grpo",
-        /// Mean over all tokens of the micro-batch.
+        /// Mean over all tokens of the batch. TRL takes that of each micro-batch, so that its result depends on how memory is
+        /// saved; here it is always the mean of the step, as `dapo`.
         Bnpo = "bnpo",
         /// Sum over tokens by the longest completion allowed (Liu et al. 2025).
         DrGrpo = "dr_grpo",
@@ -137,7 +138,7 @@ section! {
         /// Optimiser steps.
         num_steps: usize = 1000 => Range::at_least(1.0),
         /// Questions of one optimiser step (groups, for GRPO).
-        batch_size: usize = 16 => Range::at_least(1.0),
+        batch_size: usize = 16 => Range::closed(1.0, 1e6),
         /// Questions of one forward pass (of GRPO groups); absent: `batch_size`. Gradients add up to those of the whole batch, to
         /// rounding.
         micro_batch_size: Option<usize> = None => Range::at_least(1.0),
@@ -322,7 +323,7 @@ section! {
     /// `[train.grpo]`: group-relative policy optimisation (Shao et al. 2024).
     pub struct GrpoSettings {
         /// Completions sampled for one question.
-        group_size: usize = 8 => Range::at_least(2.0),
+        group_size: usize = 8 => Range::closed(2.0, 65_536.0),
         /// Sampling temperature; log-probabilities are those of the tempered distribution.
         temperature: f64 = 1.0 => Range::above(0.0),
         /// The ratio is clipped below 1 - `clip_low`.
@@ -352,7 +353,7 @@ section! {
         scale_rewards: ScaleRewards = ScaleRewards::Group,
         /// Optimiser steps on one set of completions; each has a line of its own in `metrics.jsonl`, with its number under
         /// `update`.
-        num_updates: usize = 1 => Range::at_least(1.0),
+        num_updates: usize = 1 => Range::closed(1.0, 1000.0),
         /// Whether completions that were cut off before they ended take no part in the loss.
         mask_truncated: bool = false,
         /// How often a group whose rewards are all equal, which teaches nothing, is sampled anew on the same image (dynamic
@@ -388,7 +389,9 @@ section! {
         /// ("step", "index", "count", "id", "question", "options", "answer", "completion", "is_finished", "num_tokens", "modality",
         /// "question_type", "dataset", "image", "reasoning") and answers each with one line: {"reward": NUMBER}, or {"rewards":
         /// {"NAME": NUMBER}} for several, null for none. All else it writes must go to standard error, and it ends when its input
-        /// does. The first line, of step 0, is a trial before weights are loaded. Training waits for each step's answers. A run
+        /// does. The first line, of step 0, is a trial before weights are loaded. Training waits for each step's answers. Validation
+        /// asks too, under the number of steps done, and so does `adversary.objective` `expected_reward`, item by item and several
+        /// times in a step; `index` and `count` are of one such asking. A run
         /// resumes to the same bytes only if the program answers equal lines equally; the files among its arguments must stay the
         /// same.
         reward_command: Option<Vec<String>> = None,

@@ -107,6 +107,12 @@ fn rehearse(job: &Job<'_>, options: &Options) -> Result<Outcome> {
     )?
     .within(config)?;
     let assumed = options.completion_tokens.unwrap_or(config.max_new_tokens);
+    if assumed > config.max_new_tokens {
+        return Err(Error::usage(format!(
+            "--completion-tokens {assumed} exceeds `max_new_tokens` {}: no completion is that long\n   = help: lower it, or raise --max-new-tokens",
+            config.max_new_tokens
+        )));
+    }
     let work = Workload::count(config, &subject, &dataset, Some(assumed))?;
     let seconds_per_image = if work.decoded > 0 { seconds_per_image(&subject, &dataset)? } else { 0.0 };
     let rehearsal = Rehearsal { config, subject: &subject, options, seconds_per_image, stop: &job.stop };
@@ -421,6 +427,7 @@ fn summarise(rehearsal: &Rehearsal<'_>, work: &Workload, measured: &Measured) ->
         "seconds_start": seconds_start,
         "seconds_images": seconds_images,
         "seconds_checkpoints": seconds_saves,
+        "validations": train.num_steps.checked_div(train.validation.every).map_or(0, |times| times + 2),
         "seconds_total": total,
     }))
 }

@@ -11,13 +11,14 @@ use crate::recipes::grpo::Assumed;
 use crate::recipes::lesson::Lesson;
 use crate::recipes::progress::Silent;
 use crate::recipes::run::Stop;
-use crate::recipes::train::{self, Course, Step};
+use crate::recipes::train::{self, Course, Extent, Step};
 use crate::recipes::validation::Exam;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashSet};
-use std::io::Write;
-use std::process::{Command, Stdio};
-use std::time::Instant;
+use std::io::{self, Read, Write};
+use std::process::{Child, Command, Output, Stdio};
+use std::thread::{self, ScopedJoinHandle};
+use std::time::{Duration, Instant};
 
 /// What was measured, by name: `seconds_…` and `…_bytes`. What the system does not tell is not there.
 pub type Figures = BTreeMap<String, f64>;
@@ -28,6 +29,9 @@ pub const COMMAND: &str = "probe";
 /// Steps that are timed at most, and at least where one takes less than [`LONG_STEP`] seconds.
 const TIMED_STEPS: [usize; 2] = [3, 12];
 const LONG_STEP: f64 = 10.0;
+
+/// How often a measurement is looked after.
+const LOOK: Duration = Duration::from_millis(20);
 
 /// What a child is asked to measure.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -101,7 +105,7 @@ impl Probe {
             // A child that ended already says why on its standard error.
             let _ = input.write_all(&spec);
         }
-        let output = child.wait_with_output().map_err(|error| failed("cannot be read", &error))?;
+        let output = until_stopped(child, stop).map_err(|error| failed("cannot be read", &error))?;
         stop.check()?;
         let said = String::from_utf8_lossy(&output.stderr);
         let said = said.trim().trim_start_matches("error: ").to_owned();
@@ -119,6 +123,37 @@ impl Probe {
     }
 }
 
+/// What a child says, read to its end; it is killed when this process is asked to stop.
+fn until_stopped(mut child: Child, stop: &Stop) -> io::Result<Output> {
+    let (said, complained) = (child.stdout.take(), child.stderr.take());
+    thread::scope(|scope| {
+        let said = scope.spawn(|| read_all(said));
+        let complained = scope.spawn(|| read_all(complained));
+        let status = loop {
+            if stop.requested() {
+                // It may have ended by itself just now.
+                let _ = child.kill();
+            }
+            match child.try_wait()? {
+                Some(status) => break status,
+                None => thread::sleep(LOOK),
+            }
+        };
+        let join = |reader: ScopedJoinHandle<'_, io::Result<Vec<u8>>>| {
+            reader.join().unwrap_or_else(|_| Err(io::Error::other("a reader panicked")))
+        };
+        Ok(Output { status, stdout: join(said)?, stderr: join(complained)? })
+    })
+}
+
+fn read_all(pipe: Option<impl Read>) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    match pipe {
+        Some(mut pipe) => pipe.read_to_end(&mut bytes).map(|_| bytes),
+        None => Ok(bytes),
+    }
+}
+
 /// Notes `name` where the system tells the peak.
 pub(super) fn note_peak(figures: &mut Figures, name: &str, beside: usize) {
     if let Some(bytes) = peak_memory_bytes() {
@@ -130,7 +165,7 @@ impl TrainingProbe {
     fn measure(&self) -> Result<Figures> {
         let started = Instant::now();
         let mut figures = Figures::new();
-        let material = train::material(&self.config, self.depths, &Stop::default(), &Silent)?;
+        let material = train::material(&self.config, Extent::Steps(self.depths), &Stop::default(), &Silent)?;
         figures.insert("seconds_load".to_owned(), started.elapsed().as_secs_f64());
         note_peak(&mut figures, "load_peak_bytes", 0);
         let mut rehearsal = Rehearsal { probe: self, figures };

@@ -81,11 +81,15 @@ pub(super) fn training(summary: &Value) -> String {
     line(
         "total time",
         format!(
-            "{} (start {}, images {}, checkpoints {}; no evaluation)",
+            "{} (start {}, images {}, checkpoints {}; {})",
             duration(&summary["seconds_total"]),
             duration(&summary["seconds_start"]),
             duration(&summary["seconds_images"]),
-            duration(&summary["seconds_checkpoints"])
+            duration(&summary["seconds_checkpoints"]),
+            match summary["validations"].as_u64() {
+                Some(times) if times > 0 => format!("{times} validations come on top"),
+                _ => "no validation".to_owned(),
+            }
         ),
     );
     if let (Some(seconds), Ok(now)) =

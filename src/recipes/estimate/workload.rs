@@ -148,7 +148,7 @@ impl Workload {
             }
             // TRADES shows its attacked questions twice.
             let is_twice = train.recipe == RecipeName::Trades;
-            let again = if is_twice { &picked[..lesson.num_attacked(picked.len())] } else { &[] };
+            let again = if is_twice { &picked[..lesson.num_attacked(step, picked.len())] } else { &[] };
             rows += picked.iter().chain(again).map(|&index| items[index].rows(group)).sum::<usize>();
             steps.push((step, picked.iter().map(|&index| work(&items[index])).sum()));
         }

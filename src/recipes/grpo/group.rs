@@ -8,7 +8,7 @@ use crate::model::assistant::Assistant;
 use crate::model::generate::{Completion, Prompt};
 use crate::model::sampling::SamplingConfig;
 use crate::model::vlm::Features;
-use crate::recipes::config::GrpoSettings;
+use crate::recipes::config::{GrpoSettings, ImportanceName};
 use crate::recipes::lesson::{Lesson, Questions};
 use crate::rng;
 use crate::roles::policy;
@@ -26,6 +26,7 @@ pub(super) struct Group {
     pub(super) others: Vec<Vec<f64>>,
     /// Weighted sums; NaN where no column with a weight has a reward.
     pub(super) total: Vec<f64>,
+    /// Whether all completions are worth the same, so that none is better than its group.
     pub(super) is_flat: bool,
 }
 
@@ -39,14 +40,20 @@ impl Group {
         }
     }
 
-    /// Whether all completions are worth the same, so that none is better than its group.
-    pub(super) fn is_flat(&self) -> bool {
-        self.is_flat
-    }
-
     /// Whether completion `c` takes part in the loss.
     pub(super) fn counts(&self, c: usize, settings: &GrpoSettings) -> bool {
         self.completions[c].is_finished || !settings.mask_truncated
+    }
+
+    /// Ratios of the loss: one for each token or for each completion that takes part in it.
+    pub(super) fn num_ratios(&self, settings: &GrpoSettings) -> usize {
+        match settings.importance_level {
+            ImportanceName::Token => self.num_tokens(settings),
+            ImportanceName::Sequence => {
+                let is_there = |&c: &usize| self.counts(c, settings) && !self.completions[c].ids.is_empty();
+                (0..self.completions.len()).filter(is_there).count()
+            }
+        }
     }
 
     /// Tokens that take part in the loss.
@@ -139,13 +146,13 @@ pub(super) fn resample(
 ) -> Result<usize> {
     let mut replaced = 0;
     for attempt in 1..=lesson.config.grpo.max_resamples as u64 {
-        let flat: Vec<usize> = (0..groups.len()).filter(|&g| groups[g].is_flat()).collect();
+        let flat: Vec<usize> = (0..groups.len()).filter(|&g| groups[g].is_flat).collect();
         if flat.is_empty() {
             break;
         }
         let round = Round { places: &flat, attempt, ..first };
         for (group, &place) in roll_out(lesson, frozen, questions, features, round)?.into_iter().zip(&flat) {
-            if !group.is_flat() {
+            if !group.is_flat {
                 groups[place] = group;
                 replaced += 1;
             }

@@ -8,7 +8,7 @@
 use super::group::Group;
 use crate::data::Sample;
 use crate::data::prompt::PromptTemplate;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::assistant::Assistant;
 use crate::model::generate::Completion;
 use crate::recipes::config::{GrpoSettings, RewardAggregation, RunConfig, TargetName};
@@ -16,7 +16,7 @@ use crate::recipes::lesson::Lesson;
 use crate::reward::command::{Line, RewardCommand};
 use crate::reward::overlong::Overlong;
 use crate::reward::repetition::Repetition;
-use crate::train::advantage::weighted_sum;
+use crate::train::advantage::{summary, weighted_sum};
 use std::cell::RefCell;
 use std::time::Duration;
 
@@ -42,10 +42,16 @@ pub struct Judge {
 }
 
 /// A completion in words.
-struct Said<'a> {
-    sample: &'a Sample,
-    completion: &'a Completion,
-    text: &'a str,
+#[derive(Debug, Clone, Copy)]
+pub struct Said<'a> {
+    /// The question it answers.
+    pub sample: &'a Sample,
+    /// Its words.
+    pub text: &'a str,
+    /// Its tokens, with the one that ended it.
+    pub num_tokens: usize,
+    /// Whether one did.
+    pub is_finished: bool,
 }
 
 impl Judge {
@@ -83,6 +89,14 @@ impl Judge {
         self.command.as_ref().map(|command| command.borrow().names().to_vec())
     }
 
+    /// Takes leave of a reward command: it must have said all it had to say.
+    ///
+    /// # Errors
+    /// When it answered more than it was asked.
+    pub fn finish(&self) -> Result<()> {
+        self.command.as_ref().map_or(Ok(()), |command| command.borrow_mut().finish())
+    }
+
     /// The weights of the columns that advantages are made of.
     pub(super) fn weights(&self) -> Vec<f64> {
         self.columns.iter().map(|column| column.weight).filter(|weight| *weight != 0.0).collect()
@@ -94,7 +108,30 @@ impl Judge {
         columns.map(|(k, _)| group.column(k)[c]).collect()
     }
 
-    /// Reads and rewards the completions of `samples`, a group each. A reward command is asked about all of them at once.
+    /// What completions are worth on average: of each the weighted sum of its rewards, if it was given one. `steps` of training
+    /// came before.
+    ///
+    /// # Errors
+    /// Those of a reward command; when none was given a reward.
+    pub fn mean_reward(&self, lesson: &Lesson<'_>, steps: u64, all: &[Said<'_>]) -> Result<f64> {
+        let rewards = self.rewards(lesson, steps, all)?;
+        let weights: Vec<f64> = self.columns.iter().map(|column| column.weight).collect();
+        // What has no weight makes up for nothing.
+        let weighted = |row: &Vec<f64>| -> Vec<f64> {
+            row.iter().zip(&weights).map(|(r, weight)| if *weight == 0.0 { f64::NAN } else { *r }).collect()
+        };
+        let totals: Vec<f64> = rewards.iter().map(|row| weighted_sum(&weighted(row), &weights)).collect();
+        let mean = summary(&totals).mean;
+        if mean.is_nan() {
+            return Err(Error::data(
+                "no completion of the validation was given a reward\n   = help: the reward command must reward some of them, or give `train.validation.metric` another name",
+            ));
+        }
+        Ok(mean)
+    }
+
+    /// Reads and rewards the completions of `samples`, a group each. A reward command is asked about all of them at once, and so item by item by an
+    /// adversary that lowers the expected reward.
     pub(super) fn groups(
         &self,
         lesson: &Lesson<'_>,
@@ -111,20 +148,15 @@ impl Judge {
             .iter()
             .zip(completions.iter().zip(&texts))
             .flat_map(|(sample, (completions, texts))| {
-                let said = completions.iter().zip(texts);
-                said.map(move |(completion, text)| Said { sample, completion, text })
+                completions.iter().zip(texts).map(move |(completion, text)| Said {
+                    sample,
+                    text,
+                    num_tokens: completion.ids.len(),
+                    is_finished: completion.is_finished,
+                })
             })
             .collect();
-        let asked = self.ask(step, &all)?;
-        let rewards: Vec<Vec<f64>> = all
-            .iter()
-            .zip(asked)
-            .map(|(said, asked)| {
-                let mut row = self.own_rewards(lesson, said);
-                row.extend(asked);
-                row
-            })
-            .collect();
+        let rewards = self.rewards(lesson, step + 1, &all)?;
         drop(all);
         let mut rows = rewards.into_iter();
         let groups = completions.into_iter().zip(texts).map(|(completions, texts)| {
@@ -134,21 +166,32 @@ impl Judge {
         Ok(groups.collect())
     }
 
+    /// The rewards of each completion, in the order of their columns.
+    fn rewards(&self, lesson: &Lesson<'_>, steps: u64, all: &[Said<'_>]) -> Result<Vec<Vec<f64>>> {
+        let asked = self.ask(steps, all)?;
+        let rows = all.iter().zip(asked).map(|(said, asked)| {
+            let mut row = self.own_rewards(lesson, said);
+            row.extend(asked);
+            row
+        });
+        Ok(rows.collect())
+    }
+
     /// The rewards that need no command, in the order of their columns.
     fn own_rewards(&self, lesson: &Lesson<'_>, said: &Said<'_>) -> Vec<f64> {
-        let Said { sample, completion, text } = said;
+        let Said { sample, text, num_tokens, is_finished } = *said;
         let rewards = lesson.config.grpo.rewards();
         let score = rewards.score(text, sample.answer, sample.options.len(), lesson.format());
         // A completion that never ended is not well-formed, whatever its text.
-        let format = if completion.is_finished { score.format } else { 0.0 };
+        let format = if is_finished { score.format } else { 0.0 };
         let mut row = vec![score.accuracy, format];
-        row.extend(self.overlong.map(|overlong| overlong.reward(completion.ids.len())));
+        row.extend(self.overlong.map(|overlong| overlong.reward(num_tokens)));
         row.extend(self.repetition.map(|repetition| repetition.reward(text)));
         row
     }
 
     /// What the command says, one row for each completion; empty rows without one.
-    fn ask(&self, step: u64, all: &[Said<'_>]) -> Result<Vec<Vec<f64>>> {
+    fn ask(&self, steps: u64, all: &[Said<'_>]) -> Result<Vec<Vec<f64>>> {
         let Some(command) = &self.command else { return Ok(vec![Vec::new(); all.len()]) };
         let images: Vec<_> = all.iter().map(|said| said.sample.image.to_string_lossy()).collect();
         let lines: Vec<Line<'_>> = all
@@ -159,9 +202,9 @@ impl Judge {
                 index,
                 count: all.len(),
                 completion: said.text,
-                is_finished: said.completion.is_finished,
-                num_tokens: said.completion.ids.len(),
-                ..line_about(said.sample, image, step + 1)
+                is_finished: said.is_finished,
+                num_tokens: said.num_tokens,
+                ..line_about(said.sample, image, steps)
             })
             .collect();
         command.borrow_mut().ask(&lines)
@@ -266,7 +309,7 @@ mod tests {
         assert_eq!(judge.row(&group, 0), [1.0, -0.5, 3.0]);
         assert_eq!(group.total[..2], [6.75, 2.0]);
         assert!(group.total[2].is_nan(), "what is only watched makes up for nothing");
-        assert!(!group.is_flat());
+        assert!(!group.is_flat);
     }
 
     #[test]
@@ -287,8 +330,8 @@ mod tests {
         ] {
             let rows = rows.map(|row| row.to_vec());
             let judge = judge(&weights);
-            assert_eq!(group(&judge, SumThenNormalize, &rows).is_flat(), flat_sums, "{rows:?}");
-            assert_eq!(group(&judge, NormalizeThenSum, &rows).is_flat(), flat_columns, "{rows:?}");
+            assert_eq!(group(&judge, SumThenNormalize, &rows).is_flat, flat_sums, "{rows:?}");
+            assert_eq!(group(&judge, NormalizeThenSum, &rows).is_flat, flat_columns, "{rows:?}");
         }
     }
 }

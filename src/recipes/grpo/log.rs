@@ -10,7 +10,8 @@ use crate::error::Result;
 use crate::recipes::config::LossType;
 use crate::recipes::items;
 use crate::recipes::lesson::{Lesson, Questions};
-use crate::recipes::sft::StepReport;
+use crate::recipes::step::StepReport;
+use crate::train::advantage::{Advantages, RewardSummary, summary};
 use crate::train::grpo::GrpoStats;
 use candle_core::Tensor;
 use serde_json::{Map, Value, json};
@@ -21,24 +22,22 @@ pub(super) fn describe(
     lesson: &Lesson<'_>,
     judge: &Judge,
     groups: &[Group],
+    advantages: &Advantages,
     outcome: &UpdateOutcome,
 ) {
     let completions = || groups.iter().flat_map(|group| &group.completions);
-    let num_flat = groups.iter().filter(|group| group.is_flat()).count();
     let mut put = |key: &str, value: f64| {
         report.metrics.insert(key.to_owned(), json!(value));
     };
     put("loss", outcome.loss);
     put("learning_rate", outcome.learning_rate);
     put("grad_norm", outcome.grad_norm);
-    put_rewards(&mut put, judge, groups);
-    put("frac_reward_zero_std", num_flat as f64 / groups.len() as f64);
+    put_rewards(&mut put, judge, groups, advantages.reward);
+    put("frac_reward_zero_std", advantages.frac_reward_zero_std);
     put("groups_updated", outcome.num_groups_updated as f64);
     put("entropy", mean(completions().flat_map(|c| c.entropies.iter().map(|h| f64::from(*h)))));
-    if let Some(stats) = &outcome.stats {
-        for (key, value) in figures_of(stats, lesson.config.grpo.loss_type) {
-            put(key, value);
-        }
+    for (key, value) in figures_of(&outcome.stats, lesson.config.grpo.loss_type) {
+        put(key, value);
     }
     let lengths = |only_finished: bool| -> Vec<f64> {
         let counted = completions().filter(|c| c.is_finished || !only_finished);
@@ -71,15 +70,11 @@ fn figures_of(stats: &GrpoStats, loss_type: LossType) -> Vec<(&'static str, f64)
     figures
 }
 
-/// What is each update's own, where the settings want several. Their number counts from 1; 0 says that no group taught
-/// anything, so that none was made.
+/// What is each update's own, where the settings want several. Their number counts from 1.
 pub(super) fn each_update(lesson: &Lesson<'_>, outcome: &UpdateOutcome) -> Vec<Map<String, Value>> {
     let settings = &lesson.config.grpo;
     if settings.num_updates == 1 {
         return Vec::new();
-    }
-    if outcome.each.is_empty() {
-        return vec![Map::from_iter([("update".to_owned(), json!(0))])];
     }
     let own = |(index, (loss, grad_norm, stats)): (usize, &(f64, f64, GrpoStats))| {
         let mut own = Map::from_iter([("update".to_owned(), json!(index + 1))]);
@@ -92,29 +87,25 @@ pub(super) fn each_update(lesson: &Lesson<'_>, outcome: &UpdateOutcome) -> Vec<M
     outcome.each.iter().enumerate().map(own).collect()
 }
 
-/// Mean and spread of each reward over the completions of the step that were given one, and the share that was given
-/// none of those that a command gives. Where none was given, none is logged.
-fn put_rewards(put: &mut impl FnMut(&str, f64), judge: &Judge, groups: &[Group]) {
-    let given = |of: &dyn Fn(&Group) -> Vec<f64>| -> (Vec<f64>, f64) {
-        let all: Vec<f64> = groups.iter().flat_map(of).collect();
-        let given: Vec<f64> = all.iter().copied().filter(|reward| !reward.is_nan()).collect();
-        let missing = 1.0 - given.len() as f64 / all.len() as f64;
-        (given, missing)
+/// Mean and spread of each reward over the completions of the step that were given one, where there are any, and the share that
+/// was given none of those that a command gives.
+fn put_rewards(put: &mut impl FnMut(&str, f64), judge: &Judge, groups: &[Group], total: RewardSummary) {
+    let mut put_summary = |mean_key: &str, std_key: &str, of: RewardSummary| {
+        for (key, value) in [(mean_key, of.mean), (std_key, of.std)] {
+            if !value.is_nan() {
+                put(key, value);
+            }
+        }
     };
-    let (total, _) = given(&|group| group.total.clone());
-    if !total.is_empty() {
-        put("reward", mean(total.iter().copied()));
-        put("reward_std", standard_deviation(&total));
+    put_summary("reward", "reward_std", total);
+    for (k, Column { name, .. }) in judge.columns().iter().enumerate() {
+        let all: Vec<f64> = groups.iter().flat_map(|group| group.column(k)).copied().collect();
+        put_summary(&format!("rewards/{name}/mean"), &format!("rewards/{name}/std"), summary(&all));
     }
-    for (k, Column { name, is_external, .. }) in judge.columns().iter().enumerate() {
-        let (rewards, missing) = given(&|group| group.column(k).to_vec());
-        if !rewards.is_empty() {
-            put(&format!("rewards/{name}/mean"), mean(rewards.iter().copied()));
-            put(&format!("rewards/{name}/std"), standard_deviation(&rewards));
-        }
-        if *is_external {
-            put(&format!("rewards/{name}/missing"), missing);
-        }
+    for (k, Column { name, .. }) in judge.columns().iter().enumerate().filter(|(_, c)| c.is_external) {
+        let all = || groups.iter().flat_map(|group| group.column(k));
+        let missing = all().filter(|reward| reward.is_nan()).count() as f64 / all().count() as f64;
+        put(&format!("rewards/{name}/missing"), missing);
     }
 }
 
@@ -181,11 +172,4 @@ fn sha256_of(tensors: &[Tensor]) -> Result<String> {
 pub(super) fn mean(values: impl Iterator<Item = f64>) -> f64 {
     let (sum, count) = values.fold((0.0, 0usize), |(sum, count), value| (sum + value, count + 1));
     if count == 0 { 0.0 } else { sum / count as f64 }
-}
-
-/// Sample standard deviation.
-fn standard_deviation(values: &[f64]) -> f64 {
-    let centre = mean(values.iter().copied());
-    let squares: f64 = values.iter().map(|v| (v - centre).powi(2)).sum();
-    if values.len() < 2 { 0.0 } else { (squares / (values.len() - 1) as f64).sqrt() }
 }

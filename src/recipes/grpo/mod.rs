@@ -6,8 +6,8 @@
 //!
 //! Deviation: the paper does not say what its attack maximises, whether groups share one image, or what the reference
 //! policy sees; each is an option here.
-//! Deviation: groups whose rewards are all equal carry no gradient and, without a KL term, are not run through the
-//! update; they count in every denominator, so the result is the same.
+//! Groups whose rewards are all equal carry no gradient and, without a KL term, are not run through the update; they count in
+//! every denominator, and a step in which there are no others still steps by a gradient of zero, so the result is the same.
 //! With `refresh = "each_update"` the attack is warmed up again before each further update on the same completions: old
 //! log-probabilities stay those of the image sampled on, so that a ratio is the weight of a sample for the new policy on the
 //! new image, and the clip bounds the two changes together.
@@ -24,14 +24,14 @@ use super::fit::{Fit, Student};
 use super::items;
 use super::lesson::Lesson;
 use super::pictures;
-use super::sft::StepReport;
+use super::step::StepReport;
 use crate::error::Result;
 use crate::model::assistant::Assistant;
 use crate::roles::policy;
-use crate::train::advantage::{self, AdvantageConfig};
+use crate::train::advantage::{self, AdvantageConfig, Advantages};
 pub(super) use group::rewards_of;
 use group::{Group, Round, resample, roll_out};
-pub use judge::{Column, Judge};
+pub use judge::{Column, Judge, Said};
 use log::{describe, each_update, mean, write_down};
 use serde_json::json;
 use std::time::Instant;
@@ -79,7 +79,8 @@ pub fn step(lesson: &Lesson<'_>, fit: &mut Fit<Student>, sampling: &Sampling<'_>
     lesson.evidence.note(|noted| {
         (noted.phase, noted.pixels, noted.temperature) = ("rollout", pixels.clone(), settings.temperature);
     });
-    report.phases.push(("attack", started.elapsed().as_secs_f64()));
+    let phase = if sampling.is_adversarial { "attack" } else { "images" };
+    report.phases.push((phase, started.elapsed().as_secs_f64()));
 
     let started = Instant::now();
     let is_new = sampling.is_adversarial || lesson.config.noise_sigma > 0.0;
@@ -101,7 +102,9 @@ pub fn step(lesson: &Lesson<'_>, fit: &mut Fit<Student>, sampling: &Sampling<'_>
         (noted.phase, noted.completions) = ("update", groups.iter().map(ids).collect());
         noted.rewards = groups.iter().map(|group| group.total.clone()).collect();
     });
-    let advantages = advantages_of(&groups, sampling.judge, settings)?;
+    let relative = advantages_of(&groups, sampling.judge, settings)?;
+    let advantages: Vec<Vec<f64>> =
+        relative.advantages.chunks(settings.group_size).map(<[f64]>::to_vec).collect();
     lesson.evidence.note(|noted| noted.advantages.clone_from(&advantages));
     // Of a vision tower that does not train they hold for the update too, and for the reference.
     let features = lesson.features.is_some().then_some(features);
@@ -114,7 +117,7 @@ pub fn step(lesson: &Lesson<'_>, fit: &mut Fit<Student>, sampling: &Sampling<'_>
         report.phases.push(("refresh", outcome.refresh_seconds));
     }
 
-    describe(&mut report, lesson, sampling.judge, &groups, &outcome);
+    describe(&mut report, lesson, sampling.judge, &groups, &relative, &outcome);
     let prompt_tokens: usize = questions.prompts.iter().map(|prompt| prompt.ids.len()).sum();
     let completion_tokens: usize =
         groups.iter().flat_map(|group| &group.completions).map(|c| c.ids.len()).sum();
@@ -122,7 +125,7 @@ pub fn step(lesson: &Lesson<'_>, fit: &mut Fit<Student>, sampling: &Sampling<'_>
     if settings.max_resamples > 0 {
         report.metrics.insert("groups_resampled".into(), json!(num_resampled));
     }
-    let num_attacked = attacked.as_ref().map_or(0, |_| lesson.num_attacked(groups.len()));
+    let num_attacked = attacked.as_ref().map_or(0, |_| lesson.num_attacked(fit.step, groups.len()));
     let share = |groups: &[Group]| mean(groups.iter().flat_map(|group| group.accuracy.iter().copied()));
     let metrics = &mut report.metrics;
     if num_attacked > 0 {
@@ -141,7 +144,7 @@ pub fn step(lesson: &Lesson<'_>, fit: &mut Fit<Student>, sampling: &Sampling<'_>
     Ok(report)
 }
 
-fn advantages_of(groups: &[Group], judge: &Judge, settings: &GrpoSettings) -> Result<Vec<Vec<f64>>> {
+fn advantages_of(groups: &[Group], judge: &Judge, settings: &GrpoSettings) -> Result<Advantages> {
     let rows = |group| (0..settings.group_size).map(move |c| judge.row(group, c));
     let rows: Vec<Vec<f64>> = groups.iter().flat_map(rows).collect();
     let config = AdvantageConfig {
@@ -157,6 +160,5 @@ fn advantages_of(groups: &[Group], judge: &Judge, settings: &GrpoSettings) -> Re
         },
         reward_weights: judge.weights(),
     };
-    let advantages = advantage::group_relative(&rows, &config)?.advantages;
-    Ok(advantages.chunks(settings.group_size).map(<[f64]>::to_vec).collect())
+    advantage::group_relative(&rows, &config)
 }

@@ -31,14 +31,13 @@ pub(super) struct Seen<'a> {
 }
 
 /// What the updates of one step came to.
-#[derive(Default)]
 pub(super) struct UpdateOutcome {
     pub(super) loss: f64,
     pub(super) grad_norm: f64,
     pub(super) learning_rate: f64,
     pub(super) num_groups_updated: usize,
-    /// Over the tokens of all passes of the last update; none when no group was updated.
-    pub(super) stats: Option<GrpoStats>,
+    /// Over all groups, of the last update.
+    pub(super) stats: GrpoStats,
     /// Loss, gradient norm and statistics of each update.
     pub(super) each: Vec<(f64, f64, GrpoStats)>,
     /// The last attack between two updates.
@@ -213,14 +212,18 @@ pub(super) fn update(
     let settings = &lesson.config.grpo;
     let mut passes = passes_of(lesson, &fit.learner.assistant, questions, groups, advantages, seen)?;
     let num_completions: usize = passes.iter().map(|pass| pass.lengths.len()).sum();
+    let is_run = |g: &usize| passes.iter().any(|pass| pass.places.contains(g));
+    let idle = (0..groups.len()).filter(|g| !is_run(g)).map(|g| groups[g].num_ratios(settings)).sum();
     let mut outcome = UpdateOutcome {
-        num_groups_updated: num_completions / settings.group_size,
+        loss: 0.0,
+        grad_norm: 0.0,
         learning_rate: fit::learning_rate_at(lesson.config, fit.step),
-        ..UpdateOutcome::default()
+        num_groups_updated: num_completions / settings.group_size,
+        stats: GrpoStats::of_idle(idle),
+        each: Vec::new(),
+        attacked: None,
+        refresh_seconds: 0.0,
     };
-    if passes.is_empty() {
-        return Ok(outcome);
-    }
     let accumulation = Accumulation {
         gradient_accumulation_steps: 1,
         steps_per_generation: 1,
@@ -229,6 +232,7 @@ pub(super) fn update(
     };
     for number in 0..settings.num_updates {
         if number > 0
+            && !passes.is_empty()
             && let Some((adversary, first)) = seen.adversary
         {
             let started = Instant::now();
@@ -238,8 +242,10 @@ pub(super) fn update(
             outcome.attacked = Some(again);
             outcome.refresh_seconds += started.elapsed().as_secs_f64();
         }
-        let mut gradients = Gradients::default();
-        let (mut loss, mut stats) = (0.0, Vec::with_capacity(passes.len()));
+        // Where no group teaches anything the update is one by a gradient of zero: the optimiser's memory goes on.
+        let mut gradients =
+            if passes.is_empty() { Gradients::zero(&fit.wanted())? } else { Gradients::default() };
+        let (mut loss, mut stats) = (0.0, vec![GrpoStats::of_idle(idle)]);
         for pass in &mut passes {
             let (own, own_gradients) = pass.run(lesson, fit, &accumulation)?;
             gradients.add(own_gradients)?;
@@ -248,7 +254,7 @@ pub(super) fn update(
         }
         let stats = GrpoStats::joined(&stats);
         outcome.loss = loss;
-        outcome.stats = Some(stats);
+        outcome.stats = stats;
         outcome.grad_norm = fit.update(&gradients, lesson.config)?.grad_norm;
         outcome.each.push((loss, outcome.grad_norm, stats));
     }
@@ -266,6 +272,7 @@ fn renewed(
     passes: Vec<Pass>,
 ) -> Result<Vec<Pass>> {
     let pixels = lesson.with_noise(&attacked.pixels, fit.step)?;
+    lesson.evidence.note(|noted| (noted.phase, noted.pixels) = ("update", pixels.clone()));
     let features = match lesson.features {
         Some(_) => Some(policy::encode(&fit.learner.frozen, &pixels)?),
         None => None,

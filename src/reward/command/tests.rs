@@ -148,12 +148,19 @@ fn a_fault_later_names_step_question_and_line() {
         );
     }
     // More than was asked, seen before it can be taken for the next answer.
-    let script = format!("{answer} {answer} echo '{{\"reward\": 5}}'; read -r l; read -r l");
+    let script = format!("{answer} {answer} sleep 0.02; echo '{{\"reward\": 5}}'; read -r l; read -r l");
     let mut command = shell(&script, LONG).unwrap();
     command.ask(&lines[..1]).unwrap();
     thread::sleep(SURPLUS);
     let error = command.ask(&lines[..1]).unwrap_err();
     assert!(error.to_string().contains("more lines"), "{error}");
+    // And after the last question, when nothing else would notice.
+    let twice = "while read -r l; do echo '{\"reward\": 1}'; echo '{\"reward\": 2}'; done";
+    let mut command = shell(&format!("{answer} {twice}"), LONG).unwrap();
+    let error = command.ask(&lines).and_then(|_| command.finish()).unwrap_err();
+    assert!(error.to_string().contains("more lines"), "{error}");
+    let mut command = shell(&format!("{answer} {answer} read -r l"), LONG).unwrap();
+    command.ask(&lines[..1]).and_then(|_| command.finish()).unwrap();
     // Of many words the last are kept, each cut.
     let words = "i=0; while [ $i -lt 40 ]; do echo \"word $i\" >&2; i=$((i+1)); done; exit 1";
     let text = shell(words, LONG).unwrap_err().to_string();
