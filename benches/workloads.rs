@@ -17,7 +17,7 @@ use safemed::backend::{peak_memory_bytes, restart_peak_memory, with_threads};
 use safemed::certify::count_draws;
 use safemed::data::phantom::{self, PhantomConfig};
 use safemed::data::prompt::PromptTemplate;
-use safemed::data::{DatasetConfig, ImageCheck, Sample};
+use safemed::data::{Dataset, DatasetConfig, ImageCheck, Sample};
 use safemed::error;
 use safemed::model::assistant::Assistant;
 use safemed::model::generate::Prompt;
@@ -27,9 +27,13 @@ use safemed::model::sampling::{Decoding, SamplingConfig};
 use safemed::model::vlm::Features;
 use safemed::nn::recompute::{Memory, loss_and_gradients};
 use safemed::pixels::decode::decode_file;
-use safemed::recipes::config::TrainConfig;
+use safemed::recipes::config::{AdversaryConfig, RampName, RecipeName, TrainConfig};
+use safemed::recipes::failure::Evidence;
 use safemed::recipes::fit::{Fit, Student};
+use safemed::recipes::items::Images;
+use safemed::recipes::lesson::Lesson;
 use safemed::recipes::scratch::Scratch;
+use safemed::recipes::{sft, trades};
 use safemed::roles::classifier::{QuestionClassifier, Reading};
 use safemed::roles::policy::{self, Scoring};
 use safemed::roles::target::{Aim, Target};
@@ -44,10 +48,12 @@ mod process;
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// What runs on the checkpoint as it is, and what under an adapter.
+/// What runs on the checkpoint as it is, what under an adapter, and what where the weights themselves train.
 const ON_BASE: [&str; 7] =
     ["forward", "certify_b16", "certify_b32", "pgd_b1", "pgd_b4", "generate_b1", "generate_b8"];
-const ON_ADAPTER: [&str; 4] = ["sft_lora", "grpo_rollout", "grpo_attack_pgd5", "grpo_update"];
+const ON_ADAPTER: [&str; 6] =
+    ["sft_lora", "grpo_rollout", "grpo_attack_pgd5", "grpo_update", "at_sft", "trades"];
+const ON_WEIGHTS: &str = "sft_full";
 const EPSILON: f64 = 8.0 / 255.0;
 const SIGMA: f64 = 0.25;
 const LETTERS: [&str; 4] = ["A", "B", "C", "D"];
@@ -62,7 +68,7 @@ struct Args {
     /// Questions and images in OmniMedVQA's layout.
     #[arg(long)]
     data: Option<PathBuf>,
-    /// Workloads whose name begins with one of these.
+    /// Workloads whose name has one of these words.
     #[arg(long, num_args = 1..)]
     only: Vec<String>,
     /// Timed calls of each.
@@ -95,16 +101,14 @@ fn run(args: &Args) -> Result<()> {
         Some(data) => data.clone(),
         None => phantoms(scratch.path())?,
     };
-    let samples = DatasetConfig { omnimedvqa: Some(data.clone()), ..DatasetConfig::default() }
-        .load(ImageCheck::Exist)?
-        .samples;
+    let dataset = DatasetConfig { omnimedvqa: Some(data.clone()), ..DatasetConfig::default() }
+        .load(ImageCheck::Exist)?;
     let checkpoint = match &args.checkpoint {
         Some(dir) => dir.clone(),
-        None => tiny_checkpoint(&samples, scratch.path())?,
+        None => tiny_checkpoint(&dataset.samples, scratch.path())?,
     };
-    let wants =
-        |name: &str| args.only.is_empty() || args.only.iter().any(|only| name.starts_with(only.as_str()));
-    let bench = Bench { args, data: &data, samples: &samples, wants: &wants };
+    let wants = |name: &str| args.only.is_empty() || args.only.iter().any(|only| name.contains(only));
+    let bench = Bench { args, data: &data, dataset: &dataset, samples: &dataset.samples, wants: &wants };
     if wants("load") {
         bench.load(&checkpoint)?;
     }
@@ -124,10 +128,18 @@ fn run(args: &Args) -> Result<()> {
         let assistant =
             Assistant::load_adapted(&checkpoint, adaptation, bench.precision(), &trains, &Device::Cpu)?;
         let mut fit = Fit::new(Student::new(assistant, Some(config.clone()))?)?;
-        bench.sft(&mut fit)?;
+        bench.sft("sft_lora", &mut fit)?;
         bench.rollout(&fit.learner.frozen)?;
         bench.pgd(&fit.learner.frozen, &ON_ADAPTER)?;
         bench.grpo_update(&mut fit)?;
+        for recipe in [RecipeName::AtSft, RecipeName::Trades] {
+            bench.adversarial(recipe, &mut fit)?;
+        }
+    }
+    if wants(ON_WEIGHTS) {
+        let precision = bench.precision();
+        let all = Assistant::load_adapted(&checkpoint, Adaptation::None, precision, &|_| true, &Device::Cpu)?;
+        bench.sft(ON_WEIGHTS, &mut Fit::new(Student::new(all, None)?)?)?;
     }
     Ok(())
 }
@@ -149,6 +161,7 @@ fn phantoms(dir: &Path) -> Result<PathBuf> {
 struct Bench<'a> {
     args: &'a Args,
     data: &'a Path,
+    dataset: &'a Dataset,
     samples: &'a [Sample],
     wants: &'a dyn Fn(&str) -> bool,
 }
@@ -404,9 +417,9 @@ impl Bench<'_> {
         })
     }
 
-    /// One step of the adapter on four questions with a reasoning each.
-    fn sft(&self, fit: &mut Fit<Student>) -> Result<()> {
-        if !(self.wants)("sft_lora") {
+    /// One step of what trains on four questions with a reasoning each.
+    fn sft(&self, name: &str, fit: &mut Fit<Student>) -> Result<()> {
+        if !(self.wants)(name) {
             return Ok(());
         }
         let asked = self.first(&fit.learner.frozen, 4)?;
@@ -420,7 +433,47 @@ impl Bench<'_> {
             );
             targets.push(vec![fit.learner.assistant.target(&text)?]);
         }
-        self.step("sft_lora", fit, &asked, None, &targets, &|spans: usize| vec![-1.0 / spans as f32; spans])
+        self.step(name, fit, &asked, None, &targets, &|spans: usize| vec![-1.0 / spans as f32; spans])
+    }
+
+    /// One step of a recipe that trains on attacked images, as `safemed train` takes it: PGD of three steps on four questions,
+    /// all of them attacked with the full budget, and the update.
+    fn adversarial(&self, recipe: RecipeName, fit: &mut Fit<Student>) -> Result<()> {
+        if !(self.wants)(recipe.word()) {
+            return Ok(());
+        }
+        let adversary = AdversaryConfig {
+            clean_fraction: 0.0,
+            epsilon_schedule: RampName::Constant,
+            ..AdversaryConfig::default()
+        };
+        let config = TrainConfig {
+            recipe,
+            batch_size: 4,
+            learning_rate: 1e-5,
+            recompute: self.args.recompute,
+            adversary,
+            ..TrainConfig::default()
+        };
+        let images = Images::new(self.dataset);
+        let lesson = Lesson {
+            samples: self.samples,
+            images: &images,
+            template: PromptTemplate::Plain,
+            config: &config,
+            seed: 0,
+            features: None,
+            evidence: Evidence::default(),
+        };
+        self.measure(recipe.word(), "optimiser step", 1, &mut || {
+            let report = if recipe == RecipeName::Trades {
+                trades::step(&lesson, fit)?
+            } else {
+                sft::step(&lesson, fit, true)?
+            };
+            ensure!(report.num_tokens > 0);
+            Ok(())
+        })
     }
 
     /// Log-probabilities of two groups of eight, the loss's slopes, an update.

@@ -4,12 +4,14 @@
     safemed data phantom --out phantoms --train-items 20000
     python3 scripts/tables.py --data phantoms --configs phantom --out tables/phantom
     python3 scripts/tables.py --data ROOT --configs minimed --out tables/minimed
+    python3 scripts/tables.py --data ROOT --configs minimed --out tables/minimed --split validation --rows ablations --measures eval pgd --seeds 0
 
 ROOT is an OmniMedVQA root with `splits/train.json` and `splits/test.json`. One in ten images of the training split is held
-out for choices (`validation.json`); the test split is only measured. Every part is an ordinary safemed run below `--out`,
-resumed where it stopped; a part that is complete is not done again. `--jobs` parts run side by side, one thread each.
-Prints Markdown: for each row the mean over seeds with the half-width of a 95 % t interval over seeds, the seeds' values,
-the image-blind controls beside it, and what its training took.
+out for choices (`validation.json`); the test split is only measured. `ablations` change one thing each of what a row's
+configuration says. Every part is an ordinary safemed run below `--out`, resumed where it stopped; a part that is complete is
+not done again. `--jobs` parts run side by side, one thread each. Prints Markdown: for each row the mean over seeds with the
+half-width of a 95 % t interval over seeds, the seeds' values, the image-blind controls beside it, what its training took, and
+the share of its groups whose rewards were all equal.
 """
 import argparse
 import hashlib
@@ -19,11 +21,12 @@ import statistics
 import subprocess
 import sys
 import threading
+import tomllib
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# name: (configuration, what it starts from)
+# name: (configuration, what it starts from, what differs from the configuration)
 TRAININGS = {
     "captions": ("captions", None),
     "sft_cot": ("sft_cot", "captions"),
@@ -37,9 +40,25 @@ TRAININGS = {
     "at_sft_at_grpo": ("at_grpo", "at_sft"),
 }
 ROWS = [name for name in TRAININGS if "captions" not in name]
+# One thing each that is different in AT-GRPO, or in adversarial SFT.
+ABLATIONS = {
+    "at_grpo+resampled": ("at_grpo", "sft_cot", "train.grpo.max_resamples=3"),
+    "at_grpo+kl_to_clean": ("at_grpo", "sft_cot", "train.grpo.kl_coef=0.1", "train.grpo.kl_image=clean"),
+    "at_grpo+group_16": ("at_grpo", "sft_cot", "train.grpo.group_size=16"),
+    "at_grpo+two_updates": ("at_grpo", "sft_cot", "train.grpo.num_updates=2"),
+    "at_grpo+attack_reward": ("at_grpo", "sft_cot", "train.adversary.objective=expected_reward"),
+    "at_grpo+attack_letter": ("at_grpo", "sft_cot", "train.adversary.objective=answer"),
+    "at_grpo+half_clean": ("at_grpo", "sft_cot", "train.adversary.clean_fraction=0.5"),
+    "at_grpo+pgd_5": ("at_grpo", "sft_cot", "train.adversary.num_steps=5"),
+    "at_grpo+steps_x3": ("at_grpo", "sft_cot", "train.num_steps=x3"),
+    "at_sft+steps_x3": ("at_sft", "sft_cot", "train.num_steps=x3"),
+    "trades": ("at_sft", "sft_cot", "train.recipe=trades"),
+}
 EPSILON = "8/255"
 SIGMA = "0.25"
+MEASURES = ["eval", "pgd", "auto", "certify"]
 RADII = (0.25, 0.5)
+CONTROLS = ("blank_image", "shuffled_image", "option_prior")
 # Two-sided 95 % points of Student's t by degrees of freedom.
 T_POINTS = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
@@ -51,13 +70,16 @@ def parse():
     ap.add_argument("--configs", choices=["phantom", "minimed"], required=True)
     ap.add_argument("--out", type=Path, required=True)
     ap.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    ap.add_argument("--rows", nargs="+", default=ROWS, choices=ROWS)
+    ap.add_argument("--rows", nargs="+", default=ROWS, choices=[*ROWS, *ABLATIONS, "ablations"])
+    ap.add_argument("--measures", nargs="+", default=MEASURES, choices=MEASURES)
     ap.add_argument("--jobs", type=int, default=2)
-    ap.add_argument("--auto-items", type=int, default=200, help="test questions attacked by `auto`, even over types")
+    ap.add_argument("--attack-items", type=int, default=200, help="questions attacked, even over types")
     ap.add_argument("--certify-items", type=int, default=64)
     ap.add_argument("--split", default="test", help="the split that is measured")
     ap.add_argument("--only-tables", action="store_true", help="run nothing, print what is there")
-    return ap.parse_args()
+    args = ap.parse_args()
+    args.rows = [name for row in args.rows for name in (["at_sft", "at_grpo", *ABLATIONS] if row == "ablations" else [row])]
+    return args
 
 
 def questions(root):
@@ -86,7 +108,7 @@ def write_splits(args):
     own = args.data / f"splits/{args.split}.json"
     measured = held_out if args.split == "validation" else json.loads(own.read_text())
     write(splits / f"{args.split}.json", measured)
-    for name, count in [("auto", args.auto_items), ("certify", args.certify_items)]:
+    for name, count in [("attack", args.attack_items), ("certify", args.certify_items)]:
         write(splits / f"{args.split}-{name}.json", even(measured, known, count))
 
 
@@ -144,8 +166,13 @@ class Board:
 
     def model(self, name):
         """The directory of a trained model; what it starts from is trained first."""
-        config, start = TRAININGS[name]
+        config, start, *different = {**TRAININGS, **ABLATIONS}[name]
         words = ["train", "--config", self.config(config), "--split", self.split("train")]
+        for setting in different:
+            if setting == "train.num_steps=x3":
+                of_config = tomllib.loads(Path(self.config(config)).read_text())
+                setting = f"train.num_steps={3 * of_config['train']['num_steps']}"
+            words += ["--set", setting]
         if start:
             words += ["--model", str(self.model(start))]
         out = self.run(name, words)
@@ -159,14 +186,11 @@ class Board:
         suffix = "" if split == "test" else f"-{split}"
         words = {
             "eval": ["eval", "--split", self.split(split), "--train-split", self.split("train")],
-            "pgd": ["attack", "--split", self.split(split), "--train-split", self.split("train"), "--epsilon", EPSILON],
-            "auto": ["attack", "--method", "auto", "--split", self.split(f"{split}-auto"), "--train-split", self.split("train"), "--epsilon", EPSILON],
-            "certify": ["certify", "--split", self.split(f"{split}-certify"), "--train-split", self.split("train"), "--sigma", SIGMA, "--n0", "32", "--n", "320"],
+            "pgd": ["attack", "--split", self.split(f"{split}-attack"), "--train-split", self.split("train"), "--epsilon", EPSILON],
+            "auto": ["attack", "--method", "auto", "--split", self.split(f"{split}-attack"), "--train-split", self.split("train"), "--epsilon", EPSILON],
+            "certify": ["certify", "--split", self.split(f"{split}-certify"), "--train-split", self.split("train"), "--sigma", SIGMA, "--n0", "32", "--n", "1000"],
         }[what]
         return self.run(f"{row}-{what}{suffix}", [words[0], *asked, *words[1:]])
-
-
-MEASURES = ["eval", "pgd", "auto", "certify"]
 
 
 def summary(path):
@@ -198,6 +222,14 @@ def seconds_of(board, name):
     return sum(steps), len(steps)
 
 
+def flat_groups(board, name):
+    """The mean share of groups that taught nothing, for their rewards were all equal; none of a training without groups."""
+    path = board.dir / name / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    shares = [json.loads(line).get("frac_reward_zero_std") for line in lines]
+    return statistics.mean(shares) if shares and None not in shares else None
+
+
 def tables(args, boards):
     def collect(row, what, read):
         values = []
@@ -208,11 +240,11 @@ def tables(args, boards):
                 pass
         return values
 
-    print(f"\n{args.configs}, split `{args.split}`, seeds {', '.join(map(str, args.seeds))}; percent, mean ± half of a 95 % t interval over seeds (each seed)\n")
-    print("| row | clean | PGD-10 | auto | certified 0.25 | certified 0.5 | blank | shuffled | option prior | training, s a step x steps |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    print(f"\n{args.configs}, split `{args.split}`; {args.attack_items} questions attacked at {EPSILON}, {args.certify_items} certified; seeds {', '.join(map(str, args.seeds))}; percent, mean ± half of a 95 % t interval over seeds (each seed)\n")
+    print("| row | clean | PGD-10 | auto | certified 0.25 | certified 0.5 | blank | shuffled | option prior | training, s a step x steps | flat groups |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
     for row in args.rows:
-        control = {name: collect(row, "eval", lambda s, name=name: s["controls"][name]) for name in ("blank_image", "shuffled_image", "option_prior")}
+        control = {name: collect(row, "eval", lambda s, name=name: s["controls"][name]) for name in CONTROLS}
         costs = [seconds_of(board, row) for board in boards if (board.dir / row / "summary.json").exists()]
         cost = f"{statistics.mean(total / count for total, count in costs):.3f} x {costs[0][1]}" if costs else "-"
         cells = [
@@ -222,39 +254,49 @@ def tables(args, boards):
             *(cell(collect(row, "certify", lambda s, radius=radius: certified_at(s, radius))) for radius in RADII),
             *(f"{100 * statistics.mean(values):.1f}" if values else "-" for values in control.values()),
         ]
-        print(f"| {row} | {' | '.join(cells)} | {cost} |")
+        flat = [share for share in (flat_groups(board, row) for board in boards) if share is not None]
+        print(f"| {row} | {' | '.join(cells)} | {cost} | {f'{100 * statistics.mean(flat):.0f} %' if flat else '-'} |")
     by_type(args, boards)
 
 
 def by_type(args, boards):
-    """Clean and under `auto`, by question type, with the share of what lies above the best blind control that is kept."""
+    """By question type, of the questions that `auto` attacked: clean, the best blind control, under attack, and the share kept
+    of what lies above that control. The clean accuracy of all questions of the split stands beside."""
     for row in args.rows:
-        pairs = []
+        found = []
         for board in boards:
             try:
-                pairs.append((summary(board.measure(row, "eval")), board.measure(row, "auto"), board.measure(row, "eval")))
+                found.append((summary(board.measure(row, "eval")), records(board.measure(row, "auto"))))
             except FileNotFoundError:
                 pass
-        if not pairs:
+        if not found:
             continue
-        print(f"\n{row}: by question type\n\n| type | clean | best blind control | `auto` | kept of what is above it |\n|---|---|---|---|---|")
-        for kind in sorted(pairs[0][0]["by_question_type"]):
-            clean, blind, robust = [], [], []
-            for found, attacked, evaluated in pairs:
-                clean.append(found["by_question_type"][kind])
-                blind.append(max(controls_of(evaluated, kind)))
-                records = [json.loads(line) for line in (attacked / "records.jsonl").read_text().splitlines()]
-                own = [record["robust_correct"] for record in records if record["question_type"] == kind]
-                robust.append(sum(own) / len(own))
-            kept = [(r - b) / (c - b) for c, b, r in zip(clean, blind, robust) if c > b]
-            print(f"| {kind} | {cell(clean)} | {cell(blind)} | {cell(robust)} | {cell(kept)} |")
+        print(f"\n{row}: by question type\n\n| type (attacked) | clean, all | clean | best blind control | `auto` | kept of what is above it |\n|---|---|---|---|---|---|")
+        for kind in sorted(found[0][0]["by_question_type"]):
+            columns = {"all": [], "clean": [], "blind": [], "robust": [], "kept": []}
+            for evaluated, attacked in found:
+                own = [record for record in attacked if record["question_type"] == kind]
+                if not own:
+                    continue
+                clean = share(record["clean_correct"] for record in own)
+                robust = share(record["robust_correct"] for record in own)
+                blind = max(share(record["controls"][name] == record["answer"] for record in own) for name in CONTROLS)
+                columns["all"].append(evaluated["by_question_type"][kind])
+                columns["clean"].append(clean)
+                columns["blind"].append(blind)
+                columns["robust"].append(robust)
+                if clean > blind:
+                    columns["kept"].append((robust - blind) / (clean - blind))
+            print(f"| {kind} ({len(own)}) | {' | '.join(cell(values) for values in columns.values())} |")
 
 
-def controls_of(run, kind):
-    records = [json.loads(line) for line in (run / "records.jsonl").read_text().splitlines()]
-    own = [record for record in records if record["question_type"] == kind]
-    for name in ("blank_image", "shuffled_image", "option_prior"):
-        yield sum(record["controls"][name] == record["answer"] for record in own) / len(own)
+def records(run):
+    return [json.loads(line) for line in (run / "records.jsonl").read_text().splitlines()]
+
+
+def share(truths):
+    truths = list(truths)
+    return sum(truths) / len(truths)
 
 
 def main():
@@ -264,7 +306,7 @@ def main():
     boards = [Board(args, seed) for seed in args.seeds]
     if not args.only_tables:
         # Trainings first, the seeds side by side, so that no part waits for another's lock for long.
-        work = [(board, row, what) for what in MEASURES for row in args.rows for board in boards]
+        work = [(board, row, what) for what in args.measures for row in args.rows for board in boards]
         with ThreadPoolExecutor(args.jobs) as pool:
             for future in as_completed([pool.submit(board.measure, row, what) for board, row, what in work]):
                 future.result()

@@ -273,13 +273,25 @@ pub fn with_threads<T: Send>(threads: Option<usize>, work: impl FnOnce() -> Resu
         .num_threads(threads.unwrap_or(0))
         .stack_size(STACK_BYTES)
         .build()
-        .map_err(|error| Error::usage(format!("cannot start {threads:?} threads: {error}")))?;
+        .map_err(|error| unstarted(threads, &error))?;
     pool.install(|| {
         let result = work();
         // Closed here: the thread itself ends at some time that nobody waits for, when the driver may be gone.
         OPENED.take();
         result
     })
+}
+
+/// The error of threads that cannot be started.
+fn unstarted(threads: Option<usize>, error: &dyn fmt::Display) -> Error {
+    let threads = match threads {
+        None => "one thread for each processor".to_owned(),
+        Some(1) => "a thread".to_owned(),
+        Some(count) => format!("{count} threads"),
+    };
+    Error::usage(format!(
+        "cannot start {threads}: {error}\n   = help: take fewer with `--threads`, or raise this process's limits of threads and memory (`ulimit -u`, `ulimit -v`)"
+    ))
 }
 
 #[cfg(test)]
@@ -305,6 +317,18 @@ mod tests {
         let error = Backend::Cuda(99).device().unwrap_err();
         assert_eq!(error.status(), crate::error::ExitStatus::Usage);
         assert!(error.to_string().contains("--device cpu"), "{error}");
+    }
+
+    #[test]
+    fn threads_that_cannot_be_started_are_counted_in_words() {
+        for (threads, words) in [
+            (None, "cannot start one thread for each processor: no room\n"),
+            (Some(1), "cannot start a thread: no room\n"),
+            (Some(5), "cannot start 5 threads: no room\n"),
+        ] {
+            let text = unstarted(threads, &"no room").to_string();
+            assert!(text.starts_with(words) && text.contains("`--threads`"), "{text}");
+        }
     }
 
     #[test]

@@ -11,6 +11,7 @@ use safemed::model::assistant::Assistant;
 use safemed::model::generate::{Completion, Prompt};
 use safemed::model::sampling::SamplingConfig;
 use safemed::nn::recompute::Memory;
+use safemed::pixels::decode::decode_file;
 use safemed::recipes::config::Command::Train;
 use safemed::recipes::trades::{Branches, loss_and_gradients};
 use safemed::rng;
@@ -486,5 +487,90 @@ fn noise_in_the_attack_changes_what_is_attacked() {
         assert!((plain.0[0] / faint.0[0] - 1.0).abs() < 1e-4, "{plain:?} {faint:?}");
         assert!((plain.1[0] / strong.1[0] - 1.0).abs() > 1e-2, "{plain:?} {strong:?}");
         assert!(strong.1.iter().all(|gain| *gain > 0.0), "{objective}: {strong:?}");
+    }
+}
+
+#[test]
+fn every_objective_is_climbed_and_each_is_a_number_of_its_own() {
+    let dir = tempfile::tempdir().unwrap();
+    let objectives = ["completion", "finding", "answer", "margin", "dlr", "targeted"];
+    let clean = objectives.map(|objective| {
+        let own = [
+            ("train.recipe", "at_sft"),
+            ("train.target", "cot"),
+            ("prompt", "phantom_cot"),
+            ("train.num_steps", "1"),
+            ("train.adversary.objective", objective),
+            ("train.adversary.clean_fraction", "0"),
+            ("train.adversary.epsilon_schedule", "constant"),
+            // From the image itself and in short steps, so that the way leads up.
+            ("train.adversary.random_start", "false"),
+            ("train.adversary.epsilon", "2/255"),
+            ("train.adversary.num_steps", "4"),
+        ];
+        let (_, steps) = trained(&dir, objective, &own, 2);
+        let [clean, adversarial] = ["loss_clean", "loss_adversarial"].map(|key| numbers(&steps, key)[0]);
+        assert!(adversarial > clean, "{objective}: {clean} {adversarial}");
+        clean
+    });
+    for (place, loss) in clean.iter().enumerate() {
+        assert!(clean[..place].iter().all(|other| (loss - other).abs() > 1e-3), "{objectives:?} {clean:?}");
+    }
+    // Reasoning and letter are all that a completion says.
+    let [completion, finding, answer, ..] = clean;
+    assert!((finding + answer - completion).abs() < 1e-3, "{clean:?}");
+}
+
+#[test]
+fn an_l2_adversary_stays_in_its_ball_as_the_ball_grows() {
+    let dir = tempfile::tempdir().unwrap();
+    let own = [
+        ("train.recipe", "at_sft"),
+        ("train.num_steps", "3"),
+        ("train.log_images_every", "1"),
+        ("train.adversary.norm", "l2"),
+        ("train.adversary.epsilon", "2"),
+        ("train.adversary.ramp_fraction", "1"),
+    ];
+    let (out, steps) = trained(&dir, "l2", &own, 2);
+    let (budgets, wanted) = (numbers(&steps, "epsilon"), [1.0f64, 1.5, 2.0]);
+    assert!(budgets.iter().zip(wanted).all(|(found, wanted)| (found - wanted).abs() < 1e-9), "{budgets:?}");
+    for (step, epsilon) in (1..).zip(budgets) {
+        let read = |name: &str| decode_file(&out.join(format!("images/step-{step}/{name}"))).unwrap().data;
+        let (clean, adversarial) = (read("clean.png"), read("adversarial.png"));
+        let change = |(a, b): (&u8, &u8)| f64::from(a.abs_diff(*b)) / 255.0;
+        let changes: Vec<f64> = clean.iter().zip(&adversarial).map(change).collect();
+        let length = changes.iter().map(|change| change * change).sum::<f64>().sqrt();
+        // Pictures have eight bits: what rounding adds is hardly longer, for it has no direction.
+        assert!(length < epsilon + 0.02 && length > 0.5 * epsilon, "step {step}: {length} {epsilon}");
+        // No value has a bound of its own.
+        let largest = changes.iter().copied().fold(0.0, f64::max);
+        assert!(largest > 8.0 / 255.0, "step {step}: {largest}");
+    }
+}
+
+#[test]
+fn the_reference_sees_the_image_that_is_asked_for_whether_the_tower_trains_or_not() {
+    let dir = tempfile::tempdir().unwrap();
+    for tower in ["true", "false"] {
+        let kl = |image: &str| {
+            // The policy stays its own reference: only what the two see can tell them apart.
+            let own = [
+                ("train.recipe", "at_grpo"),
+                ("train.num_steps", "1"),
+                ("train.learning_rate", "0"),
+                ("train.parts.vision", tower),
+                ("train.parts.merger", tower),
+                ("train.grpo.kl_coef", "0.1"),
+                ("train.grpo.kl_image", image),
+                ("train.adversary.clean_fraction", "0"),
+                ("train.adversary.epsilon_schedule", "constant"),
+            ];
+            let (_, steps) = trained(&dir, &format!("{image}-{tower}"), &own, 2);
+            numbers(&steps, "kl")[0]
+        };
+        let (same, other) = (kl("adversarial"), kl("clean"));
+        assert!(same.abs() < 1e-6, "{tower}: {same}");
+        assert!(other > 1e-5, "{tower}: {other}");
     }
 }

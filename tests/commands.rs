@@ -232,6 +232,57 @@ fn lesser_instructions_agree_to_rounding_and_an_unknown_word_for_them_is_refused
 }
 
 #[test]
+fn lesser_instructions_train_and_attack_alike_to_rounding() {
+    let dir = tempfile::tempdir().unwrap();
+    let steps = |isa: &str| -> Vec<Value> {
+        let out = dir.path().join(isa);
+        let mut command = support::safemed(dir.path());
+        command.env("SAFEMED_ISA", isa).arg("train");
+        command.arg("--model").arg(&material().model).arg("--omnimedvqa").arg(&material().data);
+        for setting in [
+            "data.split=splits/train.json",
+            "data.limit=12",
+            "prompt=phantom",
+            "images=false",
+            "train.recipe=at_sft",
+            "train.target=instruct",
+            "train.num_steps=2",
+            "train.batch_size=4",
+            "train.learning_rate=0.001",
+            // Where a gradient is nothing but rounding, its sign would be taken for a direction otherwise.
+            "train.adam_epsilon=1e-4",
+            "train.adversary.norm=l2",
+            "train.adversary.epsilon=0.25",
+            "train.adversary.num_steps=2",
+            "train.adversary.random_start=false",
+            "train.adversary.clean_fraction=0",
+            "train.adversary.epsilon_schedule=constant",
+        ] {
+            command.args(["--set", setting]);
+        }
+        let output = command.arg("--out").arg(&out).output().unwrap();
+        assert_eq!(output.status.code(), Some(0), "{isa}: {}", String::from_utf8_lossy(&output.stderr));
+        assert_eq!(json(&out, "run.json")["kernels"], isa);
+        text(&out, "metrics.jsonl").lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    };
+    let best = isa();
+    let reference = steps(best.word());
+    assert_eq!(reference.len(), 2);
+    assert!(reference.iter().all(|step| step["pgd_gain"].as_f64() > Some(0.0)), "{reference:?}");
+    for lesser in [Isa::Baseline, Isa::Avx2].into_iter().filter(|isa| *isa < best) {
+        for (step, wanted) in steps(lesser.word()).iter().zip(&reference) {
+            for key in ["loss", "grad_norm", "loss_clean", "loss_adversarial"] {
+                let (found, wanted) = (step[key].as_f64().unwrap(), wanted[key].as_f64().unwrap());
+                assert!(
+                    wanted > 0.0 && (found / wanted - 1.0).abs() < 1e-4,
+                    "{lesser:?} {key}: {found} {wanted}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
 fn the_order_of_the_questions_changes_no_byte() {
     let dir = tempfile::tempdir().unwrap();
     let (data, a, b) = (dir.path().join("data"), dir.path().join("a"), dir.path().join("b"));

@@ -1,6 +1,6 @@
 //! Mistakes in a configuration file: the exact text a user sees.
 
-use crate::support::run;
+use crate::support::{self, run};
 use std::fs;
 
 #[test]
@@ -52,4 +52,20 @@ fn a_file_that_is_no_text_or_no_file_is_a_usage_error() {
         assert_eq!(status, 2, "{file}: {err}");
         assert!(err.contains(words), "{file}: {err}");
     }
+}
+
+#[test]
+fn flags_of_a_dry_run_are_refused_without_one_but_not_what_the_environment_holds() {
+    let dir = tempfile::tempdir().unwrap();
+    for flag in [["--probe-seconds", "5"], ["--completion-tokens", "5"], ["--memory-gib", "5"]] {
+        let (status, _, err) = run(dir.path(), &["train", "--model", "none", flag[0], flag[1]]);
+        assert!(status == 2 && err.contains(&format!("{} has no effect", flag[0])), "{status} {err}");
+    }
+    let output = support::safemed(dir.path())
+        .args(["train", "--model", "none"])
+        .envs([("SAFEMED_MEMORY_GIB", "5"), ("SAFEMED_PROBE_SECONDS", "5")])
+        .output()
+        .unwrap();
+    let (_, _, err) = support::texts(&output);
+    assert!(!err.contains("no effect") && !err.contains("dry-run"), "{err}");
 }

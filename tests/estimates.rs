@@ -5,6 +5,7 @@ use crate::tiny::{self, phantoms, tiny_checkpoint};
 use safemed::model::config::{ModelSizes, SpecialIds, VlmConfig};
 use safemed::model::loader::{Adaptation, Precision, load_part, load_vlm};
 use safemed::model::truncate::{Depths, Truncation, write_stand_in};
+use safemed::recipes::config::{Command, Override, RunConfig};
 use serde_json::Value;
 use std::fs;
 use std::path::Path;
@@ -12,15 +13,20 @@ use std::path::Path;
 const SETTINGS: [&str; 5] =
     ["train.num_steps=6", "train.batch_size=2", "train.save_every=3", "max_new_tokens=8", "data.limit=12"];
 
-/// `train` with these settings besides, and its answer.
-fn train(dir: &Path, settings: &[&str], flags: &[&str]) -> (i32, String, String) {
+/// The words of a `train` with these settings besides.
+fn arguments<'a>(settings: &[&'a str], flags: &[&'a str]) -> Vec<&'a str> {
     let mut arguments = vec!["train", "--model", "model", "--omnimedvqa", "data", "--out", "run", "--json"];
     arguments.extend(["--prompt", "phantom", "--threads", "2"]);
     for setting in SETTINGS.iter().chain(settings) {
         arguments.extend(["--set", setting]);
     }
     arguments.extend(flags);
-    support::run(dir, &arguments)
+    arguments
+}
+
+/// Its answer.
+fn train(dir: &Path, settings: &[&str], flags: &[&str]) -> (i32, String, String) {
+    support::run(dir, &arguments(settings, flags))
 }
 
 fn estimate(dir: &Path, settings: &[&str], flags: &[&str]) -> Value {
@@ -63,6 +69,117 @@ fn a_dry_run_says_what_the_run_then_takes_and_writes_nothing() {
         }
         fs::remove_dir_all(dir.path().join("run")).unwrap();
     }
+}
+
+/// Six questions apart, asked before the first of six steps, after the fourth and after the last.
+const EXAMINED: [&str; 4] = [
+    "data.split=splits/train.json",
+    "train.validation.split=splits/test.json",
+    "train.validation.every=4",
+    "train.validation.limit=6",
+];
+
+#[test]
+fn validations_are_measured_and_part_of_time_and_memory() {
+    let dir = material();
+    for own in [
+        &["train.validation.num_steps=2"][..],
+        &["train.validation.num_steps=2", "train.micro_batch_size=1", "train.recompute=true"],
+        &["train.validation.num_steps=0", "train.recipe=grpo", "train.grpo.group_size=2"],
+    ] {
+        let settings = [&EXAMINED[..], own].concat();
+        let said = estimate(dir.path(), &settings, &[]);
+        assert_eq!((&said["validations"], &said["validation_items"]), (&Value::from(3), &Value::from(6)));
+        let seconds = |name: &str| said[name].as_f64().unwrap();
+        assert!(seconds("seconds_validation") > 0.0, "{said}");
+        assert!(seconds("seconds_total") > 6.0 * seconds("seconds_per_step") + seconds("seconds_validation"));
+        let (status, _, error) = train(dir.path(), &settings, &[]);
+        assert_eq!(status, 0, "{error}");
+        let examined = fs::read_to_string(dir.path().join("run/validation.jsonl")).unwrap();
+        assert_eq!(examined.lines().count(), 3);
+        if cfg!(target_os = "linux") {
+            assert!(said["exam_peak_bytes"].as_u64().unwrap() <= said["peak_memory_bytes"].as_u64().unwrap());
+            let timings = fs::read_to_string(dir.path().join("run/timings.jsonl")).unwrap();
+            let lines = timings.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+            let peak = lines.filter_map(|line| line["peak_memory_bytes"].as_f64()).fold(0.0, f64::max);
+            let ratio = said["peak_memory_bytes"].as_f64().unwrap() / peak;
+            assert!((0.85..1.15).contains(&ratio), "{own:?}: {ratio} of {peak}");
+        }
+        fs::remove_dir_all(dir.path().join("run")).unwrap();
+    }
+    // What the run would refuse.
+    let trained_on = [&EXAMINED[..], &["train.validation.split=splits/train.json"]].concat();
+    let (status, _, said) = train(dir.path(), &trained_on, &["--dry-run"]);
+    assert!(status == 3 && said.contains("validation questions are trained on"), "{said}");
+}
+
+/// The measurement that process `parent` has begun.
+#[cfg(target_os = "linux")]
+fn measurement_of(parent: u32) -> Option<String> {
+    fs::read_dir("/proc").unwrap().find_map(|entry| {
+        let process = entry.ok()?.path();
+        let status = fs::read_to_string(process.join("status")).ok()?;
+        let words = fs::read_to_string(process.join("cmdline")).ok()?;
+        // Not yet the copy of the parent that is about to become it.
+        let is_it = status.contains(&format!("PPid:\t{parent}\n")) && words.contains("\0probe\0");
+        is_it.then(|| process.file_name().unwrap().to_string_lossy().into_owned())
+    })
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_measurement_killed_for_memory_is_answered_with_what_would_fit() {
+    use std::process::Stdio;
+    let dir = material();
+    let settings = ["train.recipe=at_sft", "train.adversary.num_steps=60"];
+    let mut program = support::safemed(dir.path());
+    program.args(arguments(&settings, &["--dry-run", "--probe-seconds", "0"]));
+    let child = program.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    // Only the first: as the system does it, without a word.
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+    let first = loop {
+        if let Some(process) = measurement_of(child.id()) {
+            break process;
+        }
+        assert!(std::time::Instant::now() < deadline, "nothing is measured");
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    };
+    assert!(std::process::Command::new("kill").args(["-KILL", &first]).status().unwrap().success());
+    let (status, out, error) = support::texts(&child.wait_with_output().unwrap());
+    assert_eq!(status, 0, "{error}");
+    let said: Value = serde_json::from_str(&out).unwrap();
+    assert_eq!((&said["fits"], &said["ran_out_of_memory"]), (&Value::from(false), &Value::from(true)));
+    assert!(said["peak_memory_bytes"].is_null() && said["seconds_total"].is_null(), "{said}");
+    assert_eq!(said["items"], 12);
+    let advice = said["advice"].as_array().unwrap();
+    assert_eq!(advice.len(), 1, "{said}");
+    assert_eq!(
+        (&advice[0]["change"], &advice[0]["fits"]),
+        (&Value::from("train.micro_batch_size=1"), &Value::from(true))
+    );
+    assert!(advice[0]["peak_memory_bytes"].as_u64().unwrap() > 1 << 20);
+    assert!(error.contains("out of memory"), "{error}");
+}
+
+#[test]
+fn the_script_that_compares_estimates_names_runs_that_are_taken() {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/bench/estimates.py");
+    let text = fs::read_to_string(script).unwrap();
+    let (_, rest) = text.split_once("\nRECIPES = {").unwrap();
+    let (recipes, rest) = rest.split_once("\n}\n").unwrap();
+    assert!(rest.contains(r#""--prompt", "plain""#));
+    let mut names = Vec::new();
+    for recipe in recipes.split("],") {
+        // Every other part stands between quotation marks.
+        let mut words = recipe.split('"').skip(1).step_by(2);
+        let Some(name) = words.next() else { continue };
+        names.push(name);
+        let settings = words.map(|word| word.split_once('=').unwrap()).chain([("prompt", "plain")]);
+        let settings: Vec<Override> =
+            settings.map(|(key, value)| Override::new(key, value, "--set")).collect();
+        RunConfig::load(Command::Train, None, &settings).unwrap();
+    }
+    assert_eq!(names, ["sft_lora", "at_grpo"]);
 }
 
 #[test]

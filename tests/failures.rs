@@ -46,20 +46,22 @@ fn words(out: &Path, more: &[(&str, &str)]) -> Vec<String> {
     words
 }
 
-fn go_on(out: &Path, more: &[(&str, &str)]) -> (i32, String) {
+/// Goes on with a training in `out`; gives its status and what it says.
+pub(crate) fn go_on(out: &Path, more: &[(&str, &str)]) -> (i32, String) {
     let words = words(out, more);
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     let (status, _, err) = call(out.parent().unwrap(), &words);
     (status, err)
 }
 
-fn start(out: &Path, more: &[(&str, &str)]) -> Child {
+/// Starts such a training, or goes on with it.
+pub(crate) fn start(out: &Path, more: &[(&str, &str)]) -> Child {
     let mut command = safemed(out.parent().unwrap());
     command.args(words(out, more)).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
 }
 
 /// Waits until `is_so`; false when the child ends, or a minute passes, before.
-fn wait_until(child: &mut Child, mut is_so: impl FnMut() -> bool) -> bool {
+pub(crate) fn wait_until(child: &mut Child, mut is_so: impl FnMut() -> bool) -> bool {
     let started = Instant::now();
     while started.elapsed() < Duration::from_secs(60) {
         if is_so() {
@@ -199,7 +201,8 @@ fn a_disk_that_is_full_leaves_the_last_checkpoint_and_the_run_goes_on_when_there
     check_same(&whole, &out);
 }
 
-fn signal(child: &Child, name: &str) {
+/// Sends the signal of this name.
+pub(crate) fn signal(child: &Child, name: &str) {
     let sent =
         std::process::Command::new("kill").args([&format!("-{name}"), &child.id().to_string()]).status();
     assert!(sent.unwrap().success());
@@ -260,7 +263,7 @@ fn a_second_signal_ends_a_long_step_at_once() {
 #[test]
 fn a_step_that_is_not_finite_is_dumped_and_repeats_to_the_bit() {
     let dir = tempfile::tempdir().unwrap();
-    for recipe in ["sft", "at_grpo", "denoiser"] {
+    for recipe in ["sft", "at_grpo", "trades", "denoiser"] {
         let out = dir.path().join(recipe);
         let own = [
             ("train.recipe", recipe),
@@ -270,15 +273,21 @@ fn a_step_that_is_not_finite_is_dumped_and_repeats_to_the_bit() {
             ("train.adversary.num_steps", "2"),
             ("train.permute_options", "true"),
             ("train.noise_sigma", if recipe == "denoiser" { "0.2" } else { "0" }),
+            // Of this one it is the update that fails, and not the attack before it.
+            ("train.adversary.clean_fraction", if recipe == "trades" { "1" } else { "0.25" }),
         ];
         let more = [&SHORT[..], &own].concat();
         let error = run_as(Train, &settings(&material().loud, &out, &more), 2).unwrap_err();
         assert_eq!(error.status(), ExitStatus::NonFinite, "{recipe}: {error}");
         let text = error.to_string();
         let dump = out.join("failure/step-2");
-        for part in ["step 2, questions `Phantom_", &dump.display().to_string(), "= help: "] {
+        let lower = "= help: lower `train.learning_rate`";
+        for part in ["step 2, questions `Phantom_", &dump.display().to_string(), lower] {
             assert!(text.contains(part), "{recipe}: {part}: {text}");
         }
+        let is_named =
+            text.contains("first not finite: `") || text.contains("first not finite: weights are non-finite");
+        assert!(is_named, "{recipe}: {text}");
         let bytes = fs::read(dump.join("failure.json")).unwrap();
         let report: Value = serde_json::from_slice(&bytes).unwrap();
         assert_eq!((&report["step"], &report["checkpoint"]), (&json!(2), &json!("checkpoints/step-1")));
@@ -299,11 +308,13 @@ fn a_step_that_is_not_finite_is_dumped_and_repeats_to_the_bit() {
             if recipe == "sft" {
                 assert_eq!(shown, exact, "a clean image has eight bits");
             }
+            let is_compared = ["trades", "denoiser"].contains(&recipe);
+            let clean = tensors.floats(&format!("clean.{place}"));
+            assert_eq!(clean.is_ok(), is_compared, "{recipe}");
+            if recipe == "trades" {
+                assert_eq!(clean.unwrap(), exact, "nothing is attacked");
+            }
             if recipe != "denoiser" {
-                assert!(
-                    text.contains("first not finite: `model.") || text.contains("weights are non-finite"),
-                    "{text}"
-                );
                 assert!(!item["prompt_ids"].as_array().unwrap().is_empty());
                 let question = item["question"]["question"].as_str().unwrap();
                 assert!(item["prompt"].as_str().unwrap().contains(question));
@@ -315,6 +326,33 @@ fn a_step_that_is_not_finite_is_dumped_and_repeats_to_the_bit() {
         assert!(status == 4 && err.contains("step 2, questions"), "{status} {err}");
         assert_eq!(fs::read(dump.join("failure.json")).unwrap(), bytes, "{recipe}");
     }
+}
+
+#[test]
+fn a_policy_that_diverged_and_fails_in_its_rollout_is_told_to_learn_slower() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    // Every other completion of a group is better, whatever it says: each step moves the weights.
+    let text = r#"while IFS= read -r l; do case "$l" in '{"step":'*',"index":'*[13579]',"count":'*) echo '{"reward": 1}';; *) echo '{"reward": 0}';; esac; done"#;
+    let command = json!(["sh", "-c", text]).to_string();
+    let own = [
+        ("train.recipe", "grpo"),
+        ("train.learning_rate", "1e30"),
+        ("train.grpo.temperature", "2"),
+        ("train.grpo.accuracy_weight", "0"),
+        ("train.grpo.format_weight", "0"),
+        ("train.grpo.reward_command", command.as_str()),
+    ];
+    let more = [&SHORT[..], &own].concat();
+    let error = run_as(Train, &settings(&material().loud, &out, &more), 2).unwrap_err();
+    assert_eq!(error.status(), ExitStatus::NonFinite, "{error}");
+    let text = error.to_string();
+    for part in
+        ["while sampling", "step 2, questions `Phantom_", "first not finite: ", "= help: lower `train.l"]
+    {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+    assert!(!text.contains("safemed doctor"), "the checkpoint is sound: {text}");
 }
 
 #[test]
@@ -377,9 +415,15 @@ fn a_walk_names_the_first_layer_that_is_not_finite_and_the_question() {
     // One question of two: its image holds a number that is none.
     let mut values = vec![0.5f32; 2 * 3 * 32 * 32];
     values[3 * 32 * 32 + 5] = f32::NAN;
-    let pixels = vec![Tensor::from_vec(values, (2, 3, 32, 32), &Device::Cpu).unwrap()];
-    let (place, bad) = walk(&assistant, &Noted { pixels, ..sound }).unwrap().first_bad.unwrap();
+    let spoilt = vec![Tensor::from_vec(values, (2, 3, 32, 32), &Device::Cpu).unwrap()];
+    let noted = Noted { pixels: spoilt.clone(), ..sound.clone() };
+    let (place, bad) = walk(&assistant, &noted).unwrap().first_bad.unwrap();
     assert_eq!((place, bad.as_str()), (1, "the image is NaN at element 5 of [1, 3, 32, 32]"));
+    // The one that it is compared with does.
+    let pixels = vec![Tensor::full(0.5f32, (2, 3, 32, 32), &Device::Cpu).unwrap()];
+    let noted = Noted { pixels, clean: spoilt, ..sound };
+    let (place, bad) = walk(&assistant, &noted).unwrap().first_bad.unwrap();
+    assert_eq!((place, bad.as_str()), (1, "the image is NaN at element 5 of [1, 3, 32, 32] (clean image)"));
 }
 
 #[test]

@@ -1,13 +1,16 @@
-//! What moves in training and how: rates of parts, dropout, averages, references that stay or follow.
+//! What moves in training and how: parts that train and their rates, adapters and their scale, weights held in fewer bits,
+//! dropout, averages, references that stay or follow.
 
 use crate::support::run as call;
 use crate::tiny::{Kind, Weights, assistant_of};
-use crate::training::{arguments, check_same, lines, material, run_as, run_with_kills, settings};
+use crate::training::{
+    arguments, check_same, job_of, lines, material, run_as, run_job, run_with_kills, settings,
+};
 use candle_core::Device;
 use rand::RngCore;
 use rand::seq::SliceRandom;
-use safemed::backend::with_threads;
 use safemed::data::prompt::PromptTemplate;
+use safemed::error::ExitStatus;
 use safemed::model::assistant::Assistant;
 use safemed::model::loader::{Adaptation, Precision};
 use safemed::model::lora::Adapter;
@@ -16,15 +19,16 @@ use safemed::model::weights::{TensorFile, Weights as Checkpoint};
 use safemed::recipes::config::Command::Train;
 use safemed::recipes::config::{Override, RunConfig};
 use safemed::recipes::job::Job;
-use safemed::recipes::progress::Kept;
+use safemed::recipes::progress::{Kept, Progress, Silent};
 use safemed::recipes::run::Stop;
-use safemed::recipes::{inputs, items, train};
+use safemed::recipes::{inputs, items};
 use safemed::rng;
 use safemed::roles::policy::{self, Scoring};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// A few steps, each with a checkpoint.
 const SHORT: [(&str, &str); 8] = [
@@ -105,6 +109,168 @@ fn parts_learn_at_their_own_rates_and_the_log_keeps_the_base() {
     assert!((merger - 0.02).abs() < 1e-4 && (text - 0.01).abs() < 1e-4, "{merger} {text}");
 }
 
+/// Settings under which these train: the vision tower, its merger, the text decoder.
+fn parts_that([vision, merger, text]: [bool; 3]) -> [(&'static str, &'static str); 3] {
+    let word = |trains: bool| if trains { "true" } else { "false" };
+    [
+        ("train.parts.vision", word(vision)),
+        ("train.parts.merger", word(merger)),
+        ("train.parts.text", word(text)),
+    ]
+}
+
+/// Which of the three a tensor or layer belongs to.
+fn part_of(name: &str) -> usize {
+    match name.strip_prefix("model.visual.") {
+        Some(rest) if rest.contains("merger") => 1,
+        Some(_) => 0,
+        None => 2,
+    }
+}
+
+#[test]
+fn a_part_that_does_not_train_stays_to_the_bit_and_the_others_move() {
+    let dir = tempfile::tempdir().unwrap();
+    let before = weights_of(&material().loud);
+    for frozen in 0..3 {
+        let trains = [0, 1, 2].map(|part| part != frozen);
+        let out = dir.path().join(frozen.to_string());
+        trained(&material().loud, &out, &[&parts_that(trains)[..], &[("train.num_steps", "1")]].concat());
+        let after = weights_of(&out.join("checkpoints/step-1"));
+        assert!(before.keys().eq(after.keys()));
+        let mut moved = [0; 3];
+        for (name, values) in &before {
+            let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
+            moved[part_of(name)] += usize::from(bits(values) != bits(&after[name]));
+        }
+        assert_eq!(moved.map(|count| count > 0), trains, "{frozen}: {moved:?}");
+    }
+}
+
+#[test]
+fn an_adapter_stands_over_every_layer_of_the_parts_that_train_and_over_no_other() {
+    let dir = tempfile::tempdir().unwrap();
+    let adapted = |name: &str, trains: [bool; 3]| -> Vec<String> {
+        let out = dir.path().join(name);
+        let more = [&LORA[..], &parts_that(trains), &[("train.num_steps", "1")]].concat();
+        trained(&material().loud, &out, &more);
+        let saved = adapter_of(&out.join("checkpoints/step-1"));
+        let halves = saved.keys().filter_map(|name| name.strip_suffix(".lora_A.weight"));
+        halves.map(|name| name.strip_prefix("base_model.model.").unwrap().to_owned()).collect()
+    };
+    let all = adapted("all", [true; 3]);
+    for part in 0..3 {
+        assert!(all.iter().any(|layer| part_of(layer) == part), "{part}: {all:?}");
+    }
+    for (name, trains) in
+        [("text", [false, false, true]), ("vision", [true, false, true]), ("merger", [false, true, true])]
+    {
+        let wanted: Vec<String> = all.iter().filter(|layer| trains[part_of(layer)]).cloned().collect();
+        assert_eq!(adapted(name, trains), wanted, "{name}");
+    }
+}
+
+#[test]
+fn a_stabilised_scale_is_the_plain_one_of_an_alpha_times_the_root_of_the_rank() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = |name: &str, alpha: &str, is_stabilised: &str| {
+        let out = dir.path().join(name);
+        let more =
+            [("train.lora_rank", "4"), ("train.lora_alpha", alpha), ("train.lora_use_rslora", is_stabilised)];
+        trained(&material().loud, &out, &more);
+        let checkpoint = out.join("checkpoints/step-3");
+        let file = fs::read(checkpoint.join("adapter_config.json")).unwrap();
+        let config: Value = serde_json::from_slice(&file).unwrap();
+        assert_eq!(config["use_rslora"].to_string(), is_stabilised, "{config}");
+        (lines(&out, "metrics.jsonl"), adapter_of(&checkpoint))
+    };
+    let (plain, stabilised) = (run("plain", "8", "false"), run("stabilised", "8", "true"));
+    // 8 / sqrt(4) and 16 / 4.
+    let larger = run("larger", "16", "false");
+    assert_eq!(stabilised.0, larger.0);
+    assert!(stabilised.1 == larger.1 && stabilised.1 != plain.1);
+    // While B is zero, the gradient is as large as the scale.
+    let [norm, other] = [&stabilised, &plain].map(|(steps, _)| number(&steps[0], "grad_norm"));
+    assert!(other > 0.0 && (norm / (2.0 * other) - 1.0).abs() < 1e-4, "{norm} {other}");
+}
+
+#[test]
+fn an_adapter_over_bfloat16_begins_where_float32_does_to_rounding_and_learns() {
+    let dir = tempfile::tempdir().unwrap();
+    let losses = [("dtype", "f32"), ("dtype", "bf16"), ("arithmetic", "bf16")].map(|held| {
+        let out = dir.path().join(format!("{}-{}", held.0, held.1));
+        // The same questions in each step; and of large weights small differences would make much.
+        trained(&material().fresh, &out, &[&LORA[..], &[held, ("data.limit", "3")]].concat());
+        lines(&out, "metrics.jsonl").iter().map(|step| number(step, "loss")).collect::<Vec<f64>>()
+    });
+    for own in &losses {
+        assert!((own[0] / losses[0][0] - 1.0).abs() < 1e-2 && own[2] < own[0], "{losses:?}");
+    }
+    // Weights, and then what is multiplied with them, are rounded indeed.
+    let [single, weights, products] = [0, 1, 2].map(|held| losses[held][0]);
+    assert!(single != weights && weights != products && products != single, "{losses:?}");
+}
+
+/// Asks for a stop behind so many steps.
+#[derive(Default)]
+struct Stopping {
+    after: usize,
+    steps: AtomicUsize,
+    stop: Stop,
+}
+
+impl Progress for Stopping {
+    fn start(&self, _total: usize, _done: usize, _what: &str) {}
+    fn tick(&self, _done: usize, _figures: &[(&str, f64)]) {}
+    // Of all that is told this alone is about steps.
+    fn pace(&self, _tokens_per_second: f64, _phases: &[(&str, f64)]) {
+        if self.steps.fetch_add(1, Ordering::Relaxed) + 1 == self.after {
+            self.stop.request();
+        }
+    }
+    fn note(&self, _text: &str) {}
+    fn row(&self, _cells: &[String]) {}
+}
+
+#[test]
+fn an_adapter_over_bfloat16_that_is_stopped_goes_on_to_the_same_bytes() {
+    let dir = tempfile::tempdir().unwrap();
+    let at_grpo = [
+        ("train.recipe", "at_grpo"),
+        ("train.adversary.num_steps", "2"),
+        ("train.grpo.kl_coef", "0.1"),
+        // Completions of one and of two tokens are worth different things.
+        ("train.grpo.overlong_weight", "1"),
+        ("train.grpo.overlong_cache", "1"),
+    ];
+    for (name, own, held) in [
+        ("sft", &[][..], ("dtype", "bf16")),
+        ("at_grpo", &at_grpo, ("dtype", "bf16")),
+        ("products", &at_grpo, ("arithmetic", "bf16")),
+    ] {
+        let of = |name: &str| {
+            let out = dir.path().join(name);
+            // The stop is between two checkpoints.
+            let more = [&SHORT[..], &LORA, own, &[held, ("train.save_every", "2")]].concat();
+            (settings(&material().loud, &out, &more), out)
+        };
+        let (whole_settings, whole) = of(name);
+        run_as(Train, &whole_settings, 2).unwrap();
+        let steps = lines(&whole, "metrics.jsonl");
+        assert!(steps.iter().all(|step| number(step, "loss").is_finite()), "{name}: {steps:?}");
+        assert!(steps.iter().any(|step| number(step, "grad_norm") > 0.0), "{name}: {steps:?}");
+        let (stopped_settings, stopped) = of(&format!("{name}-stopped"));
+        let listener = Stopping { after: 1, ..Stopping::default() };
+        let job = job_of(Train, &stopped_settings, &listener).unwrap();
+        let error = run_job(&Job { stop: listener.stop.clone(), ..job }, 1).unwrap_err();
+        assert_eq!(error.status(), ExitStatus::Stopped, "{name}: {error}");
+        assert_eq!(lines(&stopped, "metrics.jsonl").len(), 1, "{name}");
+        let job = job_of(Train, &stopped_settings, &Silent).unwrap();
+        run_job(&Job { resume: true, ..job }, 2).unwrap();
+        check_same(&whole, &stopped);
+    }
+}
+
 #[test]
 fn the_second_factor_of_an_adapter_learns_faster_by_the_ratio() {
     let dir = tempfile::tempdir().unwrap();
@@ -161,6 +327,30 @@ fn one_pass_of_eight_two_of_four_and_eight_of_one_give_one_gradient() {
             let distance = distance(&found[0].1, &other.1);
             assert!(distance < 1e-3, "{recipe}: {distance}");
         }
+    }
+}
+
+#[test]
+fn what_is_recomputed_has_the_loss_and_gradients_of_what_is_kept_where_all_weights_train() {
+    let dir = tempfile::tempdir().unwrap();
+    let cot: [(&str, &str); 2] = [("train.target", "cot"), ("prompt", "phantom_cot")];
+    let trades: [(&str, &str); 2] = [("train.recipe", "trades"), ("train.adversary.num_steps", "2")];
+    let grpo = [("train.recipe", "grpo"), ("train.grpo.kl_coef", "0.1"), ("train.grpo.temperature", "0.5")];
+    for (recipe, own) in [("sft", &cot[..]), ("trades", &trades), ("grpo", &grpo)] {
+        let [kept, again] = ["false", "true"].map(|recompute| {
+            let out = dir.path().join(format!("{recipe}-{recompute}"));
+            let more = [own, &[("train.recompute", recompute)]].concat();
+            let (loss, gradients) = gradients_of(&material().loud, &out, &more);
+            let norm = number(&lines(&out, "metrics.jsonl")[0], "grad_norm");
+            assert!(gradients.keys().any(|name| name.contains("model.visual.blocks.0.")), "the tower trains");
+            ([loss, norm], gradients)
+        });
+        for (kept, again) in kept.0.iter().zip(again.0) {
+            // The loss of a policy is zero by construction.
+            assert!((kept - again).abs() < 1e-3 * kept.abs().max(1e-3), "{recipe}: {kept} {again}");
+        }
+        let distance = distance(&kept.1, &again.1);
+        assert!(distance < 1e-3, "{recipe}: {distance}");
     }
 }
 
@@ -324,20 +514,9 @@ fn no_tensor_of_an_ordinary_training_is_without_a_gradient() {
     let captions: [(&str, &str); 1] = [("train.captions", "true")];
     for (name, own) in [("all", &[][..]), ("lora", &LORA), ("captions", &captions)] {
         let more = [&SHORT[..], own, &[("train.num_steps", "2")]].concat();
-        let overrides: Vec<Override> = settings(&material().fresh, &dir.path().join(name), &more)
-            .iter()
-            .map(|(key, value)| Override::new(key, value, "--set"))
-            .collect();
         let kept = Kept::default();
-        let job = Job {
-            command: Train,
-            config: RunConfig::load(Train, None, &overrides).unwrap(),
-            resume: false,
-            command_line: Vec::new(),
-            stop: Stop::default(),
-            progress: &kept,
-        };
-        with_threads(Some(2), || train::train(&job)).unwrap();
+        let own = settings(&material().fresh, &dir.path().join(name), &more);
+        run_job(&job_of(Train, &own, &kept).unwrap(), 2).unwrap();
         let notes = kept.notes.into_inner().unwrap();
         assert!(notes.iter().all(|note| !note.contains("trained tensors")), "{name}: {notes:?}");
     }
@@ -498,7 +677,7 @@ fn settings_without_an_effect_are_refused_before_weights_load() {
     ] {
         let own = settings(&absent, &dir.path().join("out"), more);
         let error = run_as(Train, &own, 1).unwrap_err();
-        assert_eq!(error.status(), safemed::error::ExitStatus::Usage, "{more:?}: {error}");
+        assert_eq!(error.status(), ExitStatus::Usage, "{more:?}: {error}");
         assert!(error.to_string().contains(words), "{more:?}: {error}");
     }
 }

@@ -275,6 +275,31 @@ fn a_command_that_breaks_ends_training_with_step_and_question_and_loses_nothing(
 }
 
 #[test]
+fn a_command_that_rewards_nothing_is_warned_of() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    let text = "while IFS= read -r l; do echo '{\"rewards\": {\"kind\": null}}'; done";
+    let command = json!(["sh", "-c", text]).to_string();
+    let own = [
+        ("train.grpo.reward_command", command.as_str()),
+        ("train.grpo.accuracy_weight", "0"),
+        ("train.grpo.format_weight", "0"),
+        ("train.watch.patience", "3"),
+    ];
+    let (steps, _) = trained(&out, &own);
+    for step in &steps {
+        assert!(step["reward"].is_null() && step["reward_std"].is_null(), "{step}");
+        assert_eq!((number(step, "rewards/kind/missing"), number(step, "frac_reward_zero_std")), (1.0, 0.0));
+    }
+    let mut warnings = lines(&out, "warnings.jsonl");
+    warnings.retain(|warning| warning["kind"] == "dead_rewards");
+    assert_eq!(warnings.len(), 1, "{warnings:?}");
+    assert_eq!(warnings[0]["step"], 3, "{warnings:?}");
+    assert_eq!(warnings[0]["figures"]["rewards/kind/missing"], 1.0, "{warnings:?}");
+    assert!(warnings[0]["message"].as_str().unwrap().contains("rewards/*/missing"), "{warnings:?}");
+}
+
+#[test]
 fn validation_rewards_what_training_rewards() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("out");

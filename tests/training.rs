@@ -12,7 +12,7 @@ use safemed::model::chat::{Message, RenderOptions};
 use safemed::recipes::config::Command::{self, Attack, Certify, Train};
 use safemed::recipes::config::{Override, RunConfig};
 use safemed::recipes::job::{Job, Outcome};
-use safemed::recipes::progress::Silent;
+use safemed::recipes::progress::{Progress, Silent};
 use safemed::recipes::run::Stop;
 use safemed::recipes::{attack, certify, train};
 use safemed::rng;
@@ -69,21 +69,26 @@ pub(crate) fn settings(model: &Path, out: &Path, more: &[(&str, &str)]) -> Vec<(
 }
 
 pub(crate) fn run_as(command: Command, settings: &[(String, String)], threads: usize) -> Result<Outcome> {
+    run_job(&job_of(command, settings, &Silent)?, threads)
+}
+
+/// What [`run_as`] runs: from the start, with nobody to stop it.
+pub(crate) fn job_of<'a>(
+    command: Command,
+    settings: &[(String, String)],
+    progress: &'a dyn Progress,
+) -> Result<Job<'a>> {
     let overrides: Vec<Override> =
         settings.iter().map(|(key, value)| Override::new(key, value, "--set")).collect();
     let config = RunConfig::load(command, None, &overrides)?;
-    let job = Job {
-        command,
-        config,
-        resume: false,
-        command_line: Vec::new(),
-        stop: Stop::default(),
-        progress: &Silent,
-    };
-    with_threads(Some(threads), || match command {
-        Train => train::train(&job),
-        Attack => attack::attack(&job),
-        _ => certify::certify(&job),
+    Ok(Job { command, config, resume: false, command_line: Vec::new(), stop: Stop::default(), progress })
+}
+
+pub(crate) fn run_job(job: &Job<'_>, threads: usize) -> Result<Outcome> {
+    with_threads(Some(threads), || match job.command {
+        Train => train::train(job),
+        Attack => attack::attack(job),
+        _ => certify::certify(job),
     })
 }
 
@@ -205,9 +210,12 @@ fn a_tiny_model_learns_eight_phantoms_by_heart() {
 #[test]
 fn a_target_ends_as_the_chat_template_ends_a_turn() {
     let mut assistants = vec![tiny_assistant()];
-    let shared = std::env::var("SAFEMED_SHARED")
-        .unwrap_or_else(|_| concat!(env!("CARGO_MANIFEST_DIR"), "/../shared").to_owned());
-    let checkpoints = Path::new(&shared).join("reference/fixtures/checkpoints");
+    let named = std::env::var_os("SAFEMED_SHARED").map(PathBuf::from);
+    if let Some(named) = &named {
+        assert!(named.is_dir(), "SAFEMED_SHARED names {}, which is no directory", named.display());
+    }
+    let shared = named.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared"));
+    let checkpoints = shared.join("reference/fixtures/checkpoints");
     for name in ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"].iter().filter(|_| checkpoints.is_dir()) {
         assistants.push(Assistant::load(&checkpoints.join(name), &|_| false, &Device::Cpu).unwrap());
     }
@@ -453,6 +461,29 @@ fn every_recipe_logs_its_numbers() {
 }
 
 #[test]
+fn progress_says_how_many_tokens_a_second_the_last_step_took_in() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    let settings = settings(&material().loud, &out, &[&SHORT[..], &[("train.num_steps", "2")]].concat());
+    let words = arguments(Train, &settings);
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let (status, _, err) = call(dir.path(), &words);
+    assert_eq!(status, 0, "{err}");
+    // Without a terminal the end of a phase has a line whatever the time.
+    let line = err.lines().find(|line| line.starts_with("sft: 2/2, ")).unwrap_or_else(|| panic!("{err}"));
+    let said = line.split(", ").find_map(|part| part.strip_suffix(" tokens/s"));
+    let said: f64 = said.unwrap_or_else(|| panic!("{line}")).parse().unwrap();
+    let tokens: Vec<f64> =
+        lines(&out, "metrics.jsonl").iter().map(|step| step["num_tokens"].as_f64().unwrap()).collect();
+    let timings = lines(&out, "timings.jsonl");
+    let last = timings.iter().rfind(|timing| timing["what"] == "step").unwrap();
+    let speed = (tokens[1] - tokens[0]) / last["seconds"].as_f64().unwrap();
+    // Told in whole tokens.
+    assert!((said - speed).abs() < 0.5 + 1e-6 * speed, "{line}: {speed}");
+    assert!(line.contains("update ") && line.ends_with(" %"), "the shares of the step's phases: {line}");
+}
+
+#[test]
 fn killed_training_goes_on_to_the_same_bytes() {
     let dir = tempfile::tempdir().unwrap();
     let at_grpo = [
@@ -493,7 +524,7 @@ fn killed_training_goes_on_to_the_same_bytes() {
         let other = format!("\"step\": 1{}", &last[1..]);
         fs::write(&state, text.replace(&format!("\"step\": {last}"), &other)).unwrap();
         let (status, _, err) = call(dir.path(), &words);
-        assert!(status == 0 && err.contains("its directory of step"), "{status} {err}");
+        assert!(status == 0 && err.contains("is damaged") && err.contains("/state.json"), "{status} {err}");
         check_same(&whole, &killed);
         refused(&killed.join("metrics.jsonl"), &|text| text.lines().skip(1).collect(), "are logged");
     }

@@ -1,7 +1,10 @@
 //! Examinations while a model trains: they find what `attack` and `eval` find, the best checkpoint stays, and no kill
 //! changes a byte.
 
+use crate::failures::{go_on, signal, start, wait_until};
 use crate::training::{check_same, lines, material, run_as, run_with_kills, settings};
+use safemed::error::ExitStatus;
+use safemed::model::weights::TensorFile;
 use safemed::recipes::config::Command::{Attack, Train};
 use serde_json::{Value, json};
 use std::fs;
@@ -23,6 +26,15 @@ const EXAMINED: [(&str, &str); 10] = [
 
 fn json_of(path: &Path) -> Value {
     serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
+}
+
+/// What lies in the directory of checkpoints.
+fn kept(out: &Path) -> Vec<String> {
+    let entries = fs::read_dir(out.join("checkpoints")).unwrap();
+    let mut names: Vec<String> =
+        entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
 }
 
 #[test]
@@ -114,15 +126,10 @@ fn the_best_checkpoint_stays_and_the_summary_names_it() {
         assert_eq!(summary["best"]["metric"], key);
         assert_eq!(summary["validation"], examined[3]);
         assert_eq!(examined[3].get("pgd").is_some(), name == "grpo");
-        let mut kept: Vec<String> = fs::read_dir(out.join("checkpoints"))
-            .unwrap()
-            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-            .collect();
-        kept.sort();
         let mut expected =
             vec!["best.json".to_owned(), format!("step-{}", best["step"]), "step-6".to_owned()];
         expected.dedup();
-        assert_eq!(kept, expected);
+        assert_eq!(kept(&out), expected);
     }
 }
 
@@ -138,6 +145,173 @@ fn kills_in_an_examination_change_no_byte() {
     fs::remove_dir_all(&killed).unwrap();
     run_with_kills(Train, &own, &killed, "validation/step-2/records.jsonl", &[2, 4]);
     check_same(&whole, &killed);
+    // One that comes when the last line is written leaves images that nobody wants any more.
+    let left = killed.join("validation/step-0/adversarial");
+    fs::create_dir_all(&left).unwrap();
+    fs::write(left.join("0.png"), "").unwrap();
+    let (status, err) = go_on(&killed, &more);
+    assert_eq!(status, 0, "{err}");
+    assert!(!left.exists());
+    check_same(&whole, &killed);
+}
+
+#[test]
+fn an_examination_that_is_cut_short_changes_nothing_about_which_checkpoints_stay() {
+    let dir = tempfile::tempdir().unwrap();
+    let [whole, killed, stopped] = ["whole", "killed", "stopped"].map(|name| dir.path().join(name));
+    // Whatever is said, step 2 is the best until step 6 is.
+    let text = r#"while IFS= read -r l; do case "$l" in '{"step":2,'*) r=0.5;; '{"step":4,'*) r=0.25;; '{"step":6,'*) r=0.75;; *) r=0;; esac; echo "{\"reward\": $r}"; done"#;
+    let command = json!(["sh", "-c", text]).to_string();
+    let own = [
+        ("batch_size", "1"),
+        ("train.recipe", "grpo"),
+        ("train.num_steps", "6"),
+        ("train.save_every", "2"),
+        ("train.keep_checkpoints", "1"),
+        ("train.grpo.group_size", "2"),
+        ("train.grpo.accuracy_weight", "0"),
+        ("train.grpo.format_weight", "0"),
+        ("train.grpo.reward_command", command.as_str()),
+        ("train.validation.limit", "24"),
+        ("train.validation.metric", "reward"),
+    ];
+    let more = [&EXAMINED[..], &own].concat();
+    run_as(Train, &settings(&material().loud, &whole, &more), 2).unwrap();
+    assert_eq!(kept(&whole), ["best.json", "step-4", "step-6"]);
+    let records = "validation/step-6/records.jsonl";
+    run_with_kills(Train, &settings(&material().loud, &killed, &more), &killed, records, &[3]);
+    check_same(&whole, &killed);
+    let mut child = start(&stopped, &more);
+    let asked = || fs::read_to_string(stopped.join(records)).map_or(0, |text| text.lines().count());
+    assert!(wait_until(&mut child, || asked() >= 2));
+    signal(&child, "TERM");
+    assert_eq!(child.wait().unwrap().code(), Some(75));
+    assert!(asked() < 24, "the examination was over");
+    assert_eq!(kept(&stopped), ["best.json", "step-2", "step-4", "step-6"]);
+    let (status, err) = go_on(&stopped, &more);
+    assert_eq!(status, 0, "{err}");
+    check_same(&whole, &stopped);
+}
+
+#[test]
+fn an_examination_that_is_not_finite_is_dumped_and_repeats_to_the_bit() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    let own = [("train.learning_rate", "1e30"), ("train.save_every", "1"), ("train.validation.every", "1")];
+    let more = [&EXAMINED[..], &own].concat();
+    let error = run_as(Train, &settings(&material().loud, &out, &more), 2).unwrap_err();
+    assert_eq!(error.status(), ExitStatus::NonFinite, "{error}");
+    let (text, dump) = (error.to_string(), out.join("failure/validation-1"));
+    for part in [
+        "--> items `Phantom_",
+        "--> validation after step 1\n",
+        "first not finite: ",
+        &dump.display().to_string(),
+        "= help: lower `train.learning_rate`",
+    ] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+    assert_eq!((lines(&out, "metrics.jsonl").len(), lines(&out, "validation.jsonl").len()), (1, 1));
+    let bytes = fs::read(dump.join("failure.json")).unwrap();
+    let report: Value = serde_json::from_slice(&bytes).unwrap();
+    assert_eq!((&report["step"], &report["checkpoint"]), (&json!(1), &json!("checkpoints/step-1")));
+    assert_eq!((&report["phase"], &report["updates"]), (&json!("validation"), &json!(1)));
+    let items = report["items"].as_array().unwrap();
+    // As many as are attacked at once: no more than a pass of training has.
+    assert_eq!(items.len(), 4);
+    let tensors = TensorFile::open(&dump.join("pixels.safetensors")).unwrap();
+    for (place, item) in items.iter().enumerate() {
+        assert!(text.contains(item["id"].as_str().unwrap()), "{item}");
+        assert_eq!(item["question"]["id"], item["id"]);
+        assert!(!item["prompt_ids"].as_array().unwrap().is_empty());
+        assert!(!tensors.floats(&format!("pixels.{place}")).unwrap().is_empty());
+        assert!(dump.join(item["image"].as_str().unwrap()).exists());
+    }
+    let (status, err) = go_on(&out, &more);
+    assert!(status == 4 && err.contains("validation after step 1"), "{status} {err}");
+    assert_eq!(fs::read(dump.join("failure.json")).unwrap(), bytes);
+}
+
+#[test]
+fn rewards_that_were_not_given_are_left_out_unless_the_best_is_chosen_by_them() {
+    let dir = tempfile::tempdir().unwrap();
+    // None of validation, which asks about eight completions at once.
+    let text = r#"while IFS= read -r l; do case "$l" in *'"count":8,'*) echo '{"reward": null}';; *) echo '{"reward": 0.5}';; esac; done"#;
+    let command = json!(["sh", "-c", text]).to_string();
+    let given = [
+        ("train.recipe", "grpo"),
+        ("train.num_steps", "2"),
+        ("train.grpo.group_size", "4"),
+        ("train.grpo.accuracy_weight", "0"),
+        ("train.grpo.format_weight", "0"),
+        ("train.grpo.reward_command", command.as_str()),
+    ];
+    // Nobody said the text of a likely option.
+    let likely = [
+        ("train.recipe", "grpo"),
+        ("train.num_steps", "2"),
+        ("train.grpo.group_size", "4"),
+        ("scoring", "likelihood"),
+    ];
+    for (name, own) in [("given", &given[..]), ("likely", &likely[..])] {
+        let out = dir.path().join(name);
+        let more = [&EXAMINED[..], own].concat();
+        let summary = run_as(Train, &settings(&material().loud, &out, &more), 2).unwrap().summary;
+        assert_eq!(summary["best"]["metric"], "robust_accuracy");
+        for line in lines(&out, "validation.jsonl") {
+            for part in ["clean", "pgd"] {
+                assert!(line[part]["accuracy"].is_number(), "{name}: {line}");
+                assert!(line[part].get("reward").is_none(), "{name}: {line}");
+            }
+        }
+    }
+    for metric in ["reward", "robust_reward"] {
+        let out = dir.path().join(metric);
+        let more = [&EXAMINED[..], &given, &[("train.validation.metric", metric)]].concat();
+        let error = run_as(Train, &settings(&material().loud, &out, &more), 2).unwrap_err();
+        assert_eq!(error.status(), ExitStatus::Data);
+        let text = error.to_string();
+        assert!(text.contains("after step 0 was given a reward") && text.contains("= help: "), "{text}");
+        assert!(text.contains(&format!("there is no `{metric}`")), "{text}");
+    }
+}
+
+#[test]
+fn a_data_set_of_its_own_is_validated_with_the_images_beside_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let own = dir.path().join("own");
+    fs::create_dir_all(&own).unwrap();
+    let drawn = safemed::data::load(&material().data).unwrap();
+    let records: Vec<Value> = drawn.samples[..8]
+        .iter()
+        .enumerate()
+        .map(|(n, sample)| {
+            // No image of the training data has this name.
+            let image = format!("beside-{n}.png");
+            fs::copy(drawn.root.join(&sample.image), own.join(&image)).unwrap();
+            let mut record = json!({
+                "question_id": format!("own-{n}"), "question": sample.question, "image_path": image,
+                "question_type": sample.question_type, "modality_type": sample.modality_raw,
+                "gt_answer": sample.options[sample.answer],
+            });
+            for (option, letter) in sample.options.iter().zip("ABCD".chars()) {
+                record[format!("option_{letter}")] = json!(option);
+            }
+            record
+        })
+        .collect();
+    let file = own.join("questions.json");
+    fs::write(&file, json!(records).to_string()).unwrap();
+    let file = file.display().to_string();
+    let mut more: Vec<(&str, &str)> = EXAMINED.to_vec();
+    more.retain(|(key, _)| *key != "train.validation.split");
+    more.push(("train.validation.data", &file));
+    more.extend([("train.validation.num_steps", "0"), ("train.num_steps", "2")]);
+    let out = dir.path().join("out");
+    run_as(Train, &settings(&material().loud, &out, &more), 2).unwrap();
+    let asked = lines(&out, "validation/step-0/records.jsonl");
+    assert_eq!(asked.len(), 8);
+    assert!(asked.iter().all(|record| record["id"].as_str().unwrap().starts_with("own-")), "{asked:?}");
 }
 
 #[test]
@@ -147,6 +321,10 @@ fn validation_that_could_fool_is_refused() {
     for (own, words) in [
         (&[("train.validation.split", "splits/train.json")][..], "validation questions are trained on"),
         (&[("train.validation.metric", "reward")], "has no rewards"),
+        (
+            &[("train.recipe", "grpo"), ("scoring", "likelihood"), ("train.validation.metric", "reward")],
+            "is about what the model says",
+        ),
         (
             &[("train.validation.num_steps", "0"), ("train.validation.metric", "robust_accuracy")],
             "needs an attack",

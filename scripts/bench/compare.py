@@ -56,9 +56,9 @@ def workloads(program, only):
     return {line["workload"]: line["median_s"] for line in map(json.loads, done.stdout.splitlines())}
 
 
-def operations(program, only):
+def operations(program, only, env=None):
     """Medians out of divan's table: a line of a benchmark has its name, and columns of times between bars."""
-    done = subprocess.run([program, "--bench", *only], stdout=subprocess.PIPE, check=True, text=True)
+    done = subprocess.run([program, "--bench", *only], stdout=subprocess.PIPE, check=True, text=True, env=env)
     found, parents = {}, {}
     for line in done.stdout.splitlines():
         head = re.match(r"([│ ]*)[├╰]─ (.*)", line)

@@ -16,12 +16,13 @@ import tempfile
 import time
 from pathlib import Path
 
+# The prompt `plain` asks for a letter alone: what is trained has to be that.
 RECIPES = {
-    "sft_lora": ["train.recipe=sft", "train.batch_size=4", "train.lora_rank=16"],
+    "sft_lora": ["train.recipe=sft", "train.target=instruct", "train.batch_size=4", "train.lora_rank=16"],
     # With a KL term every group goes through the update, whatever an untrained model is rewarded with.
     "at_grpo": [
-        "train.recipe=at_grpo", "train.batch_size=2", "train.grpo.group_size=4", "train.lora_rank=16",
-        "train.grpo.kl_coef=0.01", "train.adversary.num_steps=3", "max_new_tokens=48",
+        "train.recipe=at_grpo", "train.target=instruct", "train.batch_size=2", "train.grpo.group_size=4",
+        "train.lora_rank=16", "train.grpo.kl_coef=0.01", "train.adversary.num_steps=3", "max_new_tokens=48",
     ],
 }
 

@@ -174,7 +174,7 @@ pub(crate) struct ModelArgs {
     /// Most pixels of a resized image [default: the checkpoint's].
     #[arg(long, value_name = "N", allow_hyphen_values = true, env = "SAFEMED_MAX_PIXELS", hide_env = true)]
     max_pixels: Option<String>,
-    /// Prompt template [default: med_r1_think].
+    /// Prompt template, `think`, `no_think` or `think_after` for example [default: med_r1_think].
     #[arg(long, value_name = "NAME", env = "SAFEMED_PROMPT", hide_env = true)]
     prompt: Option<String>,
     /// generate or likelihood [default: generate].
@@ -299,19 +299,19 @@ pub(crate) struct EstimateFlags {
     /// Dry run: seconds that measuring may take, roughly; a model small enough is measured whole.
     #[arg(
         long, value_name = "S", allow_hyphen_values = true, value_parser = not_negative, default_value = "60",
-        requires = "dry_run", env = "SAFEMED_PROBE_SECONDS", hide_env = true
+        env = "SAFEMED_PROBE_SECONDS", hide_env = true
     )]
     pub(crate) probe_seconds: f64,
     /// Dry run of GRPO: length of sampled completions [default: as the model samples them, else the longest].
     #[arg(
         long, value_name = "N", allow_hyphen_values = true, value_parser = at_least_one,
-        requires = "dry_run", env = "SAFEMED_COMPLETION_TOKENS", hide_env = true
+        env = "SAFEMED_COMPLETION_TOKENS", hide_env = true
     )]
     pub(crate) completion_tokens: Option<usize>,
     /// Dry run: memory to plan for, in GiB [default: what is free].
     #[arg(
         long, value_name = "GIB", allow_hyphen_values = true, value_parser = not_negative,
-        requires = "dry_run", env = "SAFEMED_MEMORY_GIB", hide_env = true
+        env = "SAFEMED_MEMORY_GIB", hide_env = true
     )]
     pub(crate) memory_gib: Option<f64>,
 }

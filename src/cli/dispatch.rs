@@ -22,6 +22,7 @@ use crate::recipes::run::Stop;
 use crate::recipes::{self, doctor, parity, presets, report};
 use candle_core::Device;
 use clap::ArgMatches;
+use clap::parser::ValueSource;
 use serde_json::json;
 
 /// Calls the command.
@@ -30,7 +31,10 @@ pub(super) fn dispatch(cli: &Cli, matches: &ArgMatches, terminal: &Terminal) -> 
     let call = Call { matches, terminal };
     match &cli.command {
         CliCommand::Demo(args) => demo(&call.job(Command::Demo, &args.config, &args.common)?, args),
-        CliCommand::Train(args) => train(&call.run(Command::Train, &args.run)?, &args.estimate),
+        CliCommand::Train(args) => {
+            call.refuse_idle_estimate_flags(&args.estimate)?;
+            train(&call.run(Command::Train, &args.run)?, &args.estimate)
+        }
         CliCommand::Eval(args) => eval(&call.run(Command::Eval, args)?),
         CliCommand::Attack(args) => attack(&call.run(Command::Attack, &args.run)?),
         CliCommand::Certify(CertifyArgs { run, .. }) => certify(&call.run(Command::Certify, run)?),
@@ -56,6 +60,22 @@ struct Call<'a> {
 impl<'a> Call<'a> {
     fn run(&self, command: Command, args: &RunArgs) -> Result<Job<'a>> {
         self.job(command, &args.config, &args.common)
+    }
+
+    /// Flags of a dry run say nothing without one. What stands in the environment may be meant for other commands.
+    fn refuse_idle_estimate_flags(&self, flags: &EstimateFlags) -> Result<()> {
+        if flags.dry_run {
+            return Ok(());
+        }
+        for id in ["probe_seconds", "completion_tokens", "memory_gib"] {
+            if self.matches.value_source(id) == Some(ValueSource::CommandLine) {
+                let flag = id.replace('_', "-");
+                return Err(Error::usage(format!(
+                    "--{flag} has no effect on a training\n   = help: add --dry-run, or leave it out"
+                )));
+            }
+        }
+        Ok(())
     }
 
     /// Resolves the configuration; everything expensive comes after it. Signals are listened to from here on.

@@ -65,10 +65,11 @@ fn run() -> Result<ExitStatus> {
     } else {
         terminal::print(&outcome.text)?;
     }
-    match (broken, outcome.check_failed) {
-        (_, Some(what)) => Err(Error::Check(what)),
-        (Some(error), None) => Err(error),
-        (None, None) => Ok(ExitStatus::Done),
+    match (outcome.check_failed, outcome.data_refused, broken) {
+        (Some(what), ..) => Err(Error::Check(what)),
+        (None, Some(what), _) => Err(Error::Data(what)),
+        (None, None, Some(error)) => Err(error),
+        (None, None, None) => Ok(ExitStatus::Done),
     }
 }
 

@@ -37,8 +37,8 @@ fn around<'a>(text: &'a str, name: &str) -> Result<Option<(&'a str, &'a str, &'a
 }
 
 /// The reasoning of a record: of the fields `reasoning`, `think`, `thinking` and `cot` the first that says something, else what
-/// `<think>...</think>` holds in one of the `completions`, each with the name of its place, or what is said in whole sentences
-/// before `<answer>` where there are no such tags.
+/// `<think>...</think>` holds in one of the `completions`, each with the name of its place; where none of them has such tags,
+/// what one says in whole sentences before `<answer>`.
 ///
 /// # Errors
 /// When a field is no text, or tags do not fit together.
@@ -51,17 +51,19 @@ pub fn reasoning_of(record: &Value, completions: &[(&str, Option<&str>)]) -> Res
             }
         }
     }
+    let mut is_tagged = false;
     for (place, text) in completions {
         let found = text.map_or(Ok(None), |text| inside(text, "think"));
         match found.map_err(|why| format!("{place}: {why}"))? {
             Some(found) if !found.is_empty() => return without_tags(found, place).map(Some),
-            Some(_) => {}
-            None => {
-                let said = text.and_then(|text| Some(text.split_once("<answer>")?.0.trim()));
-                if let Some(said) = said.filter(|said| said.ends_with(['.', '!', '?'])) {
-                    return without_tags(said, place).map(Some);
-                }
-            }
+            Some(_) => is_tagged = true,
+            None => {}
+        }
+    }
+    for (place, text) in completions.iter().filter(|_| !is_tagged) {
+        let said = text.and_then(|text| Some(text.split_once("<answer>")?.0.trim()));
+        if let Some(said) = said.filter(|said| said.ends_with(['.', '!', '?'])) {
+            return without_tags(said, place).map(Some);
         }
     }
     Ok(None)
@@ -114,6 +116,9 @@ mod tests {
         ] {
             assert_eq!(of(record.clone(), completion).unwrap().as_deref(), expected, "{record}");
         }
+        // A reasoning in tags goes before sentences that only lead to the answer, wherever it stands.
+        let both = [("`solution`", Some("See below. <answer>B</answer>")), ("the turn", tagged)];
+        assert_eq!(reasoning_of(&json!({}), &both).unwrap().as_deref(), Some("A rim."));
         for (record, completion, words) in [
             (json!({"cot": 3}), None, "`cot` is a number"),
             (json!({}), Some("<think>x"), "`solution`: `<think>` and `</think>` do not stand"),

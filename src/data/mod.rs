@@ -25,6 +25,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::pixels::gray::GrayReading;
+use problem::Place;
 pub use problem::Problem;
 pub use records::Records;
 pub use sample::Sample;
@@ -54,10 +55,13 @@ pub struct Dataset {
     pub restricted: usize,
     /// How gray deeper than eight bits is read in its images.
     pub gray: GrayReading,
-    /// Records left out because `skip_invalid` allows it, one or more problems each.
+    /// What is wrong with the records that were left out, one or more problems each.
     pub skipped: Vec<Problem>,
     /// The selected questions before sharding; `None` when this is no shard.
     unsharded: Option<Vec<Sample>>,
+    /// Where the record of each id stands, for what turns out to be wrong later. A sample itself does not say: its
+    /// hash must not depend on the file's layout.
+    places: HashMap<String, Place>,
 }
 
 impl Dataset {
@@ -75,6 +79,28 @@ impl Dataset {
     /// Where a sample's image lies.
     pub fn image_path(&self, sample: &Sample) -> PathBuf {
         self.root.join(&sample.image)
+    }
+
+    /// The problem `message` of a sample, at the place of its record; of a set that no reader made, at its image.
+    pub fn problem(&self, sample: &Sample, message: impl Into<String>) -> Problem {
+        let problem = match self.places.get(&sample.id) {
+            Some(place) => place.problem(message),
+            None => Problem::of_file(&self.image_path(sample), message),
+        };
+        Problem { id: Some(sample.id.clone()), ..problem }
+    }
+
+    /// Leaves out the samples whose image is no file, each with its problem.
+    fn leave_out_missing_images(&mut self) {
+        let missing = select::missing_images(&self.root, &self.samples);
+        let (gone, there): (Vec<Sample>, Vec<Sample>) =
+            std::mem::take(&mut self.samples).into_iter().partition(|sample| missing.contains(&sample.image));
+        for sample in &gone {
+            let message = format!("image file is missing: {}", self.image_path(sample).display());
+            let problem = self.problem(sample, message);
+            self.skipped.push(problem);
+        }
+        self.samples = there;
     }
 }
 
@@ -126,36 +152,50 @@ pub struct DatasetConfig {
 impl DatasetConfig {
     /// Reads, checks and selects.
     ///
-    /// Order: records with problems go first (refused, or left out with `skip_invalid`), then `split`, `modality`,
-    /// `question_type`, images that are missing, `limit`, and last `shard`.
+    /// Order: records with problems go first, then `split`, `modality`, `question_type`, images that are missing,
+    /// `limit`, and last `shard`. What is wrong is refused as a whole, or left out with `skip_invalid`.
     ///
     /// # Errors
     /// [`Error::Usage`] when no source is named or a filter matches nothing there is; [`Error::Data`] with every
-    /// problem of the files, of the split and of the images at once.
+    /// problem of the files and of the images at once.
     pub fn load(&self, images: ImageCheck) -> Result<Dataset> {
+        let dataset = self.survey(images)?;
+        if !self.skip_invalid {
+            problem::refuse(&dataset.skipped)?;
+        }
+        if dataset.population().is_empty() {
+            return Err(Error::data(format!(
+                "no question is left after selection\n  --> {}\n   = help: check --split, --modality and --question-type against `safemed data stats`",
+                dataset.root.display()
+            )));
+        }
+        Ok(dataset)
+    }
+
+    /// As [`Self::load`], but what is wrong is only left out and told in `skipped`, even without `skip_invalid`, and no
+    /// question need be left: for callers that look for more before they refuse.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] when no source is named or a filter matches nothing there is; [`Error::Data`] when the split
+    /// is wrong; of either, without `skip_invalid`, first the problems of the records, which may be the reason.
+    pub fn survey(&self, images: ImageCheck) -> Result<Dataset> {
         if self.limit == Some(0) {
             return Err(Error::usage(
                 "`limit` is 0: no question would be left\n   = help: leave it out to take all",
             ));
         }
-        let (mut dataset, problems) = self.read_checked()?;
-        if let Some(split) = &self.split {
-            dataset.samples = select::by_split(dataset.samples, &locate(split, &dataset.root), &problems)?;
+        let mut dataset = self.read_source()?;
+        if let Err(error) = self.select(&mut dataset) {
+            if !self.skip_invalid {
+                problem::refuse(&dataset.skipped)?;
+            }
+            return Err(error);
         }
-        select::by_modality(&mut dataset.samples, self.modality.as_deref())?;
-        select::by_question_type(&mut dataset.samples, self.question_type.as_deref())?;
-        dataset.skipped = problems;
         if images == ImageCheck::Exist {
-            self.drop_missing_images(&mut dataset)?;
+            dataset.leave_out_missing_images();
         }
         if let Some(limit) = self.limit {
             dataset.samples.truncate(limit);
-        }
-        if dataset.samples.is_empty() {
-            return Err(Error::data(format!(
-                "no question is left after selection\n  --> {}\n   = help: check --split, --modality and --question-type against `safemed data stats`",
-                dataset.root.display()
-            )));
         }
         if let Some(shard) = self.shard {
             let part = shard.of(&dataset.samples);
@@ -182,7 +222,7 @@ impl DatasetConfig {
         config.load(ImageCheck::Ignore).map(Some)
     }
 
-    fn read_checked(&self) -> Result<(Dataset, Vec<Problem>)> {
+    fn read_source(&self) -> Result<Dataset> {
         let images_root = self.omnimedvqa.as_deref();
         let reading = match (&self.data, images_root) {
             (Some(data), _) => read(data, images_root)?,
@@ -193,39 +233,24 @@ impl DatasetConfig {
                 ));
             }
         };
-        if !self.skip_invalid {
-            problem::refuse(&reading.problems)?;
-        }
-        let dataset = Dataset {
+        Ok(Dataset {
             root: reading.root,
             samples: reading.samples,
             restricted: reading.restricted,
             gray: self.gray,
-            ..Dataset::default()
-        };
-        Ok((dataset, reading.problems))
+            skipped: reading.problems,
+            unsharded: None,
+            places: reading.places,
+        })
     }
 
-    fn drop_missing_images(&self, dataset: &mut Dataset) -> Result<()> {
-        let missing = select::missing_images(&dataset.root, &dataset.samples);
-        let problems: Vec<Problem> = dataset
-            .samples
-            .iter()
-            .filter(|sample| missing.contains(&sample.image))
-            .map(|sample| Problem {
-                file: dataset.image_path(sample),
-                record: None,
-                line: None,
-                id: Some(sample.id.clone()),
-                message: "image file is missing".into(),
-            })
-            .collect();
-        if !self.skip_invalid {
-            problem::refuse(&problems)?;
+    fn select(&self, dataset: &mut Dataset) -> Result<()> {
+        if let Some(split) = &self.split {
+            let samples = std::mem::take(&mut dataset.samples);
+            dataset.samples = select::by_split(samples, &locate(split, &dataset.root), &dataset.skipped)?;
         }
-        dataset.samples.retain(|sample| !missing.contains(&sample.image));
-        dataset.skipped.extend(problems);
-        Ok(())
+        select::by_modality(&mut dataset.samples, self.modality.as_deref())?;
+        select::by_question_type(&mut dataset.samples, self.question_type.as_deref())
     }
 }
 
@@ -246,8 +271,8 @@ pub struct Reading {
     pub restricted: usize,
     /// Everything that is wrong with the other records.
     pub problems: Vec<Problem>,
-    /// Where each id was met first: file and one-based record.
-    first_seen: HashMap<String, (PathBuf, usize)>,
+    /// Where each id was met first.
+    places: HashMap<String, Place>,
 }
 
 impl Reading {
@@ -265,12 +290,12 @@ impl Reading {
                 return;
             }
         };
-        if let Some((file, record)) = self.first_seen.get(&sample.id) {
+        if let Some(Place { file, record, .. }) = self.places.get(&sample.id) {
             let message = format!("id stands twice: also {}: record {record}", file.display());
             self.problems.push(collector.problem(index, message));
             return;
         }
-        self.first_seen.insert(sample.id.clone(), (collector.file().to_path_buf(), index + 1));
+        self.places.insert(sample.id.clone(), collector.place(index));
         self.samples.push(sample);
     }
 }

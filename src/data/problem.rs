@@ -2,13 +2,14 @@
 
 use std::fmt::{self, Write as _};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde_json::Value;
 
 use super::records::Records;
 use crate::error::{Error, Result};
 
-/// So many problems are listed; the rest are counted.
+/// So many problems are listed by whatever wants to do something else with the data; the rest are counted.
 const LISTED: usize = 200;
 
 /// One thing wrong with one record (or one file).
@@ -49,11 +50,41 @@ impl fmt::Display for Problem {
     }
 }
 
-/// Refuses data that has problems, listing them.
+/// Where a record stands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Place {
+    /// The file it is in: the same for all of its records.
+    pub file: Arc<Path>,
+    /// One-based position of the record in its file.
+    pub record: usize,
+    /// One-based line.
+    pub line: Option<usize>,
+}
+
+impl Place {
+    /// The problem `message` of the record that stands here.
+    pub fn problem(&self, message: impl Into<String>) -> Problem {
+        Problem { record: Some(self.record), line: self.line, ..Problem::of_file(&self.file, message) }
+    }
+}
+
+/// Refuses data that has problems, listing the first of them.
 ///
 /// # Errors
 /// [`Error::Data`] when `problems` is not empty.
 pub fn refuse(problems: &[Problem]) -> Result<()> {
+    refuse_listing(problems, LISTED)
+}
+
+/// As [`refuse`], listing all of them.
+///
+/// # Errors
+/// [`Error::Data`] when `problems` is not empty.
+pub fn refuse_all(problems: &[Problem]) -> Result<()> {
+    refuse_listing(problems, problems.len())
+}
+
+fn refuse_listing(problems: &[Problem], most: usize) -> Result<()> {
     if problems.is_empty() {
         return Ok(());
     }
@@ -61,12 +92,12 @@ pub fn refuse(problems: &[Problem]) -> Result<()> {
         1 => "1 problem in the data".to_owned(),
         n => format!("{n} problems in the data"),
     };
-    for problem in problems.iter().take(LISTED) {
-        text.push_str("\n  --> ");
-        text.push_str(&problem.to_string());
+    for problem in problems.iter().take(most) {
+        let _ = write!(text, "\n  --> {problem}");
     }
-    if problems.len() > LISTED {
-        let _ = write!(text, "\n  and {} more", problems.len() - LISTED);
+    if problems.len() > most {
+        let more = problems.len() - most;
+        let _ = write!(text, "\n  and {more} more: `safemed data check` lists all of them");
     }
     text.push_str(
         "\n   = help: repair the files, or set `skip_invalid` to leave these records out and count them",
@@ -151,34 +182,29 @@ pub fn image_path(text: &str, key: &str) -> std::result::Result<PathBuf, String>
     if inside { Ok(path.to_path_buf()) } else { Err(format!("`{key}` leaves the data root: `{text}`")) }
 }
 
-/// Collects the problems of the records of one file; finds their lines only when there are any.
+/// Tells places and problems of the records of one file; finds their lines once, when the first is asked for.
 #[derive(Debug)]
 pub struct Collector<'a> {
     records: &'a Records,
+    file: Arc<Path>,
     lines: Option<Vec<usize>>,
 }
 
 impl<'a> Collector<'a> {
     /// For the records of one file.
     pub fn new(records: &'a Records) -> Self {
-        Self { records, lines: None }
+        Self { records, file: Arc::from(records.file.as_path()), lines: None }
     }
 
-    /// The file the records are from.
-    pub fn file(&self) -> &Path {
-        &self.records.file
+    /// Where the record at zero-based `index` stands.
+    pub fn place(&mut self, index: usize) -> Place {
+        let lines = self.lines.get_or_insert_with(|| self.records.lines());
+        Place { file: self.file.clone(), record: index + 1, line: lines.get(index).copied() }
     }
 
     /// The problem `message` of the record at zero-based `index`.
     pub fn problem(&mut self, index: usize, message: String) -> Problem {
-        let lines = self.lines.get_or_insert_with(|| self.records.lines());
-        Problem {
-            file: self.records.file.clone(),
-            record: Some(index + 1),
-            line: lines.get(index).copied(),
-            id: self.records.get(index).and_then(id_of),
-            message,
-        }
+        Problem { id: self.records.get(index).and_then(id_of), ..self.place(index).problem(message) }
     }
 }
 
@@ -194,8 +220,11 @@ mod tests {
         assert!(
             text.starts_with("250 problems")
                 && text.contains("f.json: p199\n")
-                && text.contains("and 50 more")
+                && text.contains("and 50 more: `safemed data check` lists all of them\n")
         );
         assert!(!text.contains("p200"));
+        let text = refuse_all(&problems).unwrap_err().to_string();
+        assert!(text.starts_with("250 problems") && text.contains("f.json: p249\n"), "{text}");
+        assert!(!text.contains(" more"), "{text}");
     }
 }

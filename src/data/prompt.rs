@@ -50,16 +50,25 @@ const NAMES: [(&str, PromptTemplate); 8] = [
     ("phantom_cot", PromptTemplate::PhantomCot),
 ];
 
+/// What people in the field call two of them. They are read like the names; written is always the name.
+const ALIASES: [(&str, PromptTemplate); 2] =
+    [("think", PromptTemplate::MedR1Think), ("no_think", PromptTemplate::MedR1NoThink)];
+
 impl FromStr for PromptTemplate {
     type Err = Error;
     fn from_str(text: &str) -> Result<Self> {
-        if let Some((_, template)) = NAMES.iter().find(|(name, _)| *name == text) {
+        let words = || NAMES.iter().chain(&ALIASES);
+        if let Some((_, template)) = words().find(|(word, _)| *word == text) {
             return Ok(*template);
         }
-        let near = NAMES.iter().map(|(name, _)| (strsim::jaro_winkler(name, text), *name));
+        let near = words().map(|(word, _)| (strsim::jaro_winkler(word, text), *word));
         let near = near.max_by(|a, b| a.0.total_cmp(&b.0)).filter(|(similarity, _)| *similarity > 0.75);
-        let hint = near.map_or_else(String::new, |(_, name)| format!("did you mean `{name}`? "));
-        let all: Vec<&str> = NAMES.iter().map(|(name, _)| *name).collect();
+        let hint = near.map_or_else(String::new, |(_, word)| format!("did you mean `{word}`? "));
+        let spelled = |(name, template): &(&str, PromptTemplate)| {
+            let alias = ALIASES.iter().find(|(_, other)| other == template);
+            alias.map_or_else(|| (*name).to_owned(), |(alias, _)| format!("{name} (or {alias})"))
+        };
+        let all: Vec<String> = NAMES.iter().map(spelled).collect();
         Err(Error::usage(format!("unknown prompt `{text}`\n   = help: {hint}there are {}", all.join(", "))))
     }
 }
@@ -252,6 +261,13 @@ mod tests {
         for name in PromptTemplate::names() {
             assert_eq!(name.parse::<PromptTemplate>().unwrap().to_string(), name);
         }
+        for (alias, name) in
+            [("think", "med_r1_think"), ("no_think", "med_r1_no_think"), ("think_after", "think_after")]
+        {
+            assert_eq!(alias.parse::<PromptTemplate>().unwrap().to_string(), name);
+        }
+        let error = "thinking".parse::<PromptTemplate>().unwrap_err().to_string();
+        assert!(error.contains("med_r1_think (or think), med_r1_no_think (or no_think), "), "{error}");
         let error = "med_r1_thnk".parse::<PromptTemplate>().unwrap_err().to_string();
         assert!(error.contains("did you mean `med_r1_think`"), "{error}");
     }

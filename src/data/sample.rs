@@ -283,8 +283,9 @@ fn is_small_label(before: &str, after: &str) -> bool {
     if PAIRS.iter().any(|&(open, close)| left == Some(open) && right == Some(close)) {
         return true;
     }
-    let is_in_brackets = before.rfind(['(', ')']).is_some_and(|at| before[at..].starts_with('('));
-    if right == Some(')') && !is_in_brackets {
+    // The search goes back through all that is said: only a closing bracket asks for it.
+    let is_in_brackets = || before.rfind(['(', ')']).is_some_and(|at| before[at..].starts_with('('));
+    if right == Some(')') && !is_in_brackets() {
         return true;
     }
     let lead = before.trim_end_matches([' ', '\t', '-', '*']);

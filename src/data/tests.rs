@@ -159,31 +159,42 @@ fn every_problem_is_told_at_once_with_its_file_record_and_line() {
 
 #[test]
 fn missing_images_are_told_before_work_or_left_out_on_request() {
+    let records = [("A_0", "here"), ("A_1", "gone"), ("A_2", "gone")]
+        .map(|(id, image)| record(id, &format!("Images/{image}.png")).to_string());
     let folder = root_with(&[
-        (
-            &format!("{OPEN}/a.json"),
-            json!([
-                record("A_0", "Images/here.png"),
-                record("A_1", "Images/gone.png"),
-                record("A_2", "Images/gone.png")
-            ])
-            .to_string(),
-        ),
+        (&format!("{OPEN}/a.json"), format!("[{}]", records.join(",\n"))),
         ("Images/here.png", "x".into()),
     ]);
     let config = DatasetConfig { omnimedvqa: Some(folder.path().into()), ..DatasetConfig::default() };
     assert_eq!(config.load(ImageCheck::Ignore).unwrap().samples.len(), 3);
     let text = config.load(ImageCheck::Exist).unwrap_err().to_string();
-    assert!(
-        text.contains("2 problems") && text.contains("gone.png (`A_1`): image file is missing"),
-        "{text}"
-    );
+    let gone = folder.path().join("Images/gone.png").display().to_string();
+    for (line, id) in [(2, "A_1"), (3, "A_2")] {
+        let expected = format!("a.json:{line}: record {line} (`{id}`): image file is missing: {gone}\n");
+        assert!(text.starts_with("2 problems") && text.contains(&expected), "{expected}\n---\n{text}");
+    }
     let lenient = DatasetConfig { skip_invalid: true, ..config.clone() }.load(ImageCheck::Exist).unwrap();
     assert_eq!((lenient.samples.len(), lenient.skipped.len()), (1, 2));
     // What is not selected need not be there.
     fs::write(folder.path().join("s.json"), "[\"A_0\"]").unwrap();
-    let selected = DatasetConfig { split: Some("s.json".into()), ..config };
+    let selected = DatasetConfig { split: Some("s.json".into()), ..config.clone() };
     assert_eq!(selected.load(ImageCheck::Exist).unwrap().samples.len(), 1);
+    // What is wrong with records is told in the same list, and before a split that names what they leave out.
+    let torn = format!("{}\n{{\"question_id\": \"A_3\", \n", records.join("\n"));
+    fs::write(folder.path().join(OPEN).join("a.json"), torn).unwrap();
+    let text = config.load(ImageCheck::Exist).unwrap_err().to_string();
+    assert!(text.starts_with("3 problems") && text.contains("a.json:4: record 4: not JSON"), "{text}");
+    assert!(text.contains("a.json:3: record 3 (`A_2`): image file is missing"), "{text}");
+    fs::write(folder.path().join("s.json"), "[\"A_3\"]").unwrap();
+    let text = selected.load(ImageCheck::Exist).unwrap_err().to_string();
+    assert!(text.starts_with("1 problem in") && text.contains("not JSON"), "{text}");
+    let surveyed = config.survey(ImageCheck::Exist).unwrap();
+    assert_eq!((surveyed.samples.len(), surveyed.skipped.len()), (1, 3));
+    assert_eq!(surveyed.problem(&surveyed.samples[0], "x").line, Some(1));
+    assert_eq!(
+        Dataset::new("r", Vec::new()).problem(&surveyed.samples[0], "x").file,
+        Path::new("r/Images/here.png")
+    );
 }
 
 fn ten() -> tempfile::TempDir {

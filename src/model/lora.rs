@@ -287,8 +287,8 @@ impl LoraConfig {
         Ok(layer.is_some_and(|layer| layers.contains(&layer)))
     }
 
-    /// Rank and scaling of `module`, which may also go by the names in `aliases`.
-    fn shape_of(&self, module: &str, aliases: &[&str]) -> Result<(usize, f64)> {
+    /// Rank and alpha of `module`, which may also go by the names in `aliases`.
+    fn rank_and_alpha(&self, module: &str, aliases: &[&str]) -> Result<(usize, f64)> {
         let find = |patterns: &[(String, f64)]| -> Result<Option<f64>> {
             for (pattern, value) in patterns {
                 for name in std::iter::once(&module).chain(aliases) {
@@ -300,7 +300,12 @@ impl LoraConfig {
             Ok(None)
         };
         let rank = find(&self.rank_pattern)?.map_or(self.rank, |rank| rank as usize);
-        let alpha = find(&self.alpha_pattern)?.unwrap_or(self.alpha);
+        Ok((rank, find(&self.alpha_pattern)?.unwrap_or(self.alpha)))
+    }
+
+    /// Rank and scaling of `module`, likewise.
+    fn shape_of(&self, module: &str, aliases: &[&str]) -> Result<(usize, f64)> {
+        let (rank, alpha) = self.rank_and_alpha(module, aliases)?;
         let divisor = if self.use_rslora { (rank as f64).sqrt() } else { rank as f64 };
         Ok((rank, alpha / divisor))
     }
@@ -369,6 +374,8 @@ pub struct Adapter {
     pub config: LoraConfig,
     /// By canonical module name.
     layers: BTreeMap<String, LowRank>,
+    /// What the file calls a module, by its canonical name, where that is another.
+    own_names: BTreeMap<String, String>,
     /// Tensors that replace the base's (`modules_to_save`, trained biases), by canonical name.
     whole: BTreeMap<String, Tensor>,
     /// Which of both a model has asked for so far.
@@ -405,6 +412,7 @@ impl Adapter {
             dir: dir.to_path_buf(),
             config,
             layers: BTreeMap::new(),
+            own_names: BTreeMap::new(),
             whole: BTreeMap::new(),
             used: RefCell::default(),
         };
@@ -460,6 +468,9 @@ impl Adapter {
                     b.dims()
                 )));
             }
+            if own_name != module {
+                self.own_names.insert(module.clone(), own_name);
+            }
             self.layers.insert(module, LowRank { a, b, scaling });
         }
         if self.layers.is_empty() && self.whole.is_empty() {
@@ -471,6 +482,46 @@ impl Adapter {
     /// Names of the modules it touches, sorted.
     pub fn modules(&self) -> impl Iterator<Item = &str> {
         self.layers.keys().map(String::as_str)
+    }
+
+    /// Names of the tensors that it holds whole in place of the base's, sorted. They are no low-rank update: [`save`] does not
+    /// write them.
+    pub fn replaced(&self) -> impl Iterator<Item = &str> {
+        self.whole.keys().map(String::as_str)
+    }
+
+    /// The settings to [`save`] its modules with, under their canonical names: a pattern that means a module by the file's own
+    /// name alone would not be met by these.
+    ///
+    /// # Errors
+    /// A data error for a regular expression that is none.
+    pub fn settings(&self) -> Result<LoraConfig> {
+        let mut settings = self.config.clone();
+        for (module, own_name) in &self.own_names {
+            let (rank, alpha) = self.config.rank_and_alpha(module, &[own_name.as_str()])?;
+            if (rank, alpha) == self.config.rank_and_alpha(module, &[])? {
+                continue;
+            }
+            // The first match decides, and a name as a whole matches nothing else.
+            for (patterns, value) in
+                [(&mut settings.rank_pattern, rank as f64), (&mut settings.alpha_pattern, alpha)]
+            {
+                patterns.retain(|(pattern, _)| pattern != module);
+                patterns.insert(0, (module.clone(), value));
+            }
+        }
+        for module in self.layers.keys() {
+            if !settings.targets(module)? {
+                return Ok(LoraConfig {
+                    target_modules: Modules::Names(self.layers.keys().cloned().collect()),
+                    exclude_modules: None,
+                    layers_to_transform: None,
+                    layers_pattern: Vec::new(),
+                    ..settings
+                });
+            }
+        }
+        Ok(settings)
     }
 
     /// What stands over the linear layer `module` of shape `[out, in]`.

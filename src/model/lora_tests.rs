@@ -141,6 +141,66 @@ fn merging_adds_the_scaled_product_and_an_unknown_module_is_an_error() {
 }
 
 #[test]
+fn settings_that_only_the_files_own_names_meet_are_saved_for_canonical_names() {
+    let filled = |rows: usize, columns: usize| {
+        Tensor::from_vec(vec![0.5f32; rows * columns], (rows, columns), &Device::Cpu).unwrap()
+    };
+    let old = |layer: usize| format!("model.layers.{layer}.self_attn.q_proj");
+    let mut tensors = Vec::new();
+    for (layer, rank) in [(2, 4), (3, 2)] {
+        tensors.push((format!("{}.lora_A.weight", old(layer)), filled(rank, 6)));
+        tensors.push((format!("{}.lora_B.weight", old(layer)), filled(6, rank)));
+    }
+    let config = LoraConfig {
+        rank_pattern: vec![(old(3), 2.0)],
+        alpha_pattern: vec![(r"model\.layers\.3\..*".to_owned(), 16.0)],
+        ..LoraConfig::new(4, 8.0, Modules::Pattern(r"model\.layers\..*q_proj".to_owned()))
+    };
+    let (first_dir, second_dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    save(first_dir.path(), &config, &tensors).unwrap();
+    let first = Adapter::load(first_dir.path()).unwrap();
+    assert_eq!(first.config, config, "what is read is what stands there");
+    let mut again = Vec::new();
+    for module in first.modules() {
+        let layer = first.layer(module, [6, 6]).unwrap().unwrap();
+        again.push((format!("{module}.lora_A.weight"), layer.a));
+        again.push((format!("{module}.lora_B.weight"), layer.b));
+    }
+    save(second_dir.path(), &first.settings().unwrap(), &again).unwrap();
+    let second = Adapter::load(second_dir.path()).unwrap();
+    let shape = |adapter: &Adapter, module: &str| {
+        let layer = adapter.layer(module, [6, 6]).unwrap().unwrap();
+        (layer.a.dims().to_vec(), layer.scaling)
+    };
+    for (module, wanted) in
+        [(QUERY.to_owned(), (vec![2, 6], 8.0)), (QUERY.replace(".3.", ".2."), (vec![4, 6], 2.0))]
+    {
+        assert_eq!(shape(&first, &module), wanted, "{module}");
+        assert_eq!(shape(&second, &module), wanted, "{module}");
+        assert!(second.config.targets(&module).unwrap(), "{module}");
+    }
+    // What canonical names meet stays as it is.
+    assert_eq!(second.settings().unwrap(), second.config);
+}
+
+#[test]
+fn tensors_that_replace_the_bases_are_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = LoraConfig::new(2, 4.0, Modules::parse("q_proj"));
+    let tensor = |shape: (usize, usize)| Tensor::zeros(shape, candle_core::DType::F32, &Device::Cpu).unwrap();
+    let mut tensors = vec![
+        (format!("{QUERY}.lora_A.weight"), tensor((2, 6))),
+        (format!("{QUERY}.lora_B.weight"), tensor((6, 2))),
+    ];
+    save(dir.path(), &config, &tensors).unwrap();
+    assert_eq!(Adapter::load(dir.path()).unwrap().replaced().next(), None);
+    tensors.push(("lm_head.modules_to_save.default.weight".to_owned(), tensor((3, 6))));
+    save(dir.path(), &config, &tensors).unwrap();
+    let adapter = Adapter::load(dir.path()).unwrap();
+    assert_eq!(adapter.replaced().collect::<Vec<_>>(), ["lm_head.weight"]);
+}
+
+#[test]
 fn settings_written_by_peft_are_read_with_their_meaning() {
     let Some(root) = fixtures() else { return };
     let list = Adapter::load(&root.join("lora/qwen2_5_vl_list")).unwrap();

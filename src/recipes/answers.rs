@@ -35,6 +35,15 @@ pub struct Asking {
     pub sampling: SamplingConfig,
     /// Names the random numbers, with the item's id.
     pub seed: u64,
+    /// Where answers are given only to see what they cost.
+    pub feigned: Option<Feigned>,
+}
+
+/// Answers that all count as right, whatever they say: whoever stops at a wrong one does the most that there could be to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Feigned {
+    /// Whether each is of the longest length allowed, wherever the model would end it.
+    pub is_longest: bool,
 }
 
 /// What a model answers.
@@ -62,6 +71,7 @@ impl Asking {
             max_new_tokens: config.max_new_tokens,
             sampling: config.generation.sampling(),
             seed: config.seed,
+            feigned: None,
         })
     }
 
@@ -119,7 +129,13 @@ impl Asking {
             Scoring::Generate => self.generated(assistant, samples, &prompts, &features),
             Scoring::Likelihood => self.likeliest(assistant, samples, &prompts, &features),
         });
-        answers.map_err(|error| with_items(error, samples))
+        let mut answers = answers.map_err(|error| with_items(error, samples))?;
+        if self.feigned.is_some() {
+            for (answer, sample) in answers.iter_mut().zip(samples) {
+                answer.prediction = Some(sample.answer);
+            }
+        }
+        Ok(answers)
     }
 
     fn generated(
@@ -129,7 +145,10 @@ impl Asking {
         prompts: &[Prompt],
         features: &Features,
     ) -> Result<Vec<Answer>> {
-        let decoding = assistant.decoding(self.max_new_tokens, self.sampling);
+        let mut decoding = assistant.decoding(self.max_new_tokens, self.sampling);
+        if self.feigned.is_some_and(|feigned| feigned.is_longest) {
+            decoding.stop_ids.clear();
+        }
         // Of the item alone, so that neither its neighbours nor the order of items changes what is drawn.
         let seed = |sample: &&Sample| rng::stream(self.seed, "answer", &[rng::key_of(&sample.id)]).next_u64();
         let seeds: Vec<u64> = samples.iter().map(seed).collect();

@@ -55,8 +55,10 @@ pub struct Setting<'a> {
     pub attack: &'a AttackConfig,
     /// How questions are asked and answers read.
     pub asking: Asking,
-    /// Items in one forward pass.
+    /// Items in one forward pass; changes no result.
     pub batch_size: usize,
+    /// What is kept for gradients.
+    memory: Memory,
     /// Seed of random starts.
     pub seed: u64,
     /// Where the smoothed model is attacked: the noise that gradients see.
@@ -71,6 +73,17 @@ pub struct Setting<'a> {
     features: Arc<FeatureCache>,
 }
 
+/// How many items are attacked at once, and what gradients keep. Of a training that is validated no more than one pass of its
+/// steps has, and the same as there: where the steps have room, examinations do.
+pub(super) fn attacked_at_once(config: &RunConfig) -> (usize, Memory) {
+    let train = &config.train;
+    if train.validation.every == 0 {
+        return (config.batch_size, Memory::Keep);
+    }
+    let most = train.micro_batch_size.unwrap_or(train.batch_size);
+    (config.batch_size.min(most), train.memory())
+}
+
 impl<'a> Setting<'a> {
     /// The setting that a configuration describes.
     ///
@@ -78,6 +91,7 @@ impl<'a> Setting<'a> {
     /// When the prompt has an unknown name.
     pub fn of(config: &'a RunConfig) -> Result<Self> {
         let attack = &config.attack;
+        let (batch_size, memory) = attacked_at_once(config);
         let bank = |purpose| {
             let sigma = attack.smoothing_sigma?;
             Some(NoiseBank { purpose, sigma, draws: attack.eot_samples, seed: config.seed })
@@ -85,7 +99,8 @@ impl<'a> Setting<'a> {
         Ok(Self {
             attack,
             asking: Asking::of(config)?,
-            batch_size: config.batch_size,
+            batch_size,
+            memory,
             seed: config.seed,
             noise: bank("attack_noise"),
             judge: bank("attack_judge"),
@@ -167,7 +182,8 @@ pub fn attack(job: &Job<'_>) -> Result<Outcome> {
     let config = &job.config;
     inputs::check_job(job)?;
     inputs::require_greedy(&job.config, "attacked answers are those of a fixed function")?;
-    let setting = Setting::of(config)?;
+    // Nothing trains here: what a file says of a training, for another command, changes nothing.
+    let setting = Setting { batch_size: config.batch_size, memory: Memory::Keep, ..Setting::of(config)? };
     let (dataset, train) = inputs::open_questions(config)?;
     items::require_some(&dataset, "attack")?;
     let model = inputs::open_model(job)?;
@@ -495,7 +511,7 @@ impl Attacker<'_> {
             answers,
             noise: self.setting.noise.clone(),
             draws_at_once: DRAWS_AT_ONCE,
-            memory: Memory::Keep,
+            memory: self.setting.memory,
         })
     }
 
@@ -986,4 +1002,28 @@ fn by_steps(records: &[AttackRecord]) -> Vec<[f64; 4]> {
 fn point(at: f64, robust: usize, n: usize) -> [f64; 4] {
     let [low, high] = interval::wilson(robust as u64, n as u64, interval::Z_95);
     [at, robust as f64 / n as f64, low, high]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn examinations_hold_no_more_at_once_than_the_steps_of_their_training() {
+        let mut config = RunConfig { batch_size: 8, ..RunConfig::default() };
+        config.train.batch_size = 4;
+        config.train.recompute = true;
+        let of = |config: &RunConfig| {
+            let setting = Setting::of(config).unwrap();
+            (setting.batch_size, setting.memory)
+        };
+        assert_eq!(of(&config), (8, Memory::Keep));
+        config.train.validation.every = 10;
+        assert_eq!(of(&config), (4, Memory::Recompute));
+        config.train.micro_batch_size = Some(1);
+        config.train.recompute = false;
+        assert_eq!(of(&config), (1, Memory::Keep));
+        config.train.micro_batch_size = Some(16);
+        assert_eq!(of(&config), (8, Memory::Keep));
+    }
 }

@@ -29,7 +29,45 @@ struct State {
     share: Vec<f64>,
     total: Vec<usize>,
     figure: Vec<Option<(String, f64)>>,
+    pace: Vec<Option<Pace>>,
     failed: Option<Error>,
+}
+
+/// How fast a step went: tokens a second, and the seconds of its phases.
+#[derive(Debug, Clone, PartialEq)]
+struct Pace {
+    tokens_per_second: f64,
+    phases: Vec<(String, f64)>,
+}
+
+impl Pace {
+    fn new(tokens_per_second: f64, phases: &[(&str, f64)]) -> Self {
+        let phases = phases.iter().map(|(name, seconds)| ((*name).to_owned(), *seconds)).collect();
+        Self { tokens_per_second, phases }
+    }
+
+    /// That of parts side by side, whose tokens a second add up.
+    fn together(parts: &[Option<Self>]) -> Self {
+        let mut all = Self::new(0.0, &[]);
+        for part in parts.iter().flatten() {
+            // A step too short for the clock has no speed that could be added.
+            if part.tokens_per_second.is_finite() {
+                all.tokens_per_second += part.tokens_per_second;
+            }
+            for (name, seconds) in &part.phases {
+                match all.phases.iter_mut().find(|(known, _)| known == name) {
+                    Some((_, sum)) => *sum += seconds,
+                    None => all.phases.push((name.clone(), *seconds)),
+                }
+            }
+        }
+        all
+    }
+}
+
+/// Figures as listeners take them.
+fn lent(figures: &[(String, f64)]) -> Vec<(&str, f64)> {
+    figures.iter().map(|(name, value)| (name.as_str(), *value)).collect()
 }
 
 struct Board<'a> {
@@ -56,6 +94,7 @@ pub(super) fn run_all(parts: &[Part<'_>], workers: usize, listener: &dyn Progres
             share: vec![0.0; count],
             total: vec![1; count],
             figure: vec![None; count],
+            pace: vec![None; count],
             failed: None,
         }),
         changed: Condvar::new(),
@@ -107,6 +146,7 @@ impl Board<'_> {
             state.done[index] = true;
             state.share[index] = 1.0;
             state.figure[index] = None;
+            state.pace[index] = None;
             if let Err(error) = result {
                 state.failed.get_or_insert(error);
             }
@@ -116,16 +156,16 @@ impl Board<'_> {
     }
 
     fn show(&self) {
-        let (done, figures) = {
+        let (done, figures, pace) = {
             let state = self.lock();
             let total: f64 = self.parts.iter().map(|part| part.weight).sum();
             let done: f64 =
                 self.parts.iter().zip(&state.share).map(|(part, share)| part.weight * share).sum();
             let figures: Vec<(String, f64)> = state.figure.iter().flatten().cloned().collect();
-            ((STEPS as f64 * done / total) as usize, figures)
+            ((STEPS as f64 * done / total) as usize, figures, Pace::together(&state.pace))
         };
-        let figures: Vec<(&str, f64)> = figures.iter().map(|(name, value)| (name.as_str(), *value)).collect();
-        self.listener.tick(done, &figures);
+        self.listener.pace(pace.tokens_per_second, &lent(&pace.phases));
+        self.listener.tick(done, &lent(&figures));
     }
 }
 
@@ -140,6 +180,8 @@ impl Progress for Listener<'_> {
         let mut state = self.board.lock();
         state.total[self.index] = total.max(1);
         state.share[self.index] = (done as f64 / total.max(1) as f64).min(1.0);
+        // It was that of the phase before.
+        state.pace[self.index] = None;
     }
 
     fn tick(&self, done: usize, figures: &[(&str, f64)]) {
@@ -153,11 +195,74 @@ impl Progress for Listener<'_> {
         self.board.show();
     }
 
+    fn pace(&self, tokens_per_second: f64, phases: &[(&str, f64)]) {
+        self.board.lock().pace[self.index] = Some(Pace::new(tokens_per_second, phases));
+    }
+
     fn note(&self, text: &str) {
         self.board.listener.note(&format!("{}: {text}", self.board.parts[self.index].name));
     }
 
     fn row(&self, cells: &[String]) {
         self.board.listener.row(cells);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Barrier;
+
+    /// Keeps what is said about speed.
+    #[derive(Default)]
+    struct Paces(Mutex<Vec<Pace>>);
+
+    impl Progress for Paces {
+        fn start(&self, _total: usize, _done: usize, _what: &str) {}
+        fn tick(&self, _done: usize, _figures: &[(&str, f64)]) {}
+        fn pace(&self, tokens_per_second: f64, phases: &[(&str, f64)]) {
+            self.0.lock().unwrap().push(Pace::new(tokens_per_second, phases));
+        }
+        fn note(&self, _text: &str) {}
+        fn row(&self, _cells: &[String]) {}
+    }
+
+    #[test]
+    fn parts_side_by_side_are_as_fast_as_all_of_them_together() {
+        let barrier = Barrier::new(2);
+        let both = &barrier;
+        let part = |name: &str, tokens_per_second: f64, phases: &'static [(&'static str, f64)]| {
+            let work: Work<'_> = Box::new(move |progress: &dyn Progress| {
+                progress.start(2, 0, "train");
+                progress.pace(tokens_per_second, phases);
+                // Both are under way when the first of them tells of a step.
+                both.wait();
+                progress.tick(1, &[]);
+                Ok(())
+            });
+            Part { name: name.to_owned(), after: None, weight: 1.0, work }
+        };
+        let parts = [
+            part("plain", 100.0, &[("update", 1.0)]),
+            part("robust", 50.0, &[("attack", 3.0), ("update", 2.0)]),
+        ];
+        let listener = Paces::default();
+        run_all(&parts, 2, &listener, "demo").unwrap();
+        let told = listener.0.into_inner().unwrap();
+        let together = Pace::new(150.0, &[("update", 3.0), ("attack", 3.0)]);
+        assert!(told.contains(&together), "{told:?}");
+        // Of what is done nothing is left.
+        assert!(told.contains(&Pace::new(0.0, &[])), "{told:?}");
+    }
+
+    #[test]
+    fn a_step_without_a_speed_leaves_that_of_the_others() {
+        let parts = [
+            Some(Pace::new(f64::INFINITY, &[("update", 0.0)])),
+            None,
+            Some(Pace::new(f64::NAN, &[])),
+            Some(Pace::new(30.0, &[("update", 0.5)])),
+        ];
+        assert_eq!(Pace::together(&parts), Pace::new(30.0, &[("update", 0.5)]));
     }
 }

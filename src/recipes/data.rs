@@ -13,7 +13,7 @@ use crate::data::problem::{self, Problem};
 use crate::data::prompt::PromptTemplate;
 use crate::data::split::{self, LeakReport, Part};
 use crate::data::stats::{self as counts, Blind, DataStats};
-use crate::data::{self, Dataset, DatasetConfig, ImageCheck, Sample, letter, select};
+use crate::data::{self, Dataset, ImageCheck, Sample, letter, select};
 use crate::error::{Error, Result};
 use crate::pixels::decode;
 use serde_json::{Map, Value, json};
@@ -21,30 +21,25 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
-/// Reads all questions and decodes all their images; every problem is told at once.
+/// Reads all questions and decodes all their images; every problem is told at once, in the summary too.
 ///
 /// # Errors
-/// A data error that lists the problems.
+/// When nothing can be read at all.
 pub fn check(job: &Job<'_>) -> Result<Outcome> {
-    let strict = job.config.data.dataset();
-    let lenient = DatasetConfig { skip_invalid: true, ..strict.clone() };
-    let dataset = match lenient.load(ImageCheck::Exist) {
-        Ok(dataset) => dataset,
-        // Nothing is left: the strict reading says why.
-        Err(error) => return strict.load(ImageCheck::Exist).and(Err(error)),
-    };
-    let mut problems = dataset.skipped.clone();
-    problems.extend(items::damaged(&dataset, &job.stop, job.progress)?.into_values());
-    problem::refuse(&problems)?;
+    let dataset = items::survey(&job.config.data.dataset(), &job.stop, job.progress)?;
     let images: BTreeSet<&PathBuf> = dataset.samples.iter().map(|sample| &sample.image).collect();
     let summary = json!({
         "command": "data check",
         "n": dataset.samples.len(),
         "images": images.len(),
         "restricted": dataset.restricted,
-        "problems": [],
-        "pass": true,
+        "problems": dataset.skipped.iter().map(problem_summary).collect::<Vec<Value>>(),
+        "pass": dataset.skipped.is_empty(),
     });
+    if let Err(refused) = problem::refuse_all(&dataset.skipped) {
+        return Ok(Outcome { data_refused: Some(refused.to_string()), ..Outcome::new(summary, "") });
+    }
+    items::require_some(&dataset, "check")?;
     let text = format!(
         "{} questions and {} images: no problem found\n{}",
         dataset.samples.len(),
@@ -52,6 +47,16 @@ pub fn check(job: &Job<'_>) -> Result<Outcome> {
         restricted_text(dataset.restricted)
     );
     Ok(Outcome::new(summary, text))
+}
+
+fn problem_summary(problem: &Problem) -> Value {
+    json!({
+        "file": problem.file.display().to_string(),
+        "line": problem.line,
+        "record": problem.record,
+        "id": problem.id,
+        "message": problem.message,
+    })
 }
 
 fn restricted_text(count: usize) -> String {
@@ -416,7 +421,7 @@ fn read_back(file: &Path, samples: &[&Sample], is_whole: bool) -> Result<()> {
             problems.push(Problem { id: Some(written.id.clone()), ..Problem::of_file(file, message) });
         }
     }
-    problem::refuse(&problems)
+    problem::refuse_all(&problems)
 }
 
 /// Puts the images into the tree as further names of the same files, or copies; returns how many.

@@ -4,8 +4,9 @@
 //! The loss is the mean squared error (Salman et al. 2020, the objective that needs no classifier), so one denoiser serves
 //! every model that takes the same pixels.
 
-use super::failure::Noted;
+use super::failure::{self, Noted, Walk};
 use super::fit::Fit;
+use super::items;
 use super::lesson::Lesson;
 use super::step::StepReport;
 use crate::error::{Error, Result};
@@ -28,7 +29,8 @@ pub fn step(lesson: &Lesson<'_>, fit: &mut Fit<Denoiser>, assistant: &Assistant)
     let clean = crops(lesson, assistant, fit.step)?;
     let noisy = lesson.with_noise(std::slice::from_ref(&clean), fit.step)?.remove(0);
     lesson.evidence.note(|noted| {
-        *noted = Noted { phase: "update", pixels: vec![noisy.clone()], ..Noted::default() };
+        let (pixels, clean) = (vec![noisy.clone()], vec![clean.clone()]);
+        *noted = Noted { phase: "update", pixels, clean, ..Noted::default() };
     });
     report.phases.push(("data", started.elapsed().as_secs_f64()));
 
@@ -54,6 +56,34 @@ pub fn step(lesson: &Lesson<'_>, fit: &mut Fit<Denoiser>, assistant: &Assistant)
     metrics.insert("psnr_noisy".into(), json!(psnr(before)));
     metrics.insert("psnr".into(), json!(psnr(loss)));
     Ok(report)
+}
+
+/// Takes the images of a batch through the denoiser, one at a time, and names the first tensor on the way that is not finite; an
+/// item comes to its mean squared error.
+///
+/// # Errors
+/// When an image cannot be run.
+pub fn walk(denoiser: &Denoiser, noted: &Noted) -> Result<Walk> {
+    let mut found = Walk::default();
+    let mut count = 0;
+    for tensor in &noted.clean {
+        count += tensor.dim(0)?;
+    }
+    for place in 0..count {
+        let (pixels, clean) = (items::pick(&noted.pixels, &[place])?, items::pick(&noted.clean, &[place])?);
+        let (Some(pixels), Some(clean)) = (pixels.first(), clean.first()) else { continue };
+        let denoised = denoiser.apply(pixels)?.detach();
+        let square = (&denoised - clean)?.sqr()?;
+        let loss = square.mean_all()?.to_scalar::<f32>()?;
+        found.items.push(json!({"losses": [failure::number(f64::from(loss))]}));
+        for (name, tensor) in
+            [("the image", pixels), ("`denoiser output`", &denoised), ("`squared error`", &square)]
+        {
+            let bad = failure::first_bad(name, std::slice::from_ref(tensor))?;
+            found.first_bad = found.first_bad.or(bad.map(|bad| (place, bad)));
+        }
+    }
+    Ok(found)
 }
 
 /// Peak signal-to-noise ratio in decibels, for pixels in [0, 1].

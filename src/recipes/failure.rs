@@ -1,8 +1,9 @@
-//! A step that came to numbers that are not finite: where they began, and a dump of its batch.
+//! A step, or an examination, that came to numbers that are not finite: where they began, and a dump of its batch.
 //!
 //! While a step runs, [`Evidence`] keeps what it works on. When it fails, [`explain`] looks through the trained weights, walks
-//! the batch forward until a tensor is not finite, and writes `failure/step-N/`. Nothing is repaired, and checkpoints are left as
-//! they are: resuming repeats the steps from the last one, to the same failure.
+//! the batch forward until a tensor is not finite, and writes `failure/step-N/`; of an examination `failure/validation-N/`, with
+//! the questions that it had come to. Nothing is repaired, and checkpoints are left as they are: resuming repeats the steps from
+//! the last one, to the same failure.
 
 use super::checkpoint::{self, saved_steps};
 use super::fit::{self, Fit, Learner};
@@ -26,13 +27,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 /// The file of a dump that says what happened.
 pub const REPORT: &str = "failure.json";
 
-/// The images of a dump, exactly: `pixels.I`, `[3, height, width]` in float32, for place I of the batch.
+/// The images of a dump, exactly: `pixels.I`, `[3, height, width]` in float32, for place I of the batch; `clean.I` beside it
+/// where a step compares the two.
 pub const PIXELS: &str = "pixels.safetensors";
 
 /// What a step works on, as far as it has come. Lists go by the places of the batch.
 #[derive(Debug, Clone, Default)]
 pub struct Noted {
-    /// What it was at: `data`, `attack`, `rollout` or `update`.
+    /// What it was at: `data`, `attack`, `rollout` or `update`; `validation` in an examination.
     pub phase: &'static str,
     /// Its questions, with their options in this step's order.
     pub samples: Vec<Sample>,
@@ -45,6 +47,9 @@ pub struct Noted {
     /// The images as the model sees them, attacked and noisy: tensors `[n, 3, height, width]` in [0, 1], one place after another;
     /// none before they are made.
     pub pixels: Vec<Tensor>,
+    /// Of recipes that compare the two, what `pixels` are compared with: the same images without the attack, or without the noise
+    /// that a denoiser takes off; none elsewhere.
+    pub clean: Vec<Tensor>,
     /// The adversary's budget.
     pub epsilon: Option<f64>,
     /// Sampled completions in tokens.
@@ -98,6 +103,10 @@ pub fn walk(assistant: &Assistant, noted: &Noted) -> Result<Walk> {
         let scoring =
             Scoring::new(assistant, std::slice::from_ref(prompt), std::slice::from_ref(&completions))?;
         let (bad, log_probs) = walk_one(assistant, noted, &scoring, pixels)?;
+        // Either side of a comparison may be the one that fails.
+        let clean = items::pick(&noted.clean, &[place])?;
+        let clean_bad = if clean.is_empty() { None } else { walk_one(assistant, noted, &scoring, clean)?.0 };
+        let bad = clean_bad.map(|bad| format!("{bad} (clean image)")).or(bad);
         if let (None, Some(bad)) = (&found.first_bad, bad) {
             found.first_bad = Some((place, bad));
         }
@@ -173,7 +182,7 @@ fn walk_one(
 }
 
 /// What is wrong with the first of `tensors` that holds a number that is not finite.
-fn first_bad(name: &str, tensors: &[Tensor]) -> Result<Option<String>> {
+pub(super) fn first_bad(name: &str, tensors: &[Tensor]) -> Result<Option<String>> {
     for tensor in tensors {
         let values: Vec<f32> = floats(tensor)?;
         if let Some(at) = values.iter().position(|value| !value.is_finite()) {
@@ -188,15 +197,54 @@ fn floats(tensor: &Tensor) -> Result<Vec<f32>> {
 }
 
 /// A number, or the word for one that JSON does not have.
-fn number(value: f64) -> Value {
+pub(super) fn number(value: f64) -> Value {
     if value.is_finite() { json!(value) } else { json!(value.to_string()) }
 }
 
-/// Adds to an error of a step which step and questions it is about; to one of numbers that are not finite also the tensor they
-/// began in, and where the batch was written.
-pub fn explain<L: Learner>(lesson: &Lesson<'_>, fit: &Fit<L>, run: &Path, error: Error) -> Error {
+/// Which part of a training failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Part {
+    /// The step after those that are done.
+    Step,
+    /// The examination after them.
+    Validation,
+}
+
+impl Part {
+    /// The step that the failure is named by, from 1, after `done` steps.
+    fn step(self, done: u64) -> u64 {
+        match self {
+            Self::Step => done + 1,
+            Self::Validation => done,
+        }
+    }
+
+    /// Where the dump goes, below the run directory.
+    fn folder(self, done: u64) -> String {
+        let word = match self {
+            Self::Step => "step",
+            Self::Validation => "validation",
+        };
+        format!("failure/{word}-{}", self.step(done))
+    }
+
+    /// Adds which step and questions an error is about; of an examination the error names the questions already.
+    fn located(self, lesson: &Lesson<'_>, error: Error, done: u64) -> Error {
+        match self {
+            Self::Step => lesson.located(error, done),
+            Self::Validation => error.at(&format!("validation after step {done}")),
+        }
+    }
+}
+
+/// Adds to an error of a step which step and questions it is about; to one of numbers that are not finite, in a step or in an
+/// examination, also the tensor they began in, and where the batch was written.
+pub fn explain<L: Learner>(lesson: &Lesson<'_>, fit: &Fit<L>, run: &Path, part: Part, error: Error) -> Error {
     if !matches!(error, Error::NonFinite(_)) {
-        return lesson.located(error, fit.step);
+        return match part {
+            Part::Step => lesson.located(error, fit.step),
+            Part::Validation => error,
+        };
     }
     let what = error.to_string();
     let noted = lesson.evidence.noted();
@@ -206,16 +254,19 @@ pub fn explain<L: Learner>(lesson: &Lesson<'_>, fit: &Fit<L>, run: &Path, error:
     });
     // A walk that fails says nothing; what it was to explain is known all the same.
     let walk = fit.learner.walk(&noted).unwrap_or_default();
-    let ids: Vec<&str> = lesson.picked(fit.step).iter().map(|&i| lesson.samples[i].id.as_str()).collect();
+    let ids: Vec<&str> = match part {
+        Part::Step => lesson.picked(fit.step).iter().map(|&i| lesson.samples[i].id.as_str()).collect(),
+        Part::Validation => noted.samples.iter().map(|sample| sample.id.as_str()).collect(),
+    };
     let at = walk.first_bad.as_ref().map(|(place, bad)| {
         let id = ids.get(*place).copied().unwrap_or_default();
         format!("{bad}, question `{id}`")
     });
     let began: Vec<String> = weight.into_iter().chain(at).collect();
-    let dir = run.join(format!("failure/step-{}", fit.step + 1));
-    let batch = Batch { noted: &noted, walk: &walk, ids: &ids };
+    let dir = run.join(part.folder(fit.step));
+    let batch = Batch { part, noted: &noted, walk: &walk, ids: &ids };
     let dumped = dump(&dir, run, lesson, fit, &batch, (&what, &began));
-    let mut error = lesson.located(error, fit.step);
+    let mut error = part.located(lesson, error, fit.step);
     for place in &began {
         error = error.at(&format!("first not finite: {place}"));
     }
@@ -223,7 +274,6 @@ pub fn explain<L: Learner>(lesson: &Lesson<'_>, fit: &Fit<L>, run: &Path, error:
         Ok(()) => error.at(&format!("the batch lies in {}", dir.display())),
         Err(reason) => error.at(&format!("the batch could not be written down: {reason}")),
     };
-    let text = error.to_string();
     let then = match saved_steps(&run.join("checkpoints")).into_iter().max() {
         Some(last) => format!(
             "with other settings begin a new run from the checkpoint of step {last} (`--model` or `--adapter`, and another `--out`)"
@@ -233,21 +283,29 @@ pub fn explain<L: Learner>(lesson: &Lesson<'_>, fit: &Fit<L>, run: &Path, error:
         }
     };
     let is_image = began.first().is_some_and(|what| what.starts_with("the image"));
-    Error::NonFinite(match text.contains("\n   = help: ") {
-        true => format!("{text}; {then}"),
-        false if is_image => {
-            format!(
-                "{text}\n   = help: the image was no number before the model saw it: look at `train.noise_sigma` and `train.adversary`; {then}"
-            )
+    Error::NonFinite(format!("{}; {then}", advised(&error.to_string(), is_image, fit.updates)))
+}
+
+/// An error with what to do about it: what it says itself, unless that sends one to the weights of the checkpoint and training
+/// has moved them since.
+fn advised(text: &str, is_image: bool, updates: u64) -> String {
+    let (what, own) = match text.split_once("\n   = help: ") {
+        Some((what, own)) => (what, Some(own)),
+        None => (text, None),
+    };
+    let help = match own.filter(|own| updates == 0 || !own.contains("the weights")) {
+        Some(own) => own,
+        None if is_image => {
+            "the image was no number before the model saw it: look at `train.noise_sigma` and `train.adversary`"
         }
-        false => format!(
-            "{text}\n   = help: lower `train.learning_rate`, add `train.warmup_steps`, or set `train.max_grad_norm`; {then}"
-        ),
-    })
+        None => "lower `train.learning_rate`, add `train.warmup_steps`, or set `train.max_grad_norm`",
+    };
+    format!("{what}\n   = help: {help}")
 }
 
 /// A failed batch.
 struct Batch<'a> {
+    part: Part,
     noted: &'a Noted,
     walk: &'a Walk,
     ids: &'a [&'a str],
@@ -262,7 +320,13 @@ fn dump<L: Learner>(
     batch: &Batch<'_>,
     (what, began): (&str, &[String]),
 ) -> Result<()> {
-    let Batch { noted, walk, ids } = *batch;
+    let Batch { part, noted, walk, ids } = *batch;
+    let step = part.step(fit.step);
+    let shown = match part {
+        _ if !noted.pixels.is_empty() => "as the model saw them",
+        Part::Step => "clean: the step ended before its own were made",
+        Part::Validation => "clean: attacked ones are not kept",
+    };
     let images = dump_images(dir, noted, ids.len())?;
     let last = saved_steps(&run.join("checkpoints")).into_iter().max();
     let items: Vec<Value> = ids
@@ -291,17 +355,17 @@ fn dump<L: Learner>(
     let report = json!({
         "what": what,
         "first_not_finite": began,
-        "step": fit.step + 1,
+        "step": step,
         "phase": noted.phase,
         "updates": fit.updates,
         "ids": ids,
         "seed": lesson.seed,
-        "learning_rate": number(fit::learning_rate_at(lesson.config, fit.step)),
+        "learning_rate": number(fit::learning_rate_at(lesson.config, step.saturating_sub(1))),
         "epsilon": noted.epsilon,
         "train": lesson.config,
         "checkpoint": last.map(|last| checkpoint::named(Path::new("checkpoints"), last)),
-        "images": if noted.pixels.is_empty() { "clean: the step ended before its own were made" } else { "as the model saw them" },
-        "reproduce": "run the same command with --resume: it goes on from `checkpoint` (or from the beginning) and repeats this step to the bit",
+        "images": shown,
+        "reproduce": "run the same command with --resume: it goes on from `checkpoint` (or from the beginning) and repeats this to the bit",
         "items": items,
     });
     write_atomic(&dir.join(REPORT), format!("{report:#}\n").as_bytes())
@@ -317,11 +381,14 @@ fn dump_images(dir: &Path, noted: &Noted, count: usize) -> Result<Vec<Value>> {
             (true, Some(image)) => Some(image.resized.to_tensor(&Device::Cpu)?.unsqueeze(0)?),
             (true, None) => None,
         };
+        for clean in items::pick(&noted.clean, &[place])? {
+            tensors.push((format!("clean.{place}"), exact(&clean)?));
+        }
         let Some(pixels) = pixels else {
             names.push(Value::Null);
             continue;
         };
-        let pixels = pixels.detach().to_device(&Device::Cpu)?.to_dtype(DType::F32)?.get(0)?;
+        let pixels = exact(&pixels)?;
         // A picture of numbers that are none cannot be shown; the exact ones are in the other file.
         names.push(match RgbImage8::from_tensor(&pixels) {
             Ok(image) => {
@@ -331,7 +398,7 @@ fn dump_images(dir: &Path, noted: &Noted, count: usize) -> Result<Vec<Value>> {
             }
             Err(_) => Value::Null,
         });
-        tensors.push((format!("pixels.{place}"), pixels.contiguous()?));
+        tensors.push((format!("pixels.{place}"), pixels));
     }
     if !tensors.is_empty() {
         std::fs::create_dir_all(dir).map_err(|error| Error::io("cannot create the directory", dir, error))?;
@@ -339,4 +406,38 @@ fn dump_images(dir: &Path, noted: &Noted, count: usize) -> Result<Vec<Value>> {
         weights::save_file(&path, &tensors, &[])?;
     }
     Ok(names)
+}
+
+/// The one image of `[1, 3, height, width]` as a file takes it.
+fn exact(image: &Tensor) -> Result<Tensor> {
+    Ok(image.detach().to_device(&Device::Cpu)?.to_dtype(DType::F32)?.get(0)?.contiguous()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_help_of_an_error_stays_unless_training_made_the_weights_that_it_sends_one_to() {
+        let doctor = "a logit is NaN while sampling\n  --> step 2\n   = help: check the weights with `safemed doctor` and the image's pixels";
+        let option = "a log-probability is inf while scoring options\n   = help: the weights or the image's pixels hold numbers that are not finite";
+        let command = "the reward command wrote NaN\n   = help: write null where no reward can be given";
+        let plain = "the loss is NaN\n  --> step 2";
+        for (text, is_image, updates, words) in [
+            (doctor, false, 0, "check the weights with `safemed doctor`"),
+            (doctor, false, 1, "lower `train.learning_rate`, add `train.warmup_steps`"),
+            (doctor, true, 1, "the image was no number"),
+            (option, false, 0, "the weights or the image's pixels"),
+            (option, false, 3, "lower `train.learning_rate`"),
+            (command, false, 0, "write null"),
+            (command, false, 3, "write null"),
+            (plain, false, 0, "lower `train.learning_rate`"),
+            (plain, true, 3, "the image was no number"),
+        ] {
+            let told = advised(text, is_image, updates);
+            let what = text.split("\n   = help: ").next().unwrap();
+            assert!(told.starts_with(&format!("{what}\n   = help: {words}")), "{told}");
+            assert_eq!(told.matches("= help: ").count(), 1, "{told}");
+        }
+    }
 }

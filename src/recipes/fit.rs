@@ -9,7 +9,7 @@
 use super::checkpoint::{self, saved_steps};
 use super::config::{ScheduleName, TrainConfig};
 use super::failure::{self, Noted, Walk};
-use super::train;
+use super::{denoise, train};
 use crate::error::{Error, Result};
 use crate::model::assistant::Assistant;
 use crate::model::denoiser::{self, Denoiser};
@@ -140,7 +140,11 @@ impl Student {
     pub fn move_reference(&mut self, alpha: f64) -> Result<()> {
         let Some(Reference { values: Some(values), .. }) = &self.reference else { return Ok(()) };
         let mix = |((_, var), old): (&(String, Var), &Tensor)| -> Result<Tensor> {
-            // In this form what has not moved stays where it is, to the bit.
+            // All the way is the trained policy itself, and in the form below what has not moved stays where it is: both to the
+            // bit.
+            if alpha == 1.0 {
+                return Ok(var.as_tensor().copy()?.detach());
+            }
             Ok((old + ((var.as_tensor().detach() - old)? * alpha)?)?)
         };
         let mixed = self.trained().iter().zip(values).map(mix).collect::<Result<Vec<_>>>()?;
@@ -253,6 +257,10 @@ impl Learner for Denoiser {
     fn saved_bytes(&self) -> u64 {
         let trained: usize = Learner::trained(self).iter().map(|(_, var)| var.as_tensor().elem_count()).sum();
         (size_of::<f32>() * trained) as u64
+    }
+
+    fn walk(&self, batch: &Noted) -> Result<Walk> {
+        denoise::walk(self, batch)
     }
 }
 
@@ -547,25 +555,20 @@ impl<L: Learner> Fit<L> {
     }
 }
 
-/// Removes checkpoints that are no longer wanted at step `step`: of those that were `is_due` all but the newest `keep` (0: all
-/// stay), and those that were not, left by a run that was told to stop, once training has gone on to another. The `best`
-/// stays in any case and counts for nothing. What is left is what an uninterrupted run leaves.
+/// Removes checkpoints that are no longer wanted: of those that were `is_due` all but the newest `keep` (0: all stay), and
+/// those that were not, left by a run that was told to stop, once a newer one is there to go on from. The `best` stays in any
+/// case and counts for nothing. What is left at the end is what an uninterrupted run leaves, if `best` was always known.
 ///
 /// # Errors
 /// When a directory cannot be removed.
-pub fn rotate(
-    root: &Path,
-    step: u64,
-    keep: usize,
-    is_due: &dyn Fn(u64) -> bool,
-    best: Option<u64>,
-) -> Result<()> {
+pub fn rotate(root: &Path, keep: usize, is_due: &dyn Fn(u64) -> bool, best: Option<u64>) -> Result<()> {
     let mut steps = saved_steps(root);
+    let newest = steps.iter().copied().max();
     steps.retain(|&saved| Some(saved) != best);
     steps.sort_unstable_by(|a, b| b.cmp(a));
     let (due, others): (Vec<u64>, Vec<u64>) = steps.into_iter().partition(|&saved| is_due(saved));
     let old = due.into_iter().skip(if keep == 0 { usize::MAX } else { keep });
-    for old in old.chain(others.into_iter().filter(|&other| other != step)) {
+    for old in old.chain(others.into_iter().filter(|&other| Some(other) != newest)) {
         checkpoint::discard(root, old)?;
     }
     Ok(())
@@ -661,7 +664,7 @@ mod tests {
         let is_due = |step: u64| step.is_multiple_of(10);
         let reach = |step: u64, keep: usize| {
             fs::create_dir_all(dir.path().join(format!("step-{step}"))).unwrap();
-            rotate(dir.path(), step, keep, &is_due, None).unwrap();
+            rotate(dir.path(), keep, &is_due, None).unwrap();
             let mut left = saved_steps(dir.path());
             left.sort_unstable();
             left
@@ -670,12 +673,17 @@ mod tests {
         assert_eq!(reach(20, 2), [10, 20]);
         // Stopped between two that are due: nothing else goes.
         assert_eq!(reach(24, 2), [10, 20, 24]);
+        // Gone on to steps that are not saved: a kill would cost all since step 20, were step 24 not kept.
+        rotate(dir.path(), 2, &is_due, None).unwrap();
+        assert!(dir.path().join("step-24").exists());
+        // Stopped once more.
+        assert_eq!(reach(25, 2), [10, 20, 25]);
         assert_eq!(reach(30, 2), [20, 30]);
         assert_eq!(reach(40, 0), [20, 30, 40]);
         // The best is kept beside the newest.
         let reach_with_best = |step: u64, best: u64| {
             fs::create_dir_all(dir.path().join(format!("step-{step}"))).unwrap();
-            rotate(dir.path(), step, 1, &is_due, Some(best)).unwrap();
+            rotate(dir.path(), 1, &is_due, Some(best)).unwrap();
             let mut left = saved_steps(dir.path());
             left.sort_unstable();
             left

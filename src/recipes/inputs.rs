@@ -180,7 +180,7 @@ pub fn within_limits(config: &RunConfig, own: ImageProcessorConfig) -> Result<Im
     };
     if !limited.do_resize {
         return Err(Error::usage(
-            "`min_pixels` and `max_pixels` have no effect: this checkpoint does not resize pictures",
+            "`min_pixels` and `max_pixels` have no effect: this checkpoint does not resize pictures\n   = help: leave both out",
         ));
     }
     limited.check().map_err(|error| {
@@ -369,4 +369,21 @@ fn hex(bytes: &[u8]) -> String {
 
 fn file_name(path: &Path) -> String {
     path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_of_pictures_that_have_no_effect_or_contradict_are_refused_with_a_remedy() {
+        let config = RunConfig { max_pixels: Some(10), ..RunConfig::default() };
+        let own = ImageProcessorConfig::default();
+        assert_eq!(within_limits(&RunConfig::default(), own.clone()).unwrap(), own);
+        for processor in [ImageProcessorConfig { do_resize: false, ..own.clone() }, own] {
+            let error = within_limits(&config, processor).unwrap_err();
+            assert_eq!(error.status(), crate::error::ExitStatus::Usage, "{error}");
+            assert!(error.to_string().contains("   = help: "), "{error}");
+        }
+    }
 }

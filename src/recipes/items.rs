@@ -4,7 +4,7 @@ use super::config::{RecipeName, RunConfig, TargetName};
 use super::progress::Progress;
 use super::run::Stop;
 use crate::data::prompt::PromptTemplate;
-use crate::data::{Dataset, Problem, Sample, problem};
+use crate::data::{Dataset, DatasetConfig, ImageCheck, Problem, Sample, problem};
 use crate::error::{Error, Result};
 use crate::model::assistant::Assistant;
 use crate::model::generate::Prompt;
@@ -14,7 +14,7 @@ use crate::pixels::gray::GrayReading;
 use crate::pixels::{RgbImage8, decode};
 use candle_core::Tensor;
 use rayon::prelude::*;
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -129,7 +129,33 @@ impl Images {
     }
 }
 
-/// Images of a data set that cannot be read, each decoded once to see.
+/// The questions that `config` names whose records and images are sound; in `skipped` all that is wrong with the others, from
+/// records that cannot be read to images that cannot be decoded.
+///
+/// # Errors
+/// Those of [`DatasetConfig::survey`]; when asked to stop.
+pub fn survey(config: &DatasetConfig, stop: &Stop, progress: &dyn Progress) -> Result<Dataset> {
+    let mut dataset = config.survey(ImageCheck::Exist)?;
+    let damaged = damaged(&dataset, stop, progress)?;
+    leave_out(&mut dataset, damaged);
+    Ok(dataset)
+}
+
+/// The questions of a run that no image may stop on its way: whatever is wrong with records and images is refused in one list, or
+/// left out where `config` allows it. The set may then be empty.
+///
+/// # Errors
+/// A data error that lists the problems; those of [`survey`].
+pub fn sound_questions(config: &RunConfig, stop: &Stop, progress: &dyn Progress) -> Result<Dataset> {
+    let data = config.data.dataset();
+    let dataset = survey(&data, stop, progress)?;
+    if !data.skip_invalid {
+        problem::refuse(&dataset.skipped)?;
+    }
+    Ok(dataset)
+}
+
+/// Images of a data set that cannot be read, each decoded once to see, at the place of the first question about it.
 ///
 /// # Errors
 /// When asked to stop.
@@ -138,18 +164,27 @@ pub fn damaged(
     stop: &Stop,
     progress: &dyn Progress,
 ) -> Result<BTreeMap<PathBuf, Problem>> {
-    let images: BTreeSet<&PathBuf> = dataset.samples.iter().map(|sample| &sample.image).collect();
-    let images: Vec<&PathBuf> = images.into_iter().collect();
-    let damage = |image: &PathBuf| {
+    let mut questions: BTreeMap<&PathBuf, Vec<&Sample>> = BTreeMap::new();
+    for sample in &dataset.samples {
+        questions.entry(&sample.image).or_default().push(sample);
+    }
+    let images: Vec<(&PathBuf, Vec<&Sample>)> = questions.into_iter().collect();
+    let damage = |(image, questions): &(&PathBuf, Vec<&Sample>)| -> Option<(PathBuf, Problem)> {
         let file = dataset.root.join(image);
         let text = decode::decode_file(&file).err()?.to_string();
-        Some((image.clone(), Problem::of_file(&file, text.lines().next().unwrap_or_default())))
+        let what = text.lines().next().unwrap_or_default();
+        let first = questions.first()?;
+        let more = match questions.len() {
+            1 => String::new(),
+            n => format!(", the image of {n} questions"),
+        };
+        Some(((*image).clone(), dataset.problem(first, format!("{what} ({}{more})", file.display()))))
     };
     let mut problems = BTreeMap::new();
     progress.start(images.len(), 0, "decode images");
     for (done, chunk) in images.chunks(256).enumerate() {
         stop.check()?;
-        problems.par_extend(chunk.par_iter().filter_map(|image| damage(image)));
+        problems.par_extend(chunk.par_iter().filter_map(damage));
         progress.tick((256 * done + chunk.len()).min(images.len()), &[]);
     }
     progress.finish();
@@ -170,9 +205,14 @@ pub fn without_damaged(
     if !config.data.skip_invalid {
         return problem::refuse(&damaged.into_values().collect::<Vec<_>>());
     }
+    leave_out(dataset, damaged);
+    Ok(())
+}
+
+/// Leaves out the questions about these images.
+fn leave_out(dataset: &mut Dataset, damaged: BTreeMap<PathBuf, Problem>) {
     dataset.samples.retain(|sample| !damaged.contains_key(&sample.image));
     dataset.skipped.extend(damaged.into_values());
-    Ok(())
 }
 
 /// Pixels of images in order, neighbours of one size in one tensor `[n, 3, height, width]` in [0, 1].
@@ -316,4 +356,58 @@ pub fn require_some(dataset: &Dataset, what: &str) -> Result<()> {
         )));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pixels::decode::encode_png;
+    use crate::recipes::progress::Silent;
+    use serde_json::json;
+    use std::fs;
+
+    #[test]
+    fn bad_records_missing_images_and_damaged_ones_are_told_in_one_list_with_their_places() {
+        let dir = tempfile::tempdir().unwrap();
+        let record = |id: &str, image: &str, answer: &str| {
+            json!({
+                "question_id": id, "question": "What?", "question_type": "Disease Diagnosis", "modality_type": "CT",
+                "image_path": image, "gt_answer": answer, "option_A": "cyst", "option_B": "None",
+            })
+            .to_string()
+        };
+        let records = [
+            record("q0", "sound.png", "cyst"),
+            record("q1", "torn.png", "cyst"),
+            record("q2", "sound.png", "mass"),
+            record("q3", "gone.png", "cyst"),
+            record("q4", "torn.png", "None"),
+        ];
+        let questions = dir.path().join("q.json");
+        fs::write(&questions, format!("[\n{}\n]", records.join(",\n"))).unwrap();
+        let png = encode_png(&RgbImage8::filled(8, 8, [9; 3]).unwrap()).unwrap();
+        fs::write(dir.path().join("sound.png"), &png).unwrap();
+        fs::write(dir.path().join("torn.png"), &png[..png.len() / 2]).unwrap();
+
+        let mut config = RunConfig::default();
+        config.data.data = Some(questions);
+        let sound = |config: &RunConfig| sound_questions(config, &Stop::default(), &Silent);
+        let text = sound(&config).unwrap_err().to_string();
+        assert!(text.starts_with("3 problems in the data"), "{text}");
+        let torn = format!("({}, the image of 2 questions)", dir.path().join("torn.png").display());
+        for words in [
+            "q.json:4: record 3 (`q2`): `gt_answer` is none of the options",
+            "q.json:5: record 4 (`q3`): image file is missing: ",
+            "q.json:3: record 2 (`q1`): the image cannot be decoded",
+            torn.as_str(),
+        ] {
+            assert!(text.contains(words), "{words}\n---\n{text}");
+        }
+        config.data.skip_invalid = true;
+        let left = sound(&config).unwrap();
+        assert_eq!((left.samples.len(), left.skipped.len()), (1, 3));
+        // Nothing may be left: whoever asks says what that means.
+        fs::remove_file(dir.path().join("sound.png")).unwrap();
+        assert!(sound(&config).unwrap().samples.is_empty());
+    }
 }

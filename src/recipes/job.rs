@@ -53,11 +53,13 @@ pub struct Outcome {
     pub text: String,
     /// Set when a check did not hold: the status is then 5.
     pub check_failed: Option<String>,
+    /// Set when data is refused whose problems the summary lists: the status is then 3.
+    pub data_refused: Option<String>,
 }
 
 impl Outcome {
     /// A summary and its text.
     pub fn new(summary: Value, text: impl Into<String>) -> Self {
-        Self { summary, text: text.into(), check_failed: None }
+        Self { summary, text: text.into(), ..Self::default() }
     }
 }

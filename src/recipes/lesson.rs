@@ -131,15 +131,25 @@ impl Lesson<'_> {
 
     /// Indices of the questions of step `step`.
     pub fn picked(&self, step: u64) -> Vec<usize> {
+        self.picked_by(step, &mut (u64::MAX, Vec::new()))
+    }
+
+    /// The same for each of the first `steps` steps, with the order of an epoch drawn once for all of its steps.
+    pub fn picked_in_all(&self, steps: u64) -> impl Iterator<Item = Vec<usize>> {
+        let mut order = (u64::MAX, Vec::new());
+        (0..steps).map(move |step| self.picked_by(step, &mut order))
+    }
+
+    /// The same for one step; `order` is the last epoch whose order was drawn, and that order.
+    fn picked_by(&self, step: u64, order: &mut (u64, Vec<usize>)) -> Vec<usize> {
         let (count, size) = (self.samples.len(), self.config.batch_size);
         let mut picked: Vec<usize> = Vec::with_capacity(size);
-        let mut order: (u64, Vec<usize>) = (u64::MAX, Vec::new());
         for at in step * size as u64..(step + 1) * size as u64 {
             let epoch = at / count as u64;
             if order.0 != epoch {
                 let mut permutation: Vec<usize> = (0..count).collect();
                 permutation.shuffle(&mut rng::stream(self.seed, "order", &[epoch]));
-                order = (epoch, permutation);
+                *order = (epoch, permutation);
             }
             picked.push(order.1[(at % count as u64) as usize]);
         }
@@ -256,6 +266,39 @@ pub fn objectives_of(name: ObjectiveName) -> Vec<ObjectiveName> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::data::Dataset;
+
+    #[test]
+    fn steps_looked_at_together_are_those_looked_at_one_by_one() {
+        let sample = |number: usize| Sample {
+            id: format!("q{number}"),
+            dataset: "d".into(),
+            modality: "CT".into(),
+            modality_raw: "CT".into(),
+            question_type: "t".into(),
+            question: "what?".into(),
+            options: vec!["x".into(), "y".into()],
+            answer: 0,
+            image: format!("{number}.png").into(),
+            reasoning: None,
+        };
+        let samples: Vec<Sample> = (0..7).map(sample).collect();
+        let images = Images::new(&Dataset::new("r", samples.clone()));
+        for batch_size in [1, 3, 7, 16] {
+            let config = TrainConfig { batch_size, ..TrainConfig::default() };
+            let lesson = Lesson {
+                samples: &samples,
+                images: &images,
+                template: PromptTemplate::Plain,
+                config: &config,
+                seed: 5,
+                features: None,
+                evidence: Evidence::default(),
+            };
+            let alone: Vec<Vec<usize>> = (0..30).map(|step| lesson.picked(step)).collect();
+            assert_eq!(lesson.picked_in_all(30).collect::<Vec<_>>(), alone, "{batch_size}");
+        }
+    }
 
     #[test]
     fn the_share_of_attacked_questions_holds_over_the_steps_of_any_batch() {

@@ -57,7 +57,7 @@ pub fn merge(dir: &Path, progress: &dyn Progress) -> Result<Outcome> {
         let summary = json!({"command": "merge", "parts": names, "problems": problems, "pass": false});
         let text = problems.join("\n") + "\n";
         let failed = format!("the parts do not make one whole run\n  --> {}", dir.display());
-        return Ok(Outcome { summary, text, check_failed: Some(failed) });
+        return Ok(Outcome { check_failed: Some(failed), ..Outcome::new(summary, text) });
     }
     let seconds = parts.iter().filter_map(|part| part.summary.as_ref()?["seconds"].as_f64()).sum();
     let summary = summarize(command, &records, seconds)?;

@@ -8,22 +8,29 @@
 use super::checkpoint::{self, saved_steps};
 use super::config::{RecipeName, RunConfig, TrainConfig};
 use super::estimate::subject::Subject;
-use super::estimate::workload::Workload;
+use super::estimate::workload::{self, Item, Workload};
 use super::estimate::{free_bytes, holds_half, render::size};
 use super::progress::{Progress, Silent};
 use super::run::Run;
 use super::scratch;
 use super::train::VISION;
-use crate::data::Dataset;
+use crate::data::{Dataset, Sample};
 use crate::error::Result;
 use crate::model::assistant::Assistant;
 use crate::model::config::VlmConfig;
 use crate::model::hub::Location;
+use rayon::prelude::*;
+use std::cmp::Reverse;
+use std::collections::HashSet;
 use std::fmt::Write as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-/// Questions that are looked at for the longest, evenly spread.
-const LOOKED_AT: usize = 256;
+/// Questions whose tokens are counted: so many evenly spread, for the median, so many with the largest images and so many with
+/// the longest texts, for the longest.
+const COUNTED: usize = 256;
+
+/// Image files whose headers are read for the largest images: the largest files.
+const OPENED: usize = 4096;
 
 /// Rank of the adapter that is suggested.
 const RANK: usize = 16;
@@ -76,18 +83,68 @@ fn longest(
     config: &RunConfig,
     (run, is_seen): (&Run, bool),
 ) -> Result<(Plan, VlmConfig)> {
-    let stride = dataset.samples.len().div_ceil(LOOKED_AT).max(1);
-    let some = dataset.samples.iter().step_by(stride).cloned().collect();
-    let some = Dataset::new(dataset.root.clone(), some);
-    let about = (&some.samples[..], config.prompt.parse()?);
+    let spread = spread(dataset);
+    let about = (&spread[..], config.prompt.parse()?);
     let subject = Subject::open(model, None, about, run.stop(), &Silent)?.within(config)?;
-    let work = Workload::count(config, &subject, &some, Some(config.max_new_tokens))?;
-    let merged = subject.config.vision.merge_unit();
-    let patches = |tokens: usize| if is_seen { tokens * merged } else { 0 };
-    let mut items: Vec<(usize, usize)> =
-        work.items.iter().map(|item| (item.rows(work.group), patches(item.image))).collect();
-    items.sort_unstable();
+    let items = lengths(dataset, spread, &subject, config, is_seen)?;
     Ok((Plan { is_single: !holds_half(config, &subject), items, ..plan.clone() }, subject.config))
+}
+
+/// Questions evenly spread.
+fn spread(dataset: &Dataset) -> Vec<Sample> {
+    let stride = dataset.samples.len().div_ceil(COUNTED).max(1);
+    dataset.samples.iter().step_by(stride).cloned().collect()
+}
+
+/// Rows and patches of questions, ascending: of those in `spread`, which stand for all, and last of the longest there is.
+fn lengths(
+    dataset: &Dataset,
+    spread: Vec<Sample>,
+    subject: &Subject,
+    config: &RunConfig,
+    is_seen: bool,
+) -> Result<Vec<(usize, usize)>> {
+    let group = workload::group_of(config);
+    let merged = subject.config.vision.merge_unit();
+    let length = |item: &Item| (item.rows(group), if is_seen { item.image * merged } else { 0 });
+    let count = |samples: Vec<Sample>| -> Result<Vec<(usize, usize)>> {
+        let some = Dataset::new(dataset.root.clone(), samples);
+        let items = Workload::items(config, subject, &some, Some(config.max_new_tokens))?;
+        Ok(items.iter().map(length).collect())
+    };
+    let mut all = count(spread)?;
+    all.sort_unstable();
+    let most = count(large(dataset, subject, config)?)?.into_iter().max();
+    let longer = most.filter(|most| all.last().is_none_or(|last| most > last));
+    // One more hardly moves the median.
+    all.extend(longer);
+    Ok(all)
+}
+
+/// Questions among which the longest is: those with the largest images, of these the longest texts first, and those with the
+/// longest texts.
+fn large(dataset: &Dataset, subject: &Subject, config: &RunConfig) -> Result<Vec<Sample>> {
+    let text = |sample: &Sample| {
+        let reasoning = sample.reasoning.as_ref().map_or(0, String::len);
+        sample.question.len() + sample.options.iter().map(String::len).sum::<usize>() + reasoning
+    };
+    let mut samples: Vec<&Sample> = dataset.samples.iter().collect();
+    samples.sort_by_cached_key(|sample| Reverse(text(sample)));
+    let mut found: Vec<Sample> = samples.iter().take(COUNTED).copied().cloned().collect();
+    if config.train.captions {
+        return Ok(found);
+    }
+    let unique: HashSet<&PathBuf> = samples.iter().map(|sample| &sample.image).collect();
+    let size = |image: &PathBuf| dataset.root.join(image).metadata().map_or(0, |about| about.len());
+    let mut files: Vec<(u64, &PathBuf)> = unique.into_par_iter().map(|image| (size(image), image)).collect();
+    files.sort_unstable_by_key(|&file| Reverse(file));
+    let files: Vec<&PathBuf> = files.into_iter().take(OPENED).map(|(_, image)| image).collect();
+    let pictures = workload::pictures(subject, &dataset.root, &files)?;
+    let tokens = |sample: &Sample| pictures.get(&sample.image).map_or(0, |picture| picture.tokens);
+    // Among images of one size the order by text stays.
+    samples.sort_by_key(|sample| Reverse(tokens(sample)));
+    found.extend(samples.into_iter().take(COUNTED).cloned());
+    Ok(found)
 }
 
 /// What decides how much memory a step takes beside the weights.
@@ -252,6 +309,44 @@ fn disk_warning(bytes: u64, count: u64, free: u64) -> Option<String> {
 mod tests {
     use super::*;
     use crate::model::test_support::{ids, sizes};
+    use crate::pixels::RgbImage8;
+    use crate::pixels::decode::encode_png;
+    use crate::recipes::estimate::workload::tests::{questions, subject};
+
+    #[test]
+    fn the_longest_question_is_found_wherever_it_stands() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut samples = questions(1000);
+        for sample in &mut samples {
+            sample.image = "small.png".into();
+        }
+        let write = |name: &str, side: usize| {
+            let png = encode_png(&RgbImage8::filled(side, side, [7; 3]).unwrap()).unwrap();
+            std::fs::write(dir.path().join(name), png).unwrap();
+        };
+        write("small.png", 32);
+        write("large.png", 128);
+        let mut subject = subject(&samples[..10]);
+        let processor = &mut subject.processor.image_processor;
+        (processor.min_pixels, processor.max_pixels) = (32 * 32, 128 * 128);
+        let config = RunConfig { prompt: "phantom".to_owned(), ..RunConfig::default() };
+        let of = |samples: &[Sample]| {
+            let dataset = Dataset::new(dir.path(), samples.to_vec());
+            lengths(&dataset, spread(&dataset), &subject, &config, true).unwrap()
+        };
+        let alike = of(&samples);
+        assert_eq!((alike.len(), alike[0]), (250, alike[249]));
+        // One that stands between those that are looked at in any case.
+        let mut images = samples.clone();
+        images[501].image = "large.png".into();
+        let found = of(&images);
+        assert_eq!((found.len(), found[125]), (251, alike[0]));
+        assert_eq!(found[250], (alike[0].0 + 60, 16 * alike[0].1));
+        let mut texts = samples.clone();
+        texts[501].question = "what is it then? ".repeat(9);
+        let found = of(&texts);
+        assert!(found[250].0 > alike[0].0 && found[250].1 == alike[0].1, "{:?}", found[250]);
+    }
 
     fn plan() -> Plan {
         Plan {

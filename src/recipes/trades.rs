@@ -135,7 +135,9 @@ pub fn step(lesson: &Lesson<'_>, fit: &mut Fit<Student>) -> Result<StepReport> {
     // One noise for both: their divergence is the adversary's work alone.
     let clean = lesson.with_noise(&items::stack(&fit.learner.frozen, &questions.images)?, fit.step)?;
     let adversarial = lesson.with_noise(&attacked.pixels, fit.step)?;
-    lesson.evidence.note(|noted| (noted.phase, noted.pixels) = ("update", adversarial.clone()));
+    lesson.evidence.note(|noted| {
+        (noted.phase, noted.pixels, noted.clean) = ("update", adversarial.clone(), clean.clone());
+    });
     report.phases.push(("attack", started.elapsed().as_secs_f64()));
 
     let started = Instant::now();

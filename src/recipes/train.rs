@@ -2,7 +2,7 @@
 
 use super::adapter::Chosen;
 use super::config::{DenoiserSettings, GrpoSettings, MetricName, RecipeName, RunConfig};
-use super::failure::{self, Evidence};
+use super::failure::{self, Evidence, Part};
 use super::fit::{self, Fit, Learner, Student};
 use super::grpo::{self, Assumed, Judge, Sampling};
 use super::inputs;
@@ -89,18 +89,31 @@ pub(super) enum Extent {
     Steps(Option<Depths>),
 }
 
-/// Everything a configuration names, loaded; the questions first, for they are cheap.
+/// Everything a configuration names, loaded; what costs little is looked at first.
 pub(super) fn material(
     config: &RunConfig,
     extent: Extent,
     stop: &Stop,
     progress: &dyn Progress,
 ) -> Result<Material> {
-    let (mut dataset, _) = inputs::open_questions(config)?;
+    let device = config.backend().device()?;
+    let chosen = Chosen::of(config)?;
+    let is_denoiser = config.train.recipe == RecipeName::Denoiser;
+    if is_denoiser && (config.denoiser.is_some() || !matches!(chosen, Chosen::None)) {
+        return Err(Error::usage(
+            "the recipe `denoiser` trains no model: an adapter or another denoiser has no effect\n   = help: leave `--adapter`, `train.lora_rank` and `--denoiser` out",
+        ));
+    }
+    let looks_at_images = matches!(extent, Extent::Whole) && !config.train.captions;
+    let (mut dataset, _) = match inputs::open_questions(config) {
+        // What is wrong with images would be the next to be refused: all of it is told at once.
+        Err(Error::Data(_)) if looks_at_images => (items::sound_questions(config, stop, progress)?, None),
+        found => found?,
+    };
     items::require_some(&dataset, "train on")?;
     let mut validation = validation::questions(config, &dataset, progress)?;
     if matches!(extent, Extent::Whole) {
-        if !config.train.captions {
+        if looks_at_images {
             items::without_damaged(config, &mut dataset, stop, progress)?;
             items::require_some(&dataset, "train on")?;
         }
@@ -116,18 +129,10 @@ pub(super) fn material(
     for note in items::Reasonings::of(config, &dataset.samples).notes(&dataset.samples) {
         progress.note(&note);
     }
-    let device = config.backend().device()?;
     let needs_reference = config.train.recipe.is_grpo() && config.train.grpo.kl_coef > 0.0;
     let model = config.model.as_deref().unwrap_or_default();
     let parts = &config.train.parts;
     let trains = |name: &str| trains(name, parts.vision, parts.merger, parts.text);
-    let chosen = Chosen::of(config)?;
-    let is_denoiser = config.train.recipe == RecipeName::Denoiser;
-    if is_denoiser && (config.denoiser.is_some() || !matches!(chosen, Chosen::None)) {
-        return Err(Error::usage(
-            "the recipe `denoiser` trains no model: an adapter or another denoiser has no effect\n   = help: leave `--adapter`, `train.lora_rank` and `--denoiser` out",
-        ));
-    }
     let trains = |name: &str| !is_denoiser && trains(name);
     // A reward command that does not work is found before weights are fetched or read.
     let judge = Judge::open(config, &dataset.samples[0])?;
@@ -336,7 +341,6 @@ impl Course for Whole<'_> {
         let saved = (fit.step > 0).then_some(fit.step);
         let mut keeper = Keeper { root, lesson, exam, saved, best: None };
         keeper.find_best(self.run)?;
-        keeper.rotate(fit.step)?;
         let logged = self.run.read_metrics()?;
         let num_tokens = logged.last().and_then(|line| line["num_tokens"].as_u64()).unwrap_or(0);
         let mut so_far = SoFar { num_tokens, watch: Watch::new(&lesson.config.watch, &logged) };
@@ -352,17 +356,18 @@ impl Course for Whole<'_> {
                 self.validate(exam, &fit, &mut keeper)?;
                 self.begin(lesson, fit.step);
             }
-            keeper.rotate(fit.step)?;
+            // Only now: before its examination nobody knows which checkpoint is the best.
+            keeper.rotate()?;
             if fit.step == num_steps {
                 break;
             }
             if self.run.stop_requested() {
                 keeper.save(&fit, self.run)?;
-                keeper.rotate(fit.step)?;
+                keeper.rotate()?;
                 return Err(Error::Stopped);
             }
             let report = step(&mut fit, Assumed::default())
-                .map_err(|error| failure::explain(lesson, &fit, self.run.dir(), error))?;
+                .map_err(|error| failure::explain(lesson, &fit, self.run.dir(), Part::Step, error))?;
             fit.step += 1;
             if let Some(warning) = fit.take_warning() {
                 self.progress.note(&warning);
@@ -383,26 +388,30 @@ impl Whole<'_> {
     fn validate<L: Learner>(&mut self, exam: &Exam<'_>, fit: &Fit<L>, keeper: &mut Keeper<'_>) -> Result<()> {
         let lines = self.run.read_validation()?;
         let is_done = lines.last().is_some_and(|line| line["step"].as_u64() == Some(fit.step));
-        let Some(assistant) = fit.learner.assistant().filter(|_| !is_done) else { return Ok(()) };
-        let started = Instant::now();
-        match exam.sit(assistant, fit.step, self.run, self.progress) {
-            Ok(line) => {
-                self.run.timing("validation", started.elapsed().as_secs_f64(), &[])?;
-                self.run.validation(&line)?;
-                self.progress.note(&validation::describe(&line));
-            }
-            Err(error) => {
-                if matches!(error, Error::Stopped) {
-                    keeper.save(fit, self.run)?;
-                    keeper.rotate(fit.step)?;
+        if let Some(assistant) = fit.learner.assistant().filter(|_| !is_done) {
+            let started = Instant::now();
+            match exam.sit(assistant, fit.step, self.run, self.progress) {
+                Ok(line) => {
+                    self.run.timing("validation", started.elapsed().as_secs_f64(), &[])?;
+                    self.run.validation(&line)?;
+                    self.progress.note(&validation::describe(&line));
                 }
-                return Err(error);
+                // No checkpoint goes before the examination is over: it may make another one the best.
+                Err(Error::Stopped) => {
+                    keeper.save(fit, self.run)?;
+                    return Err(Error::Stopped);
+                }
+                Err(error) => {
+                    let (lesson, dir) = (keeper.lesson, self.run.dir());
+                    return Err(failure::explain(lesson, fit, dir, Part::Validation, error));
+                }
+            }
+            let before = keeper.best;
+            if keeper.find_best(self.run)? != before {
+                keeper.save(fit, self.run)?;
             }
         }
-        let before = keeper.best;
-        if keeper.find_best(self.run)? != before {
-            keeper.save(fit, self.run)?;
-        }
+        // After an examination of an earlier process too: a kill may have come between its line and this.
         validation::remove_old_images(self.run, &self.run.read_validation()?, keeper.best)
     }
 
@@ -482,9 +491,9 @@ impl Keeper<'_> {
         Ok(())
     }
 
-    fn rotate(&self, step: u64) -> Result<()> {
+    fn rotate(&self) -> Result<()> {
         let keep = self.lesson.config.keep_checkpoints;
-        fit::rotate(&self.root, step, keep, &|step| self.is_due(step), self.best.map(|best| best.step))
+        fit::rotate(&self.root, keep, &|step| self.is_due(step), self.best.map(|best| best.step))
     }
 
     /// Looks at all examinations for the best, and says in `checkpoints/best.json` which it is.

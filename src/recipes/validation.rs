@@ -6,10 +6,12 @@
 //! random starts are named by the question alone, so that the lines of one run can be compared.
 
 use super::attack;
-use super::config::{AttackConfig, Command, MetricName, RunConfig, ValidationConfig};
+use super::config::{AttackConfig, Command, MetricName, RunConfig, Scoring, ValidationConfig};
 use super::eval::{self, EvalSettings};
+use super::failure::Noted;
 use super::grpo::{Judge, Said};
 use super::inputs;
+use super::items::{self, Images};
 use super::lesson::Lesson;
 use super::progress::Progress;
 use super::run::{Opening, Run};
@@ -79,6 +81,10 @@ pub fn own_config(config: &RunConfig) -> RunConfig {
     (own.model, own.revision, own.adapter) = (None, None, None);
     own.data.split.clone_from(&settings.split);
     if settings.data.is_some() {
+        // What was all of the training data says nothing about where the images of another set lie.
+        if config.data.data.is_none() {
+            own.data.omnimedvqa = None;
+        }
         own.data.data.clone_from(&settings.data);
     }
     (own.data.train_split, own.data.limit, own.data.shard) = (None, None, None);
@@ -104,7 +110,7 @@ pub struct Exam<'a> {
     /// What the option prior counts.
     trained: &'a Dataset,
     lesson: &'a Lesson<'a>,
-    /// What completions are worth, where they are rewarded.
+    /// What completions are worth, where they are sampled and rewarded.
     judge: Option<&'a Judge>,
     /// For a vision tower that does not train: keeps what it said about clean images.
     setting: Option<attack::Setting<'a>>,
@@ -122,13 +128,15 @@ impl<'a> Exam<'a> {
         trained: &'a Dataset,
         judge: &'a Judge,
     ) -> Result<Self> {
+        // With likelihoods the completion of a record is an option's own text, which nobody has said.
+        let is_rewarded = lesson.config.recipe.is_grpo() && own.scoring == Scoring::Generate;
         Ok(Self {
             settings: &lesson.config.validation,
             config: own,
             dataset,
             trained,
             lesson,
-            judge: lesson.config.recipe.is_grpo().then_some(judge),
+            judge: is_rewarded.then_some(judge),
             setting: lesson.features.is_some().then(|| attack::Setting::of(own)).transpose()?,
         })
     }
@@ -147,7 +155,7 @@ impl<'a> Exam<'a> {
     /// stopped; gives the line of `validation.jsonl`.
     ///
     /// # Errors
-    /// Those of an attack; [`Error::Stopped`] between batches.
+    /// Those of an attack; [`Error::Stopped`] between batches; when the metric is a reward and none was given.
     pub fn sit(&self, assistant: &Assistant, step: u64, run: &Run, progress: &dyn Progress) -> Result<Value> {
         let is_attacked = self.settings.num_steps > 0;
         let command = if is_attacked { Command::Attack } else { Command::Eval };
@@ -157,22 +165,20 @@ impl<'a> Exam<'a> {
         let mut own = Run::open(command, &config, opening)?;
         own.provenance("trained_steps", json!(step))?;
         inputs::note_denoiser(&mut own, &config)?;
-        let (questions, trained) = (self.dataset, Some(self.trained));
-        let summary = if is_attacked {
-            // Another tower says other things about the same images.
-            let fresh = if self.setting.is_none() { Some(attack::Setting::of(self.config)?) } else { None };
-            let setting =
-                self.setting.as_ref().or(fresh.as_ref()).ok_or_else(|| anyhow::anyhow!("no setting"))?;
-            attack::under_attack(assistant, questions, trained, setting, &mut own, progress)?
-        } else {
-            let settings = EvalSettings::of(self.config)?;
-            eval::evaluate(assistant, questions, trained, &settings, &mut own, progress)?
-        };
+        // The last step of training is none of what may fail here.
+        self.lesson.evidence.note(|noted| {
+            let epsilon = is_attacked.then_some(self.settings.epsilon);
+            *noted = Noted { phase: "validation", epsilon, ..Noted::default() };
+        });
+        let summary = self.examine(assistant, &mut own, progress);
+        if matches!(summary, Err(Error::NonFinite(_))) {
+            // What comes of this adds to the error; the error is what matters.
+            let _ = self.note_pending(assistant, &own);
+        }
+        let summary = summary?;
         let records = own.records()?;
         let mut line = json!({"step": step, "clean": {"n": records.len()}});
-        let reward =
-            |key: &str| self.judge.map(|judge| self.mean_reward(judge, assistant, step, &records, key));
-        if is_attacked {
+        let completions: &[(&str, &str)] = if is_attacked {
             line["clean"]["accuracy"] = summary["clean_accuracy"].clone();
             line["pgd"] = json!({
                 "n": records.len(),
@@ -180,20 +186,69 @@ impl<'a> Exam<'a> {
                 "epsilon": self.settings.epsilon,
                 "num_steps": self.settings.num_steps,
             });
-            if let (Some(clean), Some(attacked)) =
-                (reward("clean_completion"), reward("adversarial_completion"))
-            {
-                line["clean"]["reward"] = json!(clean?);
-                line["pgd"]["reward"] = json!(attacked?);
-            }
+            &[("clean", "clean_completion"), ("pgd", "adversarial_completion")]
         } else {
             line["clean"]["accuracy"] = summary["accuracy"].clone();
-            if let Some(reward) = reward("completion") {
-                line["clean"]["reward"] = json!(reward?);
+            &[("clean", "completion")]
+        };
+        for &(part, key) in completions {
+            let Some(judge) = self.judge else { break };
+            if let Some(reward) = self.mean_reward(judge, assistant, step, &records, key)? {
+                line[part]["reward"] = json!(reward);
             }
+        }
+        let metric = self.metric();
+        let is_reward = matches!(metric, MetricName::Reward | MetricName::RobustReward);
+        if is_reward && value_of(&line, metric).is_none() {
+            return Err(Error::data(format!(
+                "no completion of the validation after step {step} was given a reward: there is no `{metric}`\n   = help: the reward command must reward some of them, or give `train.validation.metric` another name"
+            )));
         }
         line["controls"] = summary["controls"].clone();
         Ok(line)
+    }
+
+    /// Asks the questions that have no record yet; gives the summary of all.
+    fn examine(&self, assistant: &Assistant, own: &mut Run, progress: &dyn Progress) -> Result<Value> {
+        let (questions, trained) = (self.dataset, Some(self.trained));
+        if self.settings.num_steps == 0 {
+            let settings = EvalSettings::of(self.config)?;
+            return eval::evaluate(assistant, questions, trained, &settings, own, progress);
+        }
+        // Another tower says other things about the same images.
+        let fresh = if self.setting.is_none() { Some(attack::Setting::of(self.config)?) } else { None };
+        let setting =
+            self.setting.as_ref().or(fresh.as_ref()).ok_or_else(|| anyhow::anyhow!("no setting"))?;
+        attack::under_attack(assistant, questions, trained, setting, own, progress)
+    }
+
+    /// Notes for the report of a failure the questions that it came to, as they are asked of clean images: the first ones without
+    /// a record, as many as are asked at a time.
+    fn note_pending(&self, assistant: &Assistant, own: &Run) -> Result<()> {
+        let (template, is_cot) = (self.lesson.template, self.lesson.is_cot());
+        let samples: Vec<&Sample> = inputs::in_item_order(&self.dataset.samples)
+            .into_iter()
+            .filter(|sample| !own.done_ids().contains(&sample.id))
+            .take(if self.settings.num_steps > 0 {
+                attack::attacked_at_once(self.config).0
+            } else {
+                self.config.batch_size
+            })
+            .collect();
+        let images = Images::new(self.dataset).of_samples(assistant, samples.clone())?;
+        let asked = samples.iter().zip(&images);
+        let prompts = asked
+            .map(|(sample, image)| items::prompt_of(assistant, template, sample, image))
+            .collect::<Result<Vec<_>>>()?;
+        let targets = samples
+            .iter()
+            .map(|sample| assistant.target(&template.target(sample, is_cot)))
+            .collect::<Result<Vec<_>>>()?;
+        self.lesson.evidence.note(|noted| {
+            noted.samples = samples.into_iter().cloned().collect();
+            (noted.prompts, noted.targets, noted.images) = (prompts, targets, images);
+        });
+        Ok(())
     }
 
     /// What the completions under `key` of the records are worth on average, as in training. Records hold no tokens: a completion
@@ -205,7 +260,7 @@ impl<'a> Exam<'a> {
         step: u64,
         records: &[Value],
         key: &str,
-    ) -> Result<f64> {
+    ) -> Result<Option<f64>> {
         let samples: HashMap<&str, &Sample> =
             self.dataset.samples.iter().map(|sample| (sample.id.as_str(), sample)).collect();
         let said = |record: &'_ Value| -> Option<(&Sample, String)> {
@@ -355,6 +410,26 @@ mod tests {
         assert_eq!(best(&lines, MetricName::Reward), Some(Best { step: 10, value: -0.7 }));
         assert_eq!(best(&lines, MetricName::RobustReward), None);
         assert_eq!(best(&lines[..1], MetricName::Accuracy), None);
+    }
+
+    #[test]
+    fn a_data_set_of_its_own_has_images_of_its_own() {
+        let path = |name: &str| Some(std::path::PathBuf::from(name));
+        for (data, own_data, expected) in [
+            // The root of the training data's images is no other set's.
+            (None, Some("b"), (None, Some("b"))),
+            // It was named for the images of a file.
+            (Some("a"), Some("b"), (Some("root"), Some("b"))),
+            (None, None, (Some("root"), None)),
+            (Some("a"), None, (Some("root"), Some("a"))),
+        ] {
+            let mut config = RunConfig::default();
+            config.data.omnimedvqa = path("root");
+            config.data.data = data.and_then(path);
+            config.train.validation.data = own_data.and_then(path);
+            let own = own_config(&config).data;
+            assert_eq!((own.omnimedvqa, own.data), (expected.0.and_then(path), expected.1.and_then(path)));
+        }
     }
 
     #[test]

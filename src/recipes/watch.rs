@@ -141,12 +141,23 @@ impl<'a> Watch<'a> {
     }
 
     fn rewards(&mut self, seen: &Seen<'_>) -> Option<Warning> {
-        let (reward, std) = (seen.number("reward")?, seen.number("reward_std")?);
         let flat = seen.number("frac_reward_zero_std")?;
         let patience = self.settings.patience;
-        let is_dead = reward == 0.0 && std == 0.0;
+        // A mean that is absent is of no reward at all, a spread that is absent of one at most: nothing to compare with.
+        let given = (seen.number("reward"), seen.number("reward_std"));
+        let is_missing = matches!(given, (None, _) | (_, None));
+        let is_dead = is_missing || given == (Some(0.0), Some(0.0));
         let tells_dead = self.tells("dead_rewards", is_dead, patience);
         let tells_flat = self.tells("no_reward_variance", flat >= 1.0 && !is_dead, patience);
+        if tells_dead && is_missing {
+            let message = format!(
+                "for {patience} steps there were no rewards to learn from, and this step gave at most one: see `rewards/*/missing`, the share of completions that a reward was not given for, and what `train.grpo.reward_command` answers to the lines of completions.jsonl; null is no reward"
+            );
+            let missing = |name: &&str| name.starts_with("rewards/") && name.ends_with("/missing");
+            let names: Vec<&str> = seen.line.keys().map(String::as_str).filter(missing).collect();
+            let names = [&["reward", "frac_reward_zero_std"][..], &names].concat();
+            return Some(seen.warning("dead_rewards", message, &names));
+        }
         if tells_dead {
             let message = format!(
                 "every reward has been 0 for {patience} steps, so nothing is learnt: read completions.jsonl. Is the answer there but not in the form that is rewarded (`prompt` and `train.target` must ask for the same), cut off (`max_new_tokens`), or never right (begin from a model trained with `sft`)?"
@@ -212,7 +223,7 @@ impl<'a> Watch<'a> {
     fn learning_rate(&mut self, seen: &Seen<'_>) -> Option<Warning> {
         let rate = seen.number("learning_rate")?;
         // The first step of a warm-up has the rate 0, and one such step is no trouble.
-        self.tells("learning_rate_zero", rate == 0.0, self.settings.patience.min(2)).then(|| {
+        self.tells("learning_rate_zero", rate == 0.0, 2).then(|| {
             let message = "the learning rate is 0, so nothing is learnt: see `train.learning_rate`, `train.warmup_steps` and `train.min_learning_rate_ratio`";
             seen.warning("learning_rate_zero", message.to_owned(), &["learning_rate"])
         })
@@ -251,8 +262,8 @@ impl<'a> Watch<'a> {
     }
 
     fn loss(&mut self, seen: &Seen<'_>) -> Option<Warning> {
-        // A policy's loss is about zero by construction: its size says nothing.
-        if seen.number("reward").is_some() {
+        // A policy's loss is about zero by construction: its size says nothing, nor where no completion was given a reward.
+        if seen.number("reward").is_some() || seen.number("frac_reward_zero_std").is_some() {
             return None;
         }
         let loss = seen.number("loss")?;
@@ -406,6 +417,27 @@ mod tests {
     }
 
     #[test]
+    fn rewards_that_nobody_gave_are_dead_and_their_name_is_told() {
+        let missing = |share: f64| [("rewards/kind/missing", share), ("frac_reward_zero_std", 0.0)];
+        let course: Vec<Vec<(&str, f64)>> = vec![missing(1.0).to_vec(); 9];
+        assert_eq!(warned(&settings(), &course), [(4, "dead_rewards")]);
+        // One completion that was given a reward has nothing to be compared with.
+        let alone = [&missing(0.9)[..], &[("reward", 1.0)]].concat();
+        assert_eq!(warned(&settings(), &vec![alone; 9]), [(4, "dead_rewards")]);
+        let settings = settings();
+        let mut watch = Watch::new(&settings, &[]);
+        let said: Vec<Warning> =
+            (1..5).flat_map(|i| watch.see(line(i, &course[i]).as_object().unwrap())).collect();
+        assert!(said[0].message.contains("`rewards/*/missing`"), "{said:?}");
+        assert_eq!(said[0].figures["rewards/kind/missing"], 1.0);
+        // Two are enough for a spread, and the loss of a step without rewards is a policy's all the same.
+        let two = [&missing(0.5)[..], &[("reward", 1.0), ("reward_std", 0.5)]].concat();
+        assert_eq!(warned(&settings, &vec![two; 9]), []);
+        let losses = [0.0, 0.0, 0.0, 0.0, 1.0].map(|loss| [&missing(1.0)[..], &[("loss", loss)]].concat());
+        assert_eq!(warned(&settings, &losses), [(4, "dead_rewards")]);
+    }
+
+    #[test]
     fn lengths_that_collapse_or_reach_the_limit_are_told() {
         let lengths = |values: &[f64]| warned(&settings(), &course("completions/mean_length", values, &[]));
         let mut values = vec![100.0; 6];
@@ -459,6 +491,10 @@ mod tests {
         let rates = |values: &[f64]| warned(&settings(), &course("learning_rate", values, &[]));
         assert_eq!(rates(&[0.0, 0.1, 0.1, 0.0]), [], "warm-up and end");
         assert_eq!(rates(&[0.0, 0.0, 0.0]), [(2, "learning_rate_zero")]);
+        let hasty = WatchSettings { patience: 1, ..settings() };
+        let rates = |values: &[f64]| warned(&hasty, &course("learning_rate", values, &[]));
+        assert_eq!(rates(&[0.0, 0.1, 0.1]), [], "warm-up, whatever the patience");
+        assert_eq!(rates(&[0.0, 0.0]), [(2, "learning_rate_zero")]);
     }
 
     #[test]

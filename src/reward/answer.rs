@@ -7,8 +7,8 @@
 //!    (`B. cyst`, `(B) cyst`), or a letter after `answer`, `option`, `choice` (`The answer is B`).
 //! 3. Without a pair: the whole text must be a letter form alone.
 //!
-//! A completion that lists several letters (`A or B`, `A) x b) y`, `A. x vs B`, `A. x - B`) chooses none, and a letter
-//! that the question does not have is no answer. Letters are those of the options and always those up to H, so that a
+//! A completion that lists several letters (`A or B`, `A) x b) y`, `A. x vs B`, `A. x - B`, `A. x, possibly b`) chooses none,
+//! and a letter that the question does not have is no answer. Letters are those of the options and always those up to H, so that a
 //! letter the question lacks is seen beside another; only ASCII letters are letters, whatever else looks like one.
 //! Deviation: Med-R1 and AdvMed-R1 take the first tag; an ambiguous one is none here.
 
@@ -157,10 +157,10 @@ impl Letters {
     }
 
     /// Whether another option than `chosen` is offered in `text`: as a label with text after it, in brackets, as the
-    /// first thing, or after a word or mark that joins alternatives. `hepatitis C` at the end offers none, nor do the
-    /// words `A` and `I` before others. A small letter must be a label.
+    /// first thing, or after words or a mark that join alternatives. `hepatitis C` at the end offers none, nor do the
+    /// words `A` and `I` before others. A small letter must be a label, or stand alone behind such words.
     fn has_other_label(self, text: &str, chosen: usize) -> bool {
-        let mut previous_word = "";
+        let mut words: Vec<&str> = Vec::new();
         let mut from = 0;
         while let Some((start, word)) = next_word(text, from) {
             let end = start + word.len();
@@ -169,15 +169,16 @@ impl Letters {
             if option.is_some_and(|option| option != chosen) {
                 let (before, after) = (&text[..start], &text[end..]);
                 let is_offered = if single.is_some_and(|letter| letter.is_ascii_lowercase()) {
-                    is_small_label(before, after)
+                    is_small_label(before, after) || is_small_alternative(&words, after)
                 } else {
                     let is_word = matches!(word, "A" | "I")
                         && after.trim_start_matches(' ').starts_with(char::is_alphabetic);
                     let between = &text[from..start];
                     let first = from == 0;
-                    let joined = joins(previous_word)
+                    let joined = before_joint(&words).is_some()
                         || between.trim().ends_with([',', ';', '/', '|', '&', '+', '(', '[', '.', ':']);
-                    let set_against = (contrasts(previous_word) || is_dash(between)) && !goes_on(after);
+                    let is_contrast = words.last().is_some_and(|word| contrasts(word));
+                    let set_against = (is_contrast || is_dash(between)) && !goes_on(after);
                     let labels = after.starts_with([')', ']', ':'])
                         || (after.starts_with('.') && !after[1..].trim().is_empty());
                     (first || joined || set_against || labels) && !is_word
@@ -186,24 +187,89 @@ impl Letters {
                     return true;
                 }
             }
-            previous_word = word;
+            words.push(word);
             from = end;
         }
         false
     }
 }
 
-/// Whether a word joins alternatives.
-fn joins(word: &str) -> bool {
-    const JOINING: [&str; 12] = [
-        "or", "and", "either", "maybe", "perhaps", "then", "but", "also", "option", "choice", "answer", "is",
+fn is_one_of(word: &str, others: &[&str]) -> bool {
+    others.iter().any(|other| word.eq_ignore_ascii_case(other))
+}
+
+/// What stands before the words at the end of `words` that join an alternative to it; none, where they join none.
+fn before_joint<'w, 't>(words: &'w [&'t str]) -> Option<&'w [&'t str]> {
+    const JOINING: [&str; 25] = [
+        "or",
+        "and",
+        "either",
+        "maybe",
+        "perhaps",
+        "possibly",
+        "probably",
+        "potentially",
+        "presumably",
+        "conceivably",
+        "alternatively",
+        "alternately",
+        "otherwise",
+        "else",
+        "instead",
+        "rather",
+        "unless",
+        "then",
+        "but",
+        "also",
+        "option",
+        "choice",
+        "alternative",
+        "answer",
+        "is",
     ];
-    JOINING.iter().any(|joining| word.eq_ignore_ascii_case(joining))
+    const MODAL: [&str; 7] = ["could", "may", "might", "can", "would", "should", "must"];
+    match words {
+        [before @ .., last] if is_one_of(last, &JOINING) => Some(before),
+        [before @ .., modal, last] if is_one_of(modal, &MODAL) && is_one_of(last, &["be"]) => Some(before),
+        [before @ .., first, last] if is_one_of(first, &["if"]) && is_one_of(last, &["not"]) => Some(before),
+        [before @ .., first, well, last]
+            if is_one_of(first, &["as"]) && is_one_of(well, &["well"]) && is_one_of(last, &["as"]) =>
+        {
+            Some(before)
+        }
+        _ => None,
+    }
 }
 
 /// Whether a word sets alternatives against each other. Names hold it too (`T cells vs B cells`): see [`goes_on`].
 fn contrasts(word: &str) -> bool {
-    ["nor", "versus", "vs"].iter().any(|contrasting| word.eq_ignore_ascii_case(contrasting))
+    is_one_of(word, &["nor", "versus", "vs", "likely", "even", "plus"])
+}
+
+/// Whether a small letter behind `words` and before `after` stands alone as an alternative to what they say: `round or b`,
+/// `round, possibly b.`; not `hepatitis or b cells`, and not the letters of one name, `vitamin c or d`.
+fn is_small_alternative(words: &[&str], after: &str) -> bool {
+    let before = match words {
+        [before @ .., last] if contrasts(last) => before,
+        _ => match before_joint(words) {
+            Some(before) => before,
+            None => return false,
+        },
+    };
+    let mut named = before;
+    while let Some(before) = before_joint(named) {
+        named = before;
+    }
+    let is_of_a_name = matches!(named, [.., _, last] if is_letter_of_name(last));
+    let rest = after.trim_start_matches(' ');
+    let is_abbreviation = rest.strip_prefix('.').is_some_and(|rest| !rest.trim().is_empty());
+    !is_of_a_name && !goes_on(after) && !is_abbreviation
+}
+
+/// Whether a word is a letter that names hold, with or without a number: `c`, `b12`.
+fn is_letter_of_name(word: &str) -> bool {
+    let mut characters = word.chars();
+    characters.next().is_some_and(char::is_alphabetic) && characters.all(|c| c.is_ascii_digit())
 }
 
 /// Whether what stands between two words is a dash apart from them. One without blanks makes a name of both (`hepatitis-B`),
@@ -382,12 +448,67 @@ mod tests {
     }
 
     #[test]
+    fn a_letter_behind_words_of_doubt_is_a_hedge() {
+        check(&[
+            ("<answer>A. round, possibly B</answer>", None),
+            ("<answer>A. round, probably B</answer>", None),
+            ("<answer>A. Or possibly B</answer>", None),
+            ("<answer>A. round or possibly B</answer>", None),
+            ("<answer>A. round. Alternatively B</answer>", None),
+            ("<answer>A. round, otherwise B</answer>", None),
+            ("<answer>A. round, or else B</answer>", None),
+            ("<answer>A. round, potentially B.</answer>", None),
+            ("<answer>A. round, rather B</answer>", None),
+            ("<answer>A. round, could be B</answer>", None),
+            ("<answer>A. It might be B</answer>", None),
+            ("<answer>A. round, if not B</answer>", None),
+            ("<answer>A. round unless B</answer>", None),
+            ("<answer>A. round, second choice B</answer>", None),
+            ("<answer>A. round, likely B</answer>", None),
+            ("<answer>A. round or even B</answer>", None),
+            ("<answer>A) round as well as B</answer>", None),
+            ("<answer>A) round AS WELL AS B.</answer>", None),
+            ("<answer>A. round, possibly B oval</answer>", None),
+            // Small letters that stand alone.
+            ("<answer>A. round or b</answer>", None),
+            ("<answer>A. round or b.</answer>", None),
+            ("<answer>A. round or b, or c</answer>", None),
+            ("<answer>A. or b</answer>", None),
+            ("<answer>A. a or b</answer>", None),
+            ("<answer>A. round and b</answer>", None),
+            ("<answer>A. round, possibly b</answer>", None),
+            ("<answer>A. round, could be b?</answer>", None),
+            ("<answer>A. round as well as b</answer>", None),
+            ("<answer>A. round, if not b</answer>", None),
+            ("<answer>A. round vs b</answer>", None),
+            ("<answer>A. round, the answer is b</answer>", None),
+            ("<answer>The answer is A or b</answer>", None),
+        ]);
+    }
+
+    #[test]
     fn letters_within_the_words_of_an_option_are_no_hedge() {
         check(&[
             ("<answer>A. hepatitis b</answer>", Some('A')),
             ("<answer>A. Hepatitis b.</answer>", Some('A')),
             ("<answer>A. type b, acute</answer>", Some('A')),
             ("<answer>A. lack of vitamin c or d</answer>", Some('A')),
+            ("<answer>A. lack of vitamins b12 and d.</answer>", Some('A')),
+            ("<answer>A. vitamin c as well as d</answer>", Some('A')),
+            ("<answer>A. hepatitis a, b or c</answer>", Some('A')),
+            ("<answer>A. hepatitis b and/or c</answer>", Some('A')),
+            ("<answer>A. hepatitis b versus c</answer>", Some('A')),
+            ("<answer>A. type a and b</answer>", Some('A')),
+            ("<answer>A. t cells or b cells</answer>", Some('A')),
+            ("<answer>A. m-mode or b-mode</answer>", Some('A')),
+            ("<answer>A. t cells, possibly b cells</answer>", Some('A')),
+            ("<answer>A. Most likely B cells</answer>", Some('A')),
+            ("<answer>A. even if not hepatitis B</answer>", Some('A')),
+            ("<answer>A. it could be hepatitis B</answer>", Some('A')),
+            ("<answer>A. possibly benign, probably a cyst</answer>", Some('A')),
+            ("<answer>B. round or a cyst</answer>", Some('B')),
+            ("<answer>B. perhaps a dense, if not a round one</answer>", Some('B')),
+            ("<answer>A. both round and oval, otherwise normal</answer>", Some('A')),
             ("<answer>A) scurvy (lack of vitamin c)</answer>", Some('A')),
             ("<answer>A) scurvy (lack of vitamin c), acute</answer>", Some('A')),
             ("<answer>A. vitamin C</answer>", Some('A')),

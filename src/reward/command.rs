@@ -39,7 +39,8 @@ const GOODBYE: Duration = Duration::from_secs(2);
 /// One completion, as the program is told of it. Texts are as they were shown: options in the order of this step.
 #[derive(Debug, Clone, Serialize)]
 pub struct Line<'a> {
-    /// Step of the training, from 1; 0 for the trial.
+    /// Step of the training, from 1; of a validation the steps that came before it. 0 for the trial, and for the validation
+    /// before the first step.
     pub step: u64,
     /// Place in the batch, from 0.
     pub index: usize,
@@ -294,7 +295,7 @@ impl RewardCommand {
         };
         self.kill();
         let place = match line.step {
-            0 => "the trial before training".to_owned(),
+            0 => "before the first step".to_owned(),
             step => format!("step {step}"),
         };
         let mut text = format!(

@@ -57,10 +57,9 @@ impl RewardConfig {
             [("accuracy_weight", self.accuracy_weight), ("format_weight", self.format_weight)]
         {
             if !(weight.is_finite() && weight >= 0.0) {
-                problems.push(ConfigError::new(
-                    key,
-                    format!("{key} is {weight}, it must be a finite number of at least 0"),
-                ));
+                let message = format!("{key} is {weight}, it must be a finite number of at least 0");
+                let help = format!("set {key} = 1.0, or 0.0 to leave it out");
+                problems.push(ConfigError::new(key, message).with_help(help));
             }
         }
         problems

@@ -82,7 +82,8 @@ pub struct Advantages {
     pub reward: RewardSummary,
     /// Mean and spread of each reward function over the batch.
     pub per_function: Vec<RewardSummary>,
-    /// Share of groups without any spread, which teach nothing.
+    /// Share of groups without any spread, which teach nothing. As in TRL a group that was given fewer than two rewards is not
+    /// counted: its spread is no number.
     pub frac_reward_zero_std: f64,
 }
 
@@ -188,7 +189,8 @@ pub fn summary(values: &[f64]) -> RewardSummary {
         _ => {
             let mean = given.iter().sum::<f64>() / n;
             let squares: f64 = given.iter().map(|value| (value - mean).powi(2)).sum();
-            RewardSummary { mean, std: (squares / (n - 1.0)).sqrt() }
+            // Of no values at all the quotient would be -0.
+            RewardSummary { mean, std: if n > 1.0 { (squares / (n - 1.0)).sqrt() } else { f64::NAN } }
         }
     }
 }

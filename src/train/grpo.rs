@@ -86,11 +86,20 @@ impl GrpoConfig {
         let mut errors = Vec::new();
         if !(0.0..=1.0).contains(&self.clip_low) {
             let message = format!("clip_low must lie in [0, 1], got {}", self.clip_low);
-            errors.push(ConfigError::new("clip_low", message));
+            errors
+                .push(ConfigError::new("clip_low", message).with_help("set clip_low = 0.2, which is usual"));
         }
-        for (key, value) in [("clip_high", self.clip_high), ("kl_coef", self.kl_coef)] {
+        for (key, value, help) in [
+            (
+                "clip_high",
+                self.clip_high,
+                "set clip_high = 0.2, which is usual, or 5.0 for loss_type `cispo`",
+            ),
+            ("kl_coef", self.kl_coef, "set kl_coef = 0.0 for no reference, or 0.04, which is usual with one"),
+        ] {
             if !(value >= 0.0 && value.is_finite()) {
-                errors.push(ConfigError::new(key, format!("{key} must be at least 0, got {value}")));
+                let message = format!("{key} must be a finite number of at least 0, got {value}");
+                errors.push(ConfigError::new(key, message).with_help(help));
             }
         }
         if self.loss_type == LossType::Luspo && self.importance_level == ImportanceLevel::Token {

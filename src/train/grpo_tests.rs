@@ -282,6 +282,7 @@ fn a_loss_that_is_not_finite_names_its_completion_and_wrong_settings_are_refused
         ..GrpoConfig::default()
     };
     assert_eq!(bad.check().len(), 4);
+    assert!(bad.check().iter().all(|error| error.help.is_some()), "{:?}", bad.check());
     assert_eq!(GrpoConfig { loss_type: LossType::Luspo, ..GrpoConfig::default() }.check().len(), 1);
 }
 

@@ -276,5 +276,6 @@ fn all_problems_of_all_files_come_at_once_and_can_be_left_out() {
     assert_eq!(config.load(ImageCheck::Exist).unwrap().samples[0].image, Path::new("i.png"));
     let strict = DatasetConfig { data: Some(folder.path().join("b.json")), skip_invalid: false, ..config };
     let error = strict.load(ImageCheck::Exist).unwrap_err().to_string();
-    assert!(error.contains("k.png (`m`): image file is missing"), "{error}");
+    assert!(error.contains("b.json:2: record 1 (`m`): image file is missing: "), "{error}");
+    assert!(error.contains("k.png\n"), "{error}");
 }

@@ -52,9 +52,9 @@ words! {
 
 section! {
     /// `[train.adversary]`: the attack inside adversarial training. A gradient step costs a forward and a backward pass of the
-    /// attacked questions; the loss before and after is a forward pass each.
+    /// attacked questions; the loss before and after is a forward pass each. What does not say what it costs changes no cost.
     pub struct AdversaryConfig {
-        /// The norm that bounds the change.
+        /// The norm that bounds the change; both cost the same.
         norm: NormName = NormName::Linf,
         /// Full budget, in units of pixel values in [0, 1]. Absent: 8/255 for `linf`, 0.5 for `l2`, the customary one of 32 x 32
         /// pixels (Croce and Hein 2020) and a radius that smoothing with `sigma` 0.25 certifies; it is not scaled with the image:
@@ -63,14 +63,18 @@ section! {
         /// Length of one step, in the units of `epsilon`; absent: 2.5 x the current budget / the current number of steps, and at
         /// most the budget. While the budget grows it is cut to twice the current one.
         step_size: Option<f64> = None => Range::at_least(0.0),
-        /// Gradient steps of one start.
+        /// Gradient steps of one start: each costs a forward and a backward pass of the attacked questions, and beside them two
+        /// forward passes find the loss before and after.
         num_steps: usize = 3,
-        /// Gradient steps at the start of training, which grow to `num_steps` as the budget grows (rounded); absent: `num_steps`
-        /// throughout. Fewer steps while the budget is small cost less and find nearly as much.
+        /// Gradient steps at the bottom of the ramp (see `epsilon_start_fraction`), which grow to `num_steps` as the budget grows
+        /// (rounded); absent: `num_steps` throughout. Fewer steps while the budget is small cost less and find nearly as much.
         num_steps_start: Option<usize> = None,
-        /// Whether it begins at a random point of the ball. The recipe `trades` always begins beside the image, as its paper does.
+        /// Whether it begins at a random point of the ball, which costs no pass. The recipe `trades` always begins beside the
+        /// image, as its paper does.
         random_start: bool = true,
-        /// What is maximised; the recipe `trades` has an objective of its own. `expected_reward` (recipe `at_grpo`) samples
+        /// What is maximised; the recipe `trades` has an objective of its own. `answer` and `finding` cost what `completion` does.
+        /// `margin`, `cross_entropy`, `dlr` and `targeted` score one completion for each option, behind one image and prompt: so
+        /// many times the rows that `completion` has behind them. `expected_reward` (recipe `at_grpo`) samples
         /// `expected_reward_samples` completions of every attacked question at every gradient step, and for the loss before and
         /// after too: `num_steps` + 2 rollouts, which cost far more than the gradients.
         objective: AdversaryObjective = AdversaryObjective::Completion,
@@ -90,13 +94,16 @@ section! {
         /// weighs the samples for the new policy on the new image, the rewards are of completions drawn on the old one, and a
         /// token that the new image alone moves beyond the clip is cut off as if the weights had moved it.
         refresh: RefreshName = RefreshName::Once,
-        /// Share of questions left clean. Absent: 0.25, of the recipe `trades` 0: it shows every question clean as well.
+        /// Share of questions left clean, which cost no attack. Absent: 0.25, of the recipe `trades` 0: it shows every question
+        /// clean as well.
         clean_fraction: f64 = 0.25 => Range::closed(0.0, 1.0),
         /// How the budget grows; it changes no cost.
         epsilon_schedule: RampName = RampName::Linear,
-        /// Budget of the first step, as a share of `epsilon`.
+        /// Share of `epsilon` at the bottom of the ramp. The schedule `steps` begins with it; of `linear` and `cosine` the first
+        /// step is one step up the ramp already.
         epsilon_start_fraction: f64 = 0.25 => Range::closed(0.0, 1.0),
-        /// Share of the steps over which the budget grows to `epsilon`.
+        /// Share of the steps over which the budget grows to `epsilon`. Where that is one step or less, `linear` and `cosine` have
+        /// all of it from the first step on.
         ramp_fraction: f64 = 0.3 => Range::closed(0.0, 1.0),
         /// Stairs of the schedule `steps`.
         ramp_stages: usize = 4 => Range::at_least(1.0),
@@ -144,7 +151,8 @@ impl AdversaryConfig {
         }
     }
 
-    /// How far the ramp is at step `step` (from 0) of `num_steps`: 0 at its bottom, 1 from its end on.
+    /// How far up the ramp step `step` (from 0) of `num_steps` is: 0 at its bottom, where `steps` begins, 1 from its end on. Of
+    /// the other schedules the first step is one up already, so that the last step of the ramp is at its end.
     fn share_at(&self, step: u64, num_steps: usize) -> f64 {
         let ramp = (self.ramp_fraction * num_steps as f64).max(1.0);
         let share = ((step + 1) as f64 / ramp).min(1.0);

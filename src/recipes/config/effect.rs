@@ -2,8 +2,8 @@
 
 use super::{
     AdversaryConfig, AdversaryObjective, AttackConfig, CertifyConfig, CertifyMode, Command, GrpoSettings,
-    LossType, Method, PromptTemplate, RampName, RecipeName, RefreshName, RunConfig, TargetName, TrainConfig,
-    ValidationConfig,
+    LossType, Method, MetricName, PromptTemplate, RampName, RecipeName, RefreshName, RunConfig, Scoring,
+    TargetName, TrainConfig, ValidationConfig,
 };
 use crate::error::ConfigError;
 
@@ -40,6 +40,21 @@ impl RunConfig {
         (is_rewarded && instructs).then(|| {
             let message = format!("{message}: obeying it would cost the format reward");
             ConfigError::new("train.target", message).with_help(remedy)
+        })
+    }
+
+    /// A validation by what completions are worth in which the model says none: each would be an option's own text.
+    pub(super) fn unsaid_rewards(&self) -> Option<ConfigError> {
+        let validation = &self.train.validation;
+        let metric = validation.metric();
+        let is_reward = matches!(metric, MetricName::Reward | MetricName::RobustReward);
+        let is_wanted = validation.every > 0 && self.train.recipe.is_grpo() && is_reward;
+        (is_wanted && self.scoring == Scoring::Likelihood).then(|| {
+            let message = format!(
+                "`{metric}` is about what the model says, and with `scoring = \"likelihood\"` it says nothing"
+            );
+            ConfigError::new("train.validation.metric", message)
+                .with_help("leave `scoring` at `generate`, or use `accuracy` or `robust_accuracy`")
         })
     }
 
@@ -197,6 +212,9 @@ impl RunConfig {
         idle(!is_ramp && start, "epsilon_start_fraction", "`epsilon_schedule` is `constant`");
         let ramp = own.ramp_fraction != default.ramp_fraction;
         idle(!is_ramp && ramp, "ramp_fraction", "`epsilon_schedule` is `constant`");
+        let is_curve = matches!(own.epsilon_schedule, RampName::Linear | RampName::Cosine);
+        let is_over = is_curve && own.ramp_fraction * self.train.num_steps as f64 <= 1.0;
+        idle(is_over && start, "epsilon_start_fraction", "the budget is full from the first step on");
         let stages = own.ramp_stages != default.ramp_stages;
         let has_stages = own.epsilon_schedule == RampName::Steps;
         idle(!has_stages && stages, "ramp_stages", "`epsilon_schedule` is not `steps`");
@@ -211,7 +229,6 @@ impl RunConfig {
         if own.kl_coef == 0.0 {
             idle(own.kl_image != default.kl_image, "kl_image", why);
             idle(own.kl_bias_correction, "kl_bias_correction", why);
-            idle(own.ref_sync_steps > 0, "ref_sync_steps", why);
         }
         let (low, high) = (own.clip_low != default.clip_low, own.clip_high != default.clip_high);
         let is_sequence = own.importance_level != default.importance_level;
@@ -274,6 +291,7 @@ impl Notes {
 mod tests {
     use super::super::Override;
     use super::*;
+    use crate::error::Error;
 
     fn notes(command: Command, settings: &[(&str, &str)]) -> Vec<String> {
         let settings: Vec<Override> =
@@ -324,6 +342,39 @@ mod tests {
         let denoiser = [("train.recipe", "denoiser"), ("prompt", "plain"), ("train.noise_sigma", "0.1")]
             .map(|(key, value)| Override::new(key, value, "--set"));
         assert_eq!(RunConfig::load(Command::Train, None, &denoiser).unwrap().prompt_note(), None);
+    }
+
+    #[test]
+    fn validation_by_rewards_of_what_is_never_said_is_refused() {
+        for (recipe, scoring, every, metric, is_refused) in [
+            ("grpo", "likelihood", "5", "reward", true),
+            ("at_grpo", "likelihood", "5", "robust_reward", true),
+            ("grpo", "likelihood", "5", "accuracy", false),
+            ("grpo", "likelihood", "5", "robust_accuracy", false),
+            ("grpo", "generate", "5", "reward", false),
+            // Nothing is validated.
+            ("grpo", "likelihood", "0", "reward", false),
+        ] {
+            let settings = [
+                ("train.recipe", recipe),
+                ("scoring", scoring),
+                ("prompt", "phantom_cot"),
+                ("train.validation.every", every),
+                ("train.validation.split", "x"),
+                ("train.validation.metric", metric),
+            ]
+            .map(|(key, value)| Override::new(key, value, "--set"));
+            let case = format!("{recipe} {scoring} {every} {metric}");
+            match RunConfig::load(Command::Train, None, &settings) {
+                Ok(_) => assert!(!is_refused, "{case}"),
+                Err(Error::Config(problems)) => {
+                    assert!(is_refused && problems.len() == 1, "{case}: {problems:?}");
+                    assert_eq!(problems[0].key, "train.validation.metric");
+                    assert!(problems[0].help.is_some() && problems[0].message.contains(metric), "{case}");
+                }
+                Err(other) => panic!("{case}: {other}"),
+            }
+        }
     }
 
     #[test]

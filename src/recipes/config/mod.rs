@@ -203,7 +203,8 @@ section! {
         /// and of attacks grow with it, and so does what can be seen. A model that is trained keeps it; an adapter does not,
         /// and wants the same again wherever it is used.
         max_pixels: Option<usize> = None => Range::at_least(1.0),
-        /// Name of the prompt template.
+        /// Name of the prompt template: `med_r1_think` (also `think`), `med_r1_no_think` (also `no_think`), `med_r1_train`,
+        /// `medvlm_r1`, `think_after`, `plain`, `phantom` or `phantom_cot`.
         prompt: String = "med_r1_think".to_owned(),
         /// How the answer is obtained.
         scoring: Scoring = Scoring::Generate,
@@ -269,7 +270,8 @@ section! {
         limit: Option<usize> = None => Range::at_least(1.0),
         /// `I/N`: every N-th item from the I-th on, I from 0; the parts are joined by `safemed merge`. Not for training.
         shard: Option<Shard> = None,
-        /// Whether records with a problem are left out and counted, instead of refusing the data.
+        /// Whether records with a problem are left out and counted, instead of refusing the data. Training, which decodes every
+        /// image before it begins, leaves those of damaged images out too; other commands end at a damaged image.
         skip_invalid: bool = false,
         /// How gray deeper than eight bits is read, where no window is given.
         deep_gray: DeepGray = DeepGray::AsStored,
@@ -428,12 +430,20 @@ impl RunConfig {
     /// # Errors
     /// [`Error::Config`] with every problem found; [`Error::Io`] when the file cannot be read.
     pub fn load(command: Command, file: Option<&Path>, overrides: &[Override]) -> Result<Self> {
-        layers::load(Some(command), file, overrides)
+        Ok(layers::load(Some(command), file, overrides)?.with_names())
     }
 
     /// The same without a command in mind: whatever only one command requires may be absent.
     pub fn load_any(file: Option<&Path>, overrides: &[Override]) -> Result<Self> {
-        layers::load(None, file, overrides)
+        Ok(layers::load(None, file, overrides)?.with_names())
+    }
+
+    /// With the name of the prompt where another word for it was given: a run is the same under either.
+    fn with_names(self) -> Self {
+        match self.prompt.parse::<PromptTemplate>() {
+            Ok(template) => Self { prompt: template.name().to_owned(), ..self },
+            Err(_) => self,
+        }
     }
 
     /// Room for features of images seen before.
@@ -459,7 +469,8 @@ impl RunConfig {
             && least > most
         {
             let message = format!("`min_pixels` {least} exceeds `max_pixels` {most}");
-            problems.push(ConfigError::new("min_pixels", message));
+            let help = "lower `min_pixels` or raise `max_pixels`; what is left out is the checkpoint's own";
+            problems.push(ConfigError::new("min_pixels", message).with_help(help));
         }
         if self.arithmetic == ArithmeticName::Bf16 && self.dtype == Dtype::F32 {
             problems.push(
@@ -501,14 +512,15 @@ impl RunConfig {
         if let Some(micro) = self.train.micro_batch_size
             && micro > self.train.batch_size
         {
-            problems.push(ConfigError::new(
-                "train.micro_batch_size",
-                format!("`micro_batch_size` {micro} exceeds `batch_size` {}", self.train.batch_size),
-            ));
+            let message =
+                format!("`micro_batch_size` {micro} exceeds `batch_size` {}", self.train.batch_size);
+            let help = "lower `micro_batch_size`, or leave it out for all of the step's questions at once";
+            problems.push(ConfigError::new("train.micro_batch_size", message).with_help(help));
         }
         if command.is_none_or(|command| command == Command::Train) {
             self.train_problems(&mut problems);
             problems.extend(self.contradicting_prompt());
+            problems.extend(self.unsaid_rewards());
         }
         if command == Some(Command::Train) {
             problems.extend(self.partial_training());

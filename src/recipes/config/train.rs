@@ -16,14 +16,15 @@ words! {
     pub enum RecipeName = Sft {
         /// Supervised fine-tuning.
         Sft = "sft",
-        /// Supervised fine-tuning on PGD images: standard adversarial training.
+        /// Supervised fine-tuning on PGD images: standard adversarial training. It costs the attack beside the update.
         AtSft = "at_sft",
         /// Group-relative policy optimisation.
         Grpo = "grpo",
         /// GRPO whose completions are sampled on PGD images.
         AtGrpo = "at_grpo",
         /// Supervised fine-tuning on clean images, with a penalty on how far PGD images move what the model says (TRADES, Zhang
-        /// et al. 2019).
+        /// et al. 2019). It costs the attack, a look at the clean images before it, and an update in which attacked questions are
+        /// there twice.
         Trades = "trades",
         /// A denoiser to stand in front of the model, which stays as it is.
         Denoiser = "denoiser",
@@ -133,17 +134,19 @@ words! {
 section! {
     /// `[train]`: what all training recipes share. Defaults of the optimiser: AdamW (Loshchilov and Hutter 2019) as in PyTorch.
     pub struct TrainConfig {
-        /// The recipe.
+        /// The recipe. `at_sft` and `at_grpo` cost the attack of `train.adversary` beside what `sft` and `grpo` cost: `num_steps` + 2
+        /// forward and `num_steps` backward passes of the attacked questions. `trades` costs that attack, a forward pass of the
+        /// attacked questions on clean images before it, and an update through which they go twice, clean and attacked.
         recipe: RecipeName = RecipeName::Sft,
         /// Optimiser steps.
         num_steps: usize = 1000 => Range::at_least(1.0),
         /// Questions of one optimiser step (groups, for GRPO).
         batch_size: usize = 16 => Range::closed(1.0, 1e6),
         /// Questions of one forward pass (of GRPO groups); absent: `batch_size`. Gradients add up to those of the whole batch, to
-        /// rounding.
+        /// rounding. Examinations (`train.validation`) attack no more at once.
         micro_batch_size: Option<usize> = None => Range::at_least(1.0),
         /// Whether a gradient keeps only the states between layers and computes what is inside them again: less memory, more
-        /// time; equal gradients, to rounding.
+        /// time; equal gradients, to rounding. So do the attacks of examinations (`train.validation`).
         recompute: bool = false,
         /// Peak learning rate.
         learning_rate: f64 = 1e-5 => Range::at_least(0.0),
@@ -180,7 +183,9 @@ section! {
         captions: bool = false,
         /// Standard deviation of Gaussian noise added to every training image at the model's resolution, fresh at each step
         /// and not clipped: what makes smoothing with the same `sigma` certify more (Cohen et al. 2019); 0: none. Attacked
-        /// images get it after the attack, which knows of it only with `adversary.smoothing_sigma`.
+        /// images get it after the attack, which knows of it only with `adversary.smoothing_sigma`. Images under noise never come
+        /// back, so what a vision tower that does not train says about them is not remembered (`feature_cache_mib`) but computed
+        /// at each step.
         noise_sigma: f64 = 0.0 => Range::at_least(0.0),
         /// Steps between checkpoints; 0: only at the end.
         save_every: usize = 100,
@@ -209,17 +214,19 @@ section! {
         /// The learning rate of the adapter's B as a multiple of that of its A (LoRA+, Hayou et al. 2024; 16 is theirs).
         lora_plus_ratio: f64 = 1.0 => Range::above(0.0),
         /// Linear layers with an adapter, as PEFT names them: `all-linear`, names with commas between, or a regular
-        /// expression; absent: every linear layer of the parts that train.
+        /// expression; absent: every linear layer of the parts that train. Those of an adapter that is trained further must be
+        /// among them.
         lora_target_modules: Option<String> = None,
         /// Linear layers without one all the same; names or a regular expression.
         lora_exclude_modules: Option<String> = None,
-        /// Which parts of the model train.
+        /// Which parts of the model train; the modules of an adapter that is trained further must lie in them.
         parts: TrainParts = TrainParts::default(),
         /// Peak learning rates of parts of the model, where they differ.
         learning_rates: LearningRates = LearningRates::default(),
         /// GRPO, for the recipes `grpo` and `at_grpo`.
         grpo: GrpoSettings = GrpoSettings::default(),
-        /// The adversary in training, for the recipes `at_sft`, `at_grpo` and `trades`.
+        /// The adversary in training, for the recipes `at_sft`, `at_grpo` and `trades`. Its keys say what they cost; those that do
+        /// not change no cost.
         adversary: AdversaryConfig = AdversaryConfig::default(),
         /// Questions apart from those trained on, asked as training goes on.
         validation: ValidationConfig = ValidationConfig::default(),
@@ -234,9 +241,9 @@ section! {
     /// `[train.watch]`: when a run is said to go wrong. Warnings go to the terminal and to `warnings.jsonl`, once per episode, which
     /// ends after `window` steps without the trouble; they change nothing else and cost nothing.
     pub struct WatchSettings {
-        /// Steps in a row that a standing trouble lasts before it is warned of: rewards that are all 0, groups without variance,
-        /// completions cut off, attacks without effect; a learning rate of 0 is warned of at its second step. 0: nothing is
-        /// watched.
+        /// Steps in a row that a standing trouble lasts before it is warned of: rewards that are all 0 or not given, groups without
+        /// variance, completions cut off, attacks without effect; a learning rate of 0 is warned of at its second step. 0:
+        /// nothing is watched.
         patience: usize = 20,
         /// Steps that tell what is usual: their median for gradients, losses and divergences, their mean for the length of
         /// completions, the first so many against the last.
@@ -276,7 +283,8 @@ section! {
         every: usize = 0,
         /// JSON list of the ids of its questions.
         split: Option<PathBuf> = None,
-        /// A data set of its own, in any supported format; absent: that of training.
+        /// A data set of its own, in any supported format, whose images lie beside it, or under `data.omnimedvqa` where training
+        /// has `data.data` too; absent: that of training.
         data: Option<PathBuf> = None,
         /// Questions asked, at even distances in the order of their ids; 0: all.
         limit: usize = 128,
@@ -335,7 +343,9 @@ section! {
         delta: Option<f64> = None => Range::above(1.0),
         /// What a ratio belongs to: a token, or a whole completion (GSPO).
         importance_level: ImportanceName = ImportanceName::Token,
-        /// Weight of the k3 estimate of the divergence from the reference policy; 0: no reference is kept.
+        /// Weight of the k3 estimate of the divergence from the reference policy; 0: no reference is kept. Above 0 a step costs a
+        /// forward pass of the reference over its completions, groups whose rewards are all equal go through the update too,
+        /// and the reference takes the memory of one more copy of what trains.
         kl_coef: f64 = 0.0 => Range::at_least(0.0),
         /// Whether that estimate is multiplied by the ratio, which makes it unbiased off policy.
         kl_bias_correction: bool = false,
@@ -345,14 +355,15 @@ section! {
         ref_sync_steps: usize = 0,
         /// How far it then goes: reference = `ref_sync_alpha` x trained + (1 - `ref_sync_alpha`) x reference.
         ref_sync_alpha: f64 = 0.6 => Range::closed(0.0, 1.0),
-        /// The image that the reference policy sees.
+        /// The image that the reference policy sees. `clean` costs one more encoding of each question's image where the vision
+        /// tower does not train (remembered, see `feature_cache_mib`); where it trains both cost the same.
         kl_image: KlImage = KlImage::Adversarial,
         /// How token losses become one number.
         loss_type: LossType = LossType::Grpo,
         /// What advantages are divided by.
         scale_rewards: ScaleRewards = ScaleRewards::Group,
-        /// Optimiser steps on one set of completions; each has a line of its own in `metrics.jsonl`, with its number under
-        /// `update`.
+        /// Optimiser steps on one set of completions, sampled and rewarded once; each costs a forward and a backward pass over
+        /// them, and has a line of its own in `metrics.jsonl`, with its number under `update`.
         num_updates: usize = 1 => Range::closed(1.0, 1000.0),
         /// Whether completions that were cut off before they ended take no part in the loss.
         mask_truncated: bool = false,
@@ -611,5 +622,82 @@ impl TrainConfig {
     /// What is kept for gradients.
     pub const fn memory(&self) -> Memory {
         if self.recompute { Memory::Recompute } else { Memory::Keep }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Command, Override, RunConfig};
+    use super::*;
+    use crate::error::{Error, Result};
+
+    fn loaded(settings: &[(&str, &str)]) -> Result<RunConfig> {
+        let settings: Vec<Override> =
+            settings.iter().map(|(key, value)| Override::new(*key, *value, "--set")).collect();
+        RunConfig::load(Command::Train, None, &settings)
+    }
+
+    #[test]
+    fn the_constants_of_the_loss_are_those_of_the_configuration() {
+        let own = [
+            ("train.recipe", "grpo"),
+            ("train.grpo.num_updates", "2"),
+            ("train.grpo.loss_type", "dapo"),
+            ("train.grpo.importance_level", "sequence"),
+            ("train.grpo.clip_low", "0.1"),
+            ("train.grpo.clip_high", "0.3"),
+            ("train.grpo.delta", "1.5"),
+            ("train.grpo.kl_coef", "0.04"),
+            ("train.grpo.kl_bias_correction", "true"),
+        ];
+        let wanted = GrpoConfig {
+            loss_type: grpo::LossType::Dapo,
+            importance_level: grpo::ImportanceLevel::Sequence,
+            clip_low: 0.1,
+            clip_high: 0.3,
+            delta: Some(1.5),
+            kl_coef: 0.04,
+            kl_bias_correction: true,
+        };
+        assert_eq!(loaded(&own).unwrap().train.grpo.loss(), wanted);
+        assert_eq!(loaded(&own[..1]).unwrap().train.grpo.loss(), GrpoConfig::default());
+        // Within the clip a cap would never be reached.
+        let Err(Error::Config(problems)) = loaded(&[&own[..], &[("train.grpo.delta", "1.2")]].concat())
+        else {
+            panic!("a delta below 1 + clip_high is taken")
+        };
+        assert_eq!(problems.len(), 1, "{problems:?}");
+        assert_eq!(problems[0].key, "train.grpo.delta");
+    }
+
+    #[test]
+    fn what_people_call_a_prompt_is_written_by_its_name() {
+        for (word, name, target) in [
+            ("think", "med_r1_think", "cot"),
+            ("no_think", "med_r1_no_think", "instruct"),
+            ("think_after", "think_after", "cot"),
+        ] {
+            let config = loaded(&[("prompt", word), ("train.target", target)]).unwrap();
+            assert_eq!(config.prompt, name);
+            let named = loaded(&[("prompt", name), ("train.target", target)]).unwrap();
+            assert_eq!(config.identity(Command::Train).unwrap(), named.identity(Command::Train).unwrap());
+        }
+    }
+
+    #[test]
+    fn sizes_that_exceed_each_other_are_refused_with_a_remedy() {
+        for (settings, key, help) in [
+            ([("min_pixels", "300"), ("max_pixels", "256")], "min_pixels", "lower `min_pixels`"),
+            (
+                [("train.micro_batch_size", "8"), ("train.batch_size", "4")],
+                "train.micro_batch_size",
+                "lower `micro_batch_size`",
+            ),
+        ] {
+            let Err(Error::Config(problems)) = loaded(&settings) else { panic!("{settings:?} is taken") };
+            assert_eq!(problems.len(), 1, "{problems:?}");
+            assert_eq!(problems[0].key, key);
+            assert!(problems[0].help.as_deref().is_some_and(|text| text.contains(help)), "{problems:?}");
+        }
     }
 }

@@ -17,7 +17,7 @@ use crate::nn::recompute::Memory;
 use crate::pixels::{RgbImage8, decode};
 use crate::recipes::config::{ArithmeticName, Dtype};
 use crate::recipes::job::Outcome;
-use crate::recipes::progress::Progress;
+use crate::recipes::progress::{Progress, Silent};
 use crate::recipes::run::Stop;
 use crate::roles::classifier::{QuestionClassifier, Reading};
 use crate::roles::policy::{self, Scoring};
@@ -132,8 +132,8 @@ pub fn estimate(named: &Named, options: &Options, stop: &Stop, progress: &dyn Pr
     for work in Work::ALL {
         let (name, unit) = work.words();
         progress.note(&format!("measuring {name}"));
-        let probe = |depths| {
-            Probe::Inference(InferenceProbe {
+        let run = |depths| {
+            let probe = Probe::Inference(InferenceProbe {
                 dir: subject.dir.clone().unwrap_or_default(),
                 depths,
                 dtype: named.dtype,
@@ -143,19 +143,22 @@ pub fn estimate(named: &Named, options: &Options, stop: &Stop, progress: &dyn Pr
                 image: named.image.clone(),
                 work,
                 seconds: (share.seconds / 5.0).max(0.2),
-            })
+            });
+            probe.run(stop)
         };
-        let quiet = crate::recipes::progress::Silent;
-        let measured = measure_model(&subject, &share, stop, &quiet, &probe)?;
+        let measured = measure_model(&subject, &share, &Silent, &run)?;
         let figure = |name: &str| measured.figures.get(name).copied();
         works.push(json!({
             "work": name,
             "unit": unit,
             "seconds": figure("seconds_per_unit"),
             "peak_memory_bytes": figure("step_peak_bytes").map(|bytes| bytes as u64),
+            "ran_out_of_memory": measured.ran_out,
             "is_measured_whole": measured.is_whole,
         }));
-        how = measured.how;
+        if how.is_empty() || !measured.ran_out {
+            how = measured.how;
+        }
     }
     let summary = json!({
         "model": named.model,
@@ -164,7 +167,8 @@ pub fn estimate(named: &Named, options: &Options, stop: &Stop, progress: &dyn Pr
         "assumptions": subject.stand_ins,
         "image": named.image.as_ref().map_or_else(|| format!("{SIDE} x {SIDE} pixels"), |path| path.display().to_string()),
         "works": works,
-        "free_memory_bytes": super::free_bytes(),
+        "device": named.device.resolved().to_string(),
+        "free_memory_bytes": super::free_memory(named.device),
         "seconds_spent": started.elapsed().as_secs_f64(),
     });
     let text = render::inference(&summary);
@@ -197,7 +201,7 @@ pub(super) fn measure(probe: &InferenceProbe) -> Result<Figures> {
     let mut seconds = started.elapsed().as_secs_f64();
     figures.insert("seconds_load".to_owned(), seconds);
     if probe.work == Work::Load {
-        note_peak(&mut figures, "step_peak_bytes", 0);
+        note_peak(&mut figures, "step_peak_bytes", 0, device.is_cpu());
         drop(assistant);
         let started = Instant::now();
         drop(load()?);
@@ -234,7 +238,7 @@ pub(super) fn measure(probe: &InferenceProbe) -> Result<Figures> {
             (whole / units as f64, whole)
         }
     };
-    note_peak(&mut figures, "step_peak_bytes", 0);
+    note_peak(&mut figures, "step_peak_bytes", 0, device.is_cpu());
     figures.insert("seconds_per_unit".to_owned(), per_unit);
     figures.insert("seconds_work".to_owned(), 4.0 * whole);
     Ok(figures)

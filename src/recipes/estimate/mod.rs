@@ -6,6 +6,7 @@
 //!
 //! Deviation: weights are read from a warm cache, and nothing else is said to run on the machine.
 
+pub mod exam;
 pub mod inference;
 pub mod line;
 pub mod probe;
@@ -20,17 +21,22 @@ use super::items;
 use super::job::{Job, Outcome};
 use super::progress::Progress;
 use super::run::Stop;
+use super::validation;
+use crate::backend::Backend;
 use crate::data::Dataset;
 use crate::error::{Error, Result};
 use crate::model::loader::Precision;
 use crate::model::truncate::{Depths, KINDS, Truncation, count_parameters};
 use crate::pixels::decode;
+use exam::ExamWork;
 use line::{More, extrapolate, steps_up};
 use probe::{Figures, Probe, TrainingProbe};
 use rayon::prelude::*;
 use serde::Serialize;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
+use std::collections::HashSet;
+use std::path::PathBuf;
 use std::time::Instant;
 use subject::Subject;
 use workload::Workload;
@@ -64,6 +70,24 @@ pub struct Measured {
     pub is_whole: bool,
     /// In words: on what.
     pub how: String,
+    /// Whether a measurement ran out of memory: there are no figures then.
+    pub ran_out: bool,
+}
+
+impl Measured {
+    fn whole(figures: Figures) -> Self {
+        Self { figures, is_whole: true, how: "the whole model".to_owned(), ran_out: false }
+    }
+
+    fn nothing() -> Self {
+        let how = "nothing: even a part of it takes more memory than there is".to_owned();
+        Self { figures: Figures::new(), is_whole: false, how, ran_out: true }
+    }
+
+    /// Whether a run whose peak is `peak` fits into `free` bytes, where that is known.
+    fn fits(&self, peak: Option<u64>, free: Option<u64>) -> Option<bool> {
+        if self.ran_out { Some(false) } else { peak.zip(free).map(|(peak, free)| peak <= free) }
+    }
 }
 
 /// A change of the configuration, and the memory it would take.
@@ -96,6 +120,7 @@ fn rehearse(job: &Job<'_>, options: &Options) -> Result<Outcome> {
     inputs::require_greedy(config, "training samples as `train.grpo` says")?;
     let (dataset, _) = inputs::open_questions(config)?;
     items::require_some(&dataset, "train on")?;
+    let questions = validation::questions(config, &dataset, job.progress)?;
     Chosen::of(config)?;
     let model = config.model.as_deref().unwrap_or_default();
     let subject = Subject::open(
@@ -114,27 +139,50 @@ fn rehearse(job: &Job<'_>, options: &Options) -> Result<Outcome> {
         )));
     }
     let work = Workload::count(config, &subject, &dataset, Some(assumed))?;
-    let seconds_per_image = if work.decoded > 0 { seconds_per_image(&subject, &dataset)? } else { 0.0 };
-    let rehearsal = Rehearsal { config, subject: &subject, options, seconds_per_image, stop: &job.stop };
-    let measured = rehearsal.measure(&work, true, job.progress)?;
-    let free = options.memory_bytes.or_else(|| free_memory(config));
-    let peak = peak_of(&measured.figures, &work);
-    let advice = match (peak, free) {
-        (Some(peak), Some(free)) if peak > free => {
-            let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
-            job.progress.note(&format!("it needs {:.2} GiB, {:.2} GiB are free", gib(peak), gib(free)));
-            rehearsal.advise(&dataset, &work, free, job.progress)?
+    let exam = match &questions {
+        Some(questions) => {
+            items::require_some(questions, "validate on")?;
+            Some(ExamWork::count(config, &subject, questions)?)
         }
-        _ => Vec::new(),
+        None => None,
+    };
+    let seconds_per_image = if work.decoded > 0 { seconds_per_image(&subject, &dataset)? } else { 0.0 };
+    let rehearsal = Rehearsal {
+        config,
+        subject: &subject,
+        options,
+        exam: exam.as_ref(),
+        seconds_per_image,
+        seconds_to_check: seconds_to_check(config, &dataset, questions.as_ref(), seconds_per_image),
+        stop: &job.stop,
+    };
+    let measured = rehearsal.measure(&work, true, job.progress)?;
+    let free = options.memory_bytes.or_else(|| free_memory(config.backend()));
+    let peak = peak_of(&measured.figures, &work, exam.as_ref());
+    let fits = measured.fits(peak, free);
+    let advice = if fits == Some(false) {
+        job.progress.note(&what_is_missing(peak, free));
+        rehearsal.advise(&dataset, &work, free, job.progress)?
+    } else {
+        Vec::new()
     };
     let mut summary = summarise(&rehearsal, &work, &measured)?;
     summary["peak_memory_bytes"] = json!(peak);
     summary["free_memory_bytes"] = json!(free);
-    summary["fits"] = json!(peak.zip(free).map(|(peak, free)| peak <= free));
+    summary["fits"] = json!(fits);
     summary["advice"] = json!(advice);
     summary["seconds_spent"] = json!(started.elapsed().as_secs_f64());
     let text = render::training(&summary);
     Ok(Outcome::new(summary, text))
+}
+
+/// Why a run does not fit, in words.
+fn what_is_missing(peak: Option<u64>, free: Option<u64>) -> String {
+    let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
+    match (peak, free) {
+        (Some(peak), Some(free)) => format!("it needs {:.2} GiB, {:.2} GiB are free", gib(peak), gib(free)),
+        _ => "a measurement ran out of memory, so this does not fit".to_owned(),
+    }
 }
 
 /// What stays the same while configurations are tried.
@@ -142,7 +190,11 @@ struct Rehearsal<'a> {
     config: &'a RunConfig,
     subject: &'a Subject,
     options: &'a Options,
+    /// The questions of validation, where there is one.
+    exam: Option<&'a ExamWork>,
     seconds_per_image: f64,
+    /// Seconds in which a run looks at its images before it begins.
+    seconds_to_check: f64,
     stop: &'a Stop,
 }
 
@@ -158,33 +210,52 @@ impl Rehearsal<'_> {
         if let (true, Some(length)) = (is_grpo, self.options.completion_tokens) {
             config.max_new_tokens = length;
         }
+        let examined = config.clone();
         if !work.repeats {
             config.feature_cache_mib = 0;
         }
-        let probe = |depths: Option<Depths>| {
-            Probe::Training(Box::new(TrainingProbe {
+        let run = |depths: Option<Depths>| {
+            // The model's own words tell how long they are, if it is all of it and has learnt to speak.
+            let ends = depths.is_none()
+                && self.options.completion_tokens.is_none()
+                && self.subject.stand_ins.is_empty();
+            let exam = match self.exam {
+                Some(exam) => Some(exam.probe(&examined, (!ends).then(|| self.answer_tokens(exam)))?),
+                None => None,
+            };
+            let probe = Probe::Training(Box::new(TrainingProbe {
                 config: config.clone(),
                 depths,
                 heaviest: work.heaviest,
                 typical: if is_timed { work.typical.clone() } else { Vec::new() },
                 seconds: (self.options.seconds / 5.0).max(1.0),
-                // The model's own words tell how long they are, if it is all of it and has learnt to speak.
-                ends: depths.is_none()
-                    && self.options.completion_tokens.is_none()
-                    && self.subject.stand_ins.is_empty(),
+                ends,
                 seconds_per_image: self.seconds_per_image,
                 repeats: work.repeats,
-            }))
+                exam,
+            }));
+            probe.run(self.stop)
         };
-        measure_model(self.subject, self.options, self.stop, progress, &probe)
+        measure_model(self.subject, self.options, progress, &run)
     }
 
-    /// Changes of the configuration that lower its memory, each on top of those before, until it fits into `free` bytes.
+    /// Tokens of an answer in an examination, where it is not the model that tells.
+    fn answer_tokens(&self, exam: &ExamWork) -> usize {
+        let learnt = if self.config.train.recipe.is_grpo() {
+            self.config.max_new_tokens
+        } else {
+            exam.longest_answer()
+        };
+        self.options.completion_tokens.unwrap_or(learnt)
+    }
+
+    /// Changes of the configuration that lower its memory, each on top of those before, until it fits into `free` bytes; where
+    /// that is not known, until it can be measured.
     fn advise(
         &self,
         dataset: &Dataset,
         work: &Workload,
-        free: u64,
+        free: Option<u64>,
         progress: &dyn Progress,
     ) -> Result<Vec<Advice>> {
         let mut config = self.config.clone();
@@ -195,8 +266,8 @@ impl Rehearsal<'_> {
             let work = work.under(&config, self.subject, dataset)?;
             let rehearsal = Rehearsal { config: &config, ..*self };
             let measured = rehearsal.measure(&work, false, progress)?;
-            let peak = peak_of(&measured.figures, &work);
-            let fits = peak.map(|peak| peak <= free);
+            let peak = peak_of(&measured.figures, &work, self.exam);
+            let fits = measured.fits(peak, free);
             found.push(Advice { change: said, peak_memory_bytes: peak, fits });
             if fits != Some(false) {
                 break;
@@ -210,7 +281,7 @@ impl Rehearsal<'_> {
 type Change = fn(&mut RunConfig, &Subject) -> Option<String>;
 
 /// What lowers memory, what changes the training least first.
-const CHANGES: [Change; 4] = [
+const CHANGES: [Change; 5] = [
     |config, subject| {
         (config.train.lora_rank > 0 && !holds_half(config, subject)).then(|| {
             config.dtype = if subject.is_half { Dtype::Auto } else { Dtype::Bf16 };
@@ -233,6 +304,14 @@ const CHANGES: [Change; 4] = [
         })
     },
     |config, _| {
+        // Attacks of validation hold no more than a pass of training; what asks without an attack knows only this.
+        let validation = &config.train.validation;
+        (validation.every > 0 && validation.num_steps == 0 && config.batch_size > 1).then(|| {
+            config.batch_size = 1;
+            "batch_size=1".to_owned()
+        })
+    },
+    |config, _| {
         let train = &mut config.train;
         let is_possible =
             train.lora_rank == 0 && config.adapter.is_none() && train.recipe != RecipeName::Denoiser;
@@ -252,45 +331,48 @@ pub(super) fn holds_half(config: &RunConfig, subject: &Subject) -> bool {
     }
 }
 
-/// Measures a model whole where it is small enough, else with few blocks, drawn out.
+/// Measures a model whole where it is small enough, else with few blocks, drawn out; `run` measures a model of so many blocks,
+/// none for all, and gives nothing where memory runs out.
 fn measure_model(
     subject: &Subject,
     options: &Options,
-    stop: &Stop,
     progress: &dyn Progress,
-    probe: &dyn Fn(Option<Depths>) -> Probe,
+    run: &dyn Fn(Option<Depths>) -> Result<Option<Figures>>,
 ) -> Result<Measured> {
     let whole = Depths::of(&subject.config);
     let is_all_there = subject.measurable == whole;
     let base = Depths::least(&subject.config, 1);
-    let as_whole = |figures| Measured { figures, is_whole: true, how: "the whole model".to_owned() };
     if base == whole || subject.dir.is_none() {
         progress.note("measuring the whole model");
-        return Ok(as_whole(probe(None).run(stop)?));
+        return Ok(run(None)?.map_or_else(Measured::nothing, Measured::whole));
     }
     progress.note(&format!("measuring {}", words(base)));
-    let first = probe(Some(base)).run(stop)?;
+    let Some(first) = run(Some(base))? else { return Ok(Measured::nothing()) };
     let (all, _, tables) = count_parameters(&subject.config)?;
     let kept = kept_parameters(subject, base)?;
     let times = (all - tables) as f64 / kept as f64;
     let get = |name: &str| first.get(name).copied().unwrap_or(0.0);
-    let steps = get("seconds_first_step") + 3.0 * get("seconds_per_step");
+    let steps = get("seconds_first_step") + 3.0 * get("seconds_per_step") + get("seconds_exam");
     let seconds = (get("seconds_load") + steps.max(get("seconds_work"))) * times;
-    let memory = free_bytes().is_none_or(|free| get("step_peak_bytes") * times < 0.7 * free as f64);
+    let peak = get("step_peak_bytes").max(get("exam_peak_bytes"));
+    let memory = free_bytes().is_none_or(|free| peak * times < 0.7 * free as f64);
     if is_all_there && memory && seconds <= options.seconds {
         progress.note("measuring the whole model");
-        return Ok(as_whole(probe(None).run(stop)?));
+        if let Some(figures) = run(None)? {
+            return Ok(Measured::whole(figures));
+        }
+        progress.note("it takes more memory than there is: parts of it tell how much");
     }
     let mut more = Vec::new();
     for (kind, count) in steps_up(base, whole) {
         let depths = base.with(kind, count);
         progress.note(&format!("measuring {}", words(depths)));
-        let figures = probe(Some(depths)).run(stop)?;
+        let Some(figures) = run(Some(depths))? else { return Ok(Measured::nothing()) };
         let (extra, rest) = (count - base.0[kind], whole.0[kind] - base.0[kind]);
         more.push(More { figures, extra, rest });
     }
     let how = format!("{} models of {} and more, drawn out to {}", more.len() + 1, words(base), words(whole));
-    Ok(Measured { figures: extrapolate(&first, &more), is_whole: false, how })
+    Ok(Measured { figures: extrapolate(&first, &more), is_whole: false, how, ran_out: false })
 }
 
 /// Parameters of the blocks and mergers of a model with `depths`.
@@ -306,13 +388,20 @@ fn words(depths: Depths) -> String {
     parts.map(|(count, kind)| format!("{count} {kind}")).collect::<Vec<_>>().join(", ")
 }
 
-/// The most memory of a run: while loading, in its heaviest step or while saving, with the images and features it comes to
-/// keep.
-fn peak_of(figures: &Figures, work: &Workload) -> Option<u64> {
-    let peaks = ["load_peak_bytes", "step_peak_bytes", "save_peak_bytes"];
-    let peaks: Vec<f64> = peaks.iter().map(|name| figures.get(*name).copied()).collect::<Option<_>>()?;
-    let kept = work.image_bytes + if remembers(figures) { work.feature_bytes } else { 0 };
-    Some((peaks[0].max(peaks[1].max(peaks[2]) + kept as f64)) as u64)
+/// The most memory of a run: while loading, in its heaviest step, while saving or in an examination, with the images and features
+/// it comes to keep.
+fn peak_of(figures: &Figures, work: &Workload, exam: Option<&ExamWork>) -> Option<u64> {
+    let get = |name: &str| figures.get(name).copied();
+    let remembers = remembers(figures);
+    let mut kept = work.image_bytes + if remembers { work.feature_bytes } else { 0 };
+    let mut peak = get("step_peak_bytes")?.max(get("save_peak_bytes")?);
+    if let Some(exam) = exam {
+        // Features stay from one examination to the next where the tower says the same again.
+        let (always, meanwhile) = if remembers { (exam.feature_bytes, 0) } else { (0, exam.feature_bytes) };
+        kept += always;
+        peak = peak.max(get("exam_peak_bytes")? + (exam.image_bytes + meanwhile) as f64);
+    }
+    Some(get("load_peak_bytes")?.max(peak + kept as f64) as u64)
 }
 
 /// Whether the run keeps what its vision tower said: it does where the tower does not train.
@@ -320,9 +409,9 @@ fn remembers(figures: &Figures) -> bool {
     figures.get("remembers_features").is_some_and(|yes| *yes > 0.0)
 }
 
-/// Bytes of memory that a run of `config` can have; unknown off the processor.
-fn free_memory(config: &RunConfig) -> Option<u64> {
-    if config.backend().device().is_ok_and(|device| device.is_cpu()) { free_bytes() } else { None }
+/// Bytes of memory that a run on `backend` can have; unknown off the processor.
+fn free_memory(backend: Backend) -> Option<u64> {
+    if backend.device().is_ok_and(|device| device.is_cpu()) { free_bytes() } else { None }
 }
 
 /// Bytes of memory that are free on this machine, or in the container that this process is in.
@@ -353,31 +442,37 @@ fn seconds_to_hash(bytes: usize) -> f64 {
     started.elapsed().as_secs_f64() / block.len() as f64 * bytes as f64
 }
 
-/// Everything that is known, as one object.
-fn summarise(rehearsal: &Rehearsal<'_>, work: &Workload, measured: &Measured) -> Result<Value> {
-    let Rehearsal { config, subject, options, seconds_per_image, .. } = rehearsal;
-    let (train, figures) = (&config.train, &measured.figures);
-    let (parameters, ..) = count_parameters(&subject.config)?;
-    let get = |name: &str| figures.get(name).copied();
-    let steps = train.num_steps as f64;
-    let saves = train.num_steps.checked_div(train.save_every).unwrap_or(0)
-        + usize::from(train.save_every == 0 || !train.num_steps.is_multiple_of(train.save_every));
-    let seconds_start = get("seconds_load").unwrap_or(0.0) + seconds_to_hash(subject.file_bytes);
-    let seconds_images = work.decoded as f64 * seconds_per_image;
-    let seconds_steps = get("seconds_per_step").map(|seconds| seconds * steps);
-    let seconds_saves = get("seconds_per_checkpoint").unwrap_or(0.0) * saves as f64;
-    let total = seconds_steps.map(|seconds| seconds_start + seconds + seconds_images + seconds_saves);
-    let trained = get("trained").unwrap_or(0.0);
-    // A trained weight is float32, and the optimiser keeps two numbers beside it, an average one more.
-    let trains_weights =
-        train.lora_rank == 0 && config.adapter.is_none() && train.recipe != RecipeName::Denoiser;
-    let frozen = if trains_weights { parameters as f64 - trained } else { parameters as f64 };
-    let is_half = holds_half(config, subject);
-    let (prompt, prompt_most) = work.median_and_most(|item| item.prompt);
-    let (image, image_most) = work.median_and_most(|item| item.image);
-    let (rows, rows_most) = work.median_and_most(|item| item.rows(work.group));
+/// Seconds in which a run looks at its images before it begins: each is decoded to see whether it can be, and the files of those
+/// trained on are hashed. Examinations hash theirs.
+fn seconds_to_check(
+    config: &RunConfig,
+    dataset: &Dataset,
+    questions: Option<&Dataset>,
+    seconds_per_image: f64,
+) -> f64 {
+    fn images(dataset: &Dataset) -> HashSet<&PathBuf> {
+        dataset.samples.iter().map(|sample| &sample.image).collect()
+    }
+    let trained = images(dataset);
+    let shown = if config.train.captions { 0 } else { trained.len() };
+    let decoded = shown + questions.map_or(0, |questions| images(questions).len());
+    let size = |image: &&PathBuf| std::fs::metadata(dataset.root.join(image)).map_or(0, |about| about.len());
+    let bytes: u64 = trained.par_iter().map(size).sum();
+    let threads = rayon::current_num_threads() as f64;
+    decoded as f64 * seconds_per_image + seconds_to_hash(bytes as usize) / threads
+}
+
+/// Examinations of a run: before the first step, after every so many, and after the last.
+fn count_exams(num_steps: usize, every: usize) -> usize {
+    if every == 0 { 0 } else { num_steps.div_ceil(every) + 1 }
+}
+
+/// What an estimate takes for granted, in words.
+fn assumptions(rehearsal: &Rehearsal<'_>, measured: &Measured) -> Vec<String> {
+    let Rehearsal { config, subject, options, exam, .. } = rehearsal;
+    let get = |name: &str| measured.figures.get(name).copied();
     let mut assumptions = subject.stand_ins.clone();
-    if train.recipe.is_grpo() {
+    if config.train.recipe.is_grpo() {
         assumptions.push(match (options.completion_tokens, measured.is_whole && subject.stand_ins.is_empty()) {
             (Some(length), _) => format!("completions of {length} tokens, as asked, and every group updated"),
             (None, true) => format!(
@@ -392,6 +487,47 @@ fn summarise(rehearsal: &Rehearsal<'_>, work: &Workload, measured: &Measured) ->
             ),
         });
     }
+    if exam.is_some() && config.train.validation.num_steps > 0 {
+        assumptions.push(
+            "validation whose every answer is right and breaks under no attack: wrong ones take less time"
+                .to_owned(),
+        );
+    }
+    assumptions
+}
+
+/// Everything that is known, as one object.
+fn summarise(rehearsal: &Rehearsal<'_>, work: &Workload, measured: &Measured) -> Result<Value> {
+    let Rehearsal { config, subject, exam, seconds_per_image, seconds_to_check, .. } = rehearsal;
+    let (train, figures) = (&config.train, &measured.figures);
+    let (parameters, ..) = count_parameters(&subject.config)?;
+    let get = |name: &str| figures.get(name).copied();
+    let steps = train.num_steps as f64;
+    let saves = train.num_steps.checked_div(train.save_every).unwrap_or(0)
+        + usize::from(train.save_every == 0 || !train.num_steps.is_multiple_of(train.save_every));
+    let seconds_start =
+        get("seconds_load").unwrap_or(0.0) + seconds_to_hash(subject.file_bytes) + seconds_to_check;
+    let seconds_images = work.decoded as f64 * seconds_per_image;
+    let seconds_steps = get("seconds_per_step").map(|seconds| seconds * steps);
+    let seconds_saves = get("seconds_per_checkpoint").unwrap_or(0.0) * saves as f64;
+    let (validations, num_asked) =
+        (count_exams(train.num_steps, train.validation.every), exam.map_or(0, ExamWork::num_questions));
+    let seconds_exams = match exam {
+        Some(_) => get("seconds_per_exam_item").map(|seconds| seconds * (validations * num_asked) as f64),
+        None => Some(0.0),
+    };
+    let total = seconds_steps
+        .zip(seconds_exams)
+        .map(|(steps, exams)| seconds_start + seconds_images + steps + exams + seconds_saves);
+    let trained = get("trained");
+    // A trained weight is float32, and the optimiser keeps two numbers beside it, an average one more.
+    let trains_weights =
+        train.lora_rank == 0 && config.adapter.is_none() && train.recipe != RecipeName::Denoiser;
+    let frozen = |trained: f64| if trains_weights { parameters as f64 - trained } else { parameters as f64 };
+    let bytes_each = if holds_half(config, subject) { 2.0 } else { 4.0 };
+    let (prompt, prompt_most) = work.median_and_most(|item| item.prompt);
+    let (image, image_most) = work.median_and_most(|item| item.image);
+    let (rows, rows_most) = work.median_and_most(|item| item.rows(work.group));
     let trained_bytes = |count: f64| (4.0 * count) as u64;
     Ok(json!({
         "command": "train",
@@ -400,7 +536,9 @@ fn summarise(rehearsal: &Rehearsal<'_>, work: &Workload, measured: &Measured) ->
         "model": config.model,
         "measured_on": measured.how,
         "is_measured_whole": measured.is_whole,
-        "assumptions": assumptions,
+        "ran_out_of_memory": measured.ran_out,
+        "device": config.backend().resolved().to_string(),
+        "assumptions": assumptions(rehearsal, measured),
         "items": work.items.len(),
         "num_steps": train.num_steps,
         "batch_size": train.batch_size,
@@ -415,19 +553,141 @@ fn summarise(rehearsal: &Rehearsal<'_>, work: &Workload, measured: &Measured) ->
         "completion_tokens_mean": get("completion_mean"),
         "groups_updated_share": get("groups_updated"),
         "parameters": parameters,
-        "parameters_trained": trained.round() as u64,
-        "weights_bytes": (frozen * if is_half { 2.0 } else { 4.0 }) as u64 + trained_bytes(trained),
-        "optimizer_bytes": (2 + u64::from(train.ema_decay.is_some())) * trained_bytes(trained),
+        "parameters_trained": trained.map(|trained| trained.round() as u64),
+        "weights_bytes": trained.map(|trained| (frozen(trained) * bytes_each) as u64 + trained_bytes(trained)),
+        "optimizer_bytes": trained.map(|trained| (2 + u64::from(train.ema_decay.is_some())) * trained_bytes(trained)),
         "kept_images_bytes": work.image_bytes,
         "kept_features_bytes": if remembers(figures) { work.feature_bytes } else { 0 },
         "load_peak_bytes": get("load_peak_bytes").map(|bytes| bytes as u64),
         "step_peak_bytes": get("step_peak_bytes").map(|bytes| bytes as u64),
         "save_peak_bytes": get("save_peak_bytes").map(|bytes| bytes as u64),
+        "exam_peak_bytes": get("exam_peak_bytes").map(|bytes| bytes as u64),
         "seconds_per_step": get("seconds_per_step"),
         "seconds_start": seconds_start,
         "seconds_images": seconds_images,
         "seconds_checkpoints": seconds_saves,
-        "validations": train.num_steps.checked_div(train.validation.every).map_or(0, |times| times + 2),
+        "validations": validations,
+        "validation_items": num_asked,
+        "seconds_validation": seconds_exams,
         "seconds_total": total,
     }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::config::VlmConfig;
+    use crate::model::test_support::{ids, sizes};
+    use crate::pixels::RgbImage8;
+    use crate::recipes::progress::Silent;
+    use std::cell::RefCell;
+    use workload::tests::{questions, subject};
+
+    fn figures(named: &[(&str, f64)]) -> Figures {
+        named.iter().map(|(name, value)| ((*name).to_owned(), *value)).collect()
+    }
+
+    /// A model of several blocks of each kind, which need not be there.
+    fn deep() -> Subject {
+        let mut subject = subject(&questions(10));
+        subject.config = VlmConfig::new_qwen3_vl(&sizes(), ids()).unwrap();
+        subject.measurable = Depths::of(&subject.config);
+        subject.dir = Some("model".into());
+        subject
+    }
+
+    #[test]
+    fn a_measurement_without_memory_is_an_answer_and_no_error() {
+        let small = subject(&questions(10));
+        let options = Options { seconds: 0.0, ..Options::default() };
+        let found = measure_model(&small, &options, &Silent, &|_| Ok(None)).unwrap();
+        assert!(found.ran_out && !found.is_whole && found.figures.is_empty());
+        assert_eq!(found.fits(None, Some(1)), Some(false));
+        assert_eq!(found.fits(None, None), Some(false));
+
+        let subject = deep();
+        let base = Depths::least(&subject.config, 1);
+        let known = || -> Result<Option<Figures>> { Ok(Some(figures(&[("seconds_load", 1.0)]))) };
+        // Whatever runs out: the smallest part, a larger one, or the whole, which its parts then stand in for.
+        let first = measure_model(&subject, &options, &Silent, &|_| Ok(None)).unwrap();
+        assert!(first.ran_out);
+        let later = |depths: Option<Depths>| if depths == Some(base) { known() } else { Ok(None) };
+        assert!(measure_model(&subject, &options, &Silent, &later).unwrap().ran_out);
+        let patient = Options { seconds: 1e9, ..options };
+        let asked = RefCell::new(Vec::new());
+        let run = |depths: Option<Depths>| {
+            asked.borrow_mut().push(depths);
+            if depths.is_none() { Ok(None) } else { known() }
+        };
+        let drawn_out = measure_model(&subject, &patient, &Silent, &run).unwrap();
+        assert!(!drawn_out.ran_out && !drawn_out.is_whole, "{drawn_out:?}");
+        assert_eq!(asked.borrow()[..2], [Some(base), None]);
+        assert_eq!(drawn_out.fits(Some(2), Some(1)), Some(false));
+        assert_eq!(drawn_out.fits(Some(1), Some(1)), Some(true));
+        assert_eq!(drawn_out.fits(None, Some(1)), None);
+    }
+
+    #[test]
+    fn examinations_are_counted_as_a_run_holds_them() {
+        for (num_steps, every) in [(6, 2), (6, 4), (6, 6), (6, 7), (1, 1), (1000, 100), (999, 100)] {
+            let is_due = |step: &usize| *step == num_steps || step.is_multiple_of(every);
+            let held = (0..=num_steps).filter(is_due).count();
+            assert_eq!(count_exams(num_steps, every), held, "{num_steps} {every}");
+        }
+        assert_eq!(count_exams(1000, 0), 0);
+    }
+
+    #[test]
+    fn the_start_of_a_run_holds_a_look_at_every_image() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut samples = questions(5);
+        // Two questions about one image.
+        samples[4].image = samples[3].image.clone();
+        let (trained, asked) = (samples[..3].to_vec(), samples[3..].to_vec());
+        let (trained, asked) = (Dataset::new(dir.path(), trained), Dataset::new(dir.path(), asked));
+        let mut config = RunConfig::default();
+        let seconds = |config: &RunConfig, asked| seconds_to_check(config, &trained, asked, 10.0);
+        // No file is there to be hashed.
+        assert_eq!(seconds(&config, None), 30.0);
+        assert_eq!(seconds(&config, Some(&asked)), 40.0);
+        config.train.captions = true;
+        assert_eq!(seconds(&config, None), 0.0);
+        std::fs::write(dir.path().join("0.png"), vec![0u8; 1 << 20]).unwrap();
+        assert!(seconds(&config, None) > 0.0);
+    }
+
+    #[test]
+    fn the_peak_is_that_of_steps_saves_or_examinations_with_what_is_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let dataset = Dataset::new(dir.path(), questions(4));
+        let png = decode::encode_png(&RgbImage8::filled(64, 64, [9; 3]).unwrap()).unwrap();
+        for sample in &dataset.samples {
+            std::fs::write(dataset.image_path(sample), &png).unwrap();
+        }
+        let subject = subject(&dataset.samples);
+        let mut config = RunConfig { prompt: "phantom".to_owned(), ..RunConfig::default() };
+        config.train.num_steps = 4;
+        config.train.validation.every = 2;
+        let work = Workload::count(&config, &subject, &dataset, None).unwrap();
+        let exam = ExamWork::count(&config, &subject, &dataset).unwrap();
+        assert_eq!((exam.num_questions(), exam.image_bytes), (4, 4 * 3 * 64 * 64));
+        let (kept, images) = (work.image_bytes as u64, exam.image_bytes as u64);
+        let (features, known) = (exam.feature_bytes as u64, work.feature_bytes as u64);
+        assert!(features > 0 && known > 0);
+        let mut measured = figures(&[
+            ("load_peak_bytes", 1e3),
+            ("step_peak_bytes", 5e6),
+            ("save_peak_bytes", 3e6),
+            ("exam_peak_bytes", 4e6),
+        ]);
+        let peak = |measured: &Figures, exam| peak_of(measured, &work, exam);
+        assert_eq!(peak(&measured, None), Some(5_000_000 + kept));
+        assert_eq!(peak(&measured, Some(&exam)), Some(5_000_000 + kept));
+        measured.insert("exam_peak_bytes".to_owned(), 6e6);
+        assert_eq!(peak(&measured, Some(&exam)), Some(6_000_000 + kept + images + features));
+        measured.insert("remembers_features".to_owned(), 1.0);
+        assert_eq!(peak(&measured, Some(&exam)), Some(6_000_000 + kept + images + features + known));
+        measured.remove("exam_peak_bytes");
+        assert_eq!(peak(&measured, Some(&exam)), None);
+    }
 }

@@ -1,9 +1,10 @@
 //! One measurement: a few steps of the real program on a model with few blocks, or on all of it, in a process of its own,
 //! so that its peak of memory is its own.
 
+use super::exam::ExamProbe;
 use super::inference::{self, InferenceProbe};
 use crate::backend::{peak_memory_bytes, restart_peak_memory};
-use crate::error::{Error, Result};
+use crate::error::{self, Error, Result};
 use crate::model::truncate::Depths;
 use crate::recipes::config::RunConfig;
 use crate::recipes::fit::{Fit, Learner};
@@ -16,7 +17,7 @@ use crate::recipes::validation::Exam;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashSet};
 use std::io::{self, Read, Write};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::thread::{self, ScopedJoinHandle};
 use std::time::{Duration, Instant};
 
@@ -61,6 +62,8 @@ pub struct TrainingProbe {
     pub seconds_per_image: f64,
     /// Whether the images of a timed step were shown before.
     pub repeats: bool,
+    /// A batch of an examination, where there are any.
+    pub exam: Option<ExamProbe>,
 }
 
 impl Probe {
@@ -83,15 +86,12 @@ impl Probe {
         }
     }
 
-    /// Measures in a process of its own.
+    /// Measures in a process of its own; gives none where that process ran out of memory.
     ///
     /// # Errors
-    /// As [`Probe::measure`]; an unexpected error when the process is killed.
-    pub fn run(&self, stop: &Stop) -> Result<Figures> {
+    /// As [`Probe::measure`]; an unexpected error when the process is killed for another reason.
+    pub fn run(&self, stop: &Stop) -> Result<Option<Figures>> {
         stop.check()?;
-        let failed = |what: &str, error: &dyn std::fmt::Display| {
-            Error::Other(anyhow::anyhow!("a measurement {what}: {error}"))
-        };
         let program = std::env::current_exe().map_err(|error| failed("cannot find this program", &error))?;
         let spec = serde_json::to_vec(self).map_err(anyhow::Error::from)?;
         let mut child = Command::new(program)
@@ -107,20 +107,55 @@ impl Probe {
         }
         let output = until_stopped(child, stop).map_err(|error| failed("cannot be read", &error))?;
         stop.check()?;
-        let said = String::from_utf8_lossy(&output.stderr);
-        let said = said.trim().trim_start_matches("error: ").to_owned();
-        match output.status.code() {
-            Some(0) => serde_json::from_slice(&output.stdout).map_err(|error| failed("says nothing", &error)),
-            Some(2) => Err(Error::Usage(said)),
-            Some(3) => Err(Error::Data(said)),
-            Some(4) => Err(Error::NonFinite(said)),
-            Some(_) => Err(failed("failed", &said)),
-            None => Err(failed(
-                "was killed",
-                &"the system does this when memory runs out\n   = help: lower the batch, or set train.recompute=true",
-            )),
-        }
+        figures_of(&output)
     }
+}
+
+fn failed(what: &str, error: &dyn std::fmt::Display) -> Error {
+    Error::Other(anyhow::anyhow!("a measurement {what}: {error}"))
+}
+
+/// What a child that ended has measured; none where it ran out of memory.
+fn figures_of(output: &Output) -> Result<Option<Figures>> {
+    let said = String::from_utf8_lossy(&output.stderr);
+    let said = said.trim().trim_start_matches("error: ").to_owned();
+    if ran_out_of_memory(output.status, &said) {
+        return Ok(None);
+    }
+    match output.status.code() {
+        Some(0) => {
+            serde_json::from_slice(&output.stdout).map(Some).map_err(|error| failed("says nothing", &error))
+        }
+        Some(2) => Err(Error::Usage(said)),
+        Some(3) => Err(Error::Data(said)),
+        Some(4) => Err(Error::NonFinite(said)),
+        Some(_) => Err(failed("failed", &said)),
+        None => Err(failed("was killed", &output.status)),
+    }
+}
+
+/// Whether a child ended as one does for which there is no memory: killed by the system, aborted by its allocator, or with the
+/// words of a GPU's driver.
+fn ran_out_of_memory(status: ExitStatus, said: &str) -> bool {
+    let said = said.to_lowercase();
+    let says_so =
+        ["out of memory", "out_of_memory", "memory allocation of"].iter().any(|words| said.contains(words));
+    match status.code() {
+        Some(code) => says_so && code == error::ExitStatus::Unexpected as i32,
+        None => says_so || is_killed(status),
+    }
+}
+
+/// Whether a process was killed without a chance to say anything.
+#[cfg(unix)]
+fn is_killed(status: ExitStatus) -> bool {
+    use std::os::unix::process::ExitStatusExt as _;
+    status.signal() == Some(signal_hook::consts::SIGKILL)
+}
+
+#[cfg(not(unix))]
+fn is_killed(_: ExitStatus) -> bool {
+    false
 }
 
 /// What a child says, read to its end; it is killed when this process is asked to stop.
@@ -154,9 +189,9 @@ fn read_all(pipe: Option<impl Read>) -> io::Result<Vec<u8>> {
     }
 }
 
-/// Notes `name` where the system tells the peak.
-pub(super) fn note_peak(figures: &mut Figures, name: &str, beside: usize) {
-    if let Some(bytes) = peak_memory_bytes() {
+/// Notes `name` where the system tells the peak, which is that of the memory beside the processor: what a GPU holds is not in it.
+pub(super) fn note_peak(figures: &mut Figures, name: &str, beside: usize, is_cpu: bool) {
+    if let Some(bytes) = peak_memory_bytes().filter(|_| is_cpu) {
         figures.insert(name.to_owned(), bytes as f64 - beside as f64);
     }
 }
@@ -165,10 +200,11 @@ impl TrainingProbe {
     fn measure(&self) -> Result<Figures> {
         let started = Instant::now();
         let mut figures = Figures::new();
+        let is_cpu = self.config.backend().device()?.is_cpu();
         let material = train::material(&self.config, Extent::Steps(self.depths), &Stop::default(), &Silent)?;
         figures.insert("seconds_load".to_owned(), started.elapsed().as_secs_f64());
-        note_peak(&mut figures, "load_peak_bytes", 0);
-        let mut rehearsal = Rehearsal { probe: self, figures };
+        note_peak(&mut figures, "load_peak_bytes", 0, is_cpu);
+        let mut rehearsal = Rehearsal { probe: self, figures, is_cpu };
         train::follow(material, &self.config, &mut rehearsal, &Silent)?;
         let mut figures = rehearsal.figures;
         figures.insert("seconds_probe".to_owned(), started.elapsed().as_secs_f64());
@@ -176,10 +212,12 @@ impl TrainingProbe {
     }
 }
 
-/// A few steps of a training, and one checkpoint.
+/// A few steps of a training, one checkpoint, and a batch of an examination.
 struct Rehearsal<'a> {
     probe: &'a TrainingProbe,
     figures: Figures,
+    /// Whether it runs on the processor.
+    is_cpu: bool,
 }
 
 impl Course for Rehearsal<'_> {
@@ -192,7 +230,8 @@ impl Course for Rehearsal<'_> {
         step: Step<'_, L>,
         _: Option<&Exam<'_>>,
     ) -> Result<()> {
-        let Self { probe, figures } = self;
+        let Self { probe, figures, is_cpu } = self;
+        let is_cpu = *is_cpu;
         let trained: usize = fit.learner.trained().iter().map(|(_, var)| var.as_tensor().elem_count()).sum();
         figures.insert("trained".to_owned(), trained as f64);
         let remembers = lesson.features.is_some();
@@ -226,7 +265,7 @@ impl Course for Rehearsal<'_> {
             lengths.extend(report.metrics.get("completions/mean_length").and_then(serde_json::Value::as_f64));
             updated.extend(report.metrics.get("groups_updated").and_then(serde_json::Value::as_f64));
         }
-        note_peak(figures, "step_peak_bytes", lesson.images.kept_bytes());
+        note_peak(figures, "step_peak_bytes", lesson.images.kept_bytes(), is_cpu);
         if !rates.is_empty() {
             // Steps whose samples end by themselves differ; of equal ones, the middle one was disturbed least.
             let seconds = if probe.ends && !lengths.is_empty() { mean(&rates) } else { median(&mut rates) };
@@ -241,7 +280,10 @@ impl Course for Rehearsal<'_> {
         let started = Instant::now();
         fit.save(root.path())?;
         figures.insert("seconds_per_checkpoint".to_owned(), started.elapsed().as_secs_f64());
-        note_peak(figures, "save_peak_bytes", lesson.images.kept_bytes());
+        note_peak(figures, "save_peak_bytes", lesson.images.kept_bytes(), is_cpu);
+        if let (Some(exam), Some(assistant)) = (&probe.exam, fit.learner.assistant()) {
+            exam.measure(assistant, figures, lesson.images.kept_bytes(), is_cpu)?;
+        }
         Ok(())
     }
 }
@@ -265,4 +307,45 @@ pub(super) fn median(values: &mut [f64]) -> f64 {
     values.sort_by(f64::total_cmp);
     let middle = values.len() / 2;
     if values.len() % 2 == 1 { values[middle] } else { f64::midpoint(values[middle - 1], values[middle]) }
+}
+
+#[cfg(all(test, unix))]
+mod tests {
+    use super::*;
+    use std::os::unix::process::ExitStatusExt as _;
+
+    #[test]
+    fn a_child_without_memory_measured_nothing_and_any_other_end_is_an_error() {
+        // As the system encodes how a process ended: a signal, or 256 times a status.
+        let ended = |status: i32, said: &str| {
+            let stdout = br#"{"seconds_load":2.5}"#.to_vec();
+            figures_of(&Output { status: ExitStatus::from_raw(status), stdout, stderr: said.into() })
+        };
+        assert_eq!(ended(0, "").unwrap().unwrap()["seconds_load"], 2.5);
+        for (status, said) in [
+            (9, ""),
+            (6, "memory allocation of 17179869184 bytes failed"),
+            (1 << 8, "error: DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")"),
+        ] {
+            assert_eq!(ended(status, said).unwrap(), None, "{status} {said}");
+        }
+        for (status, said, words) in [
+            (11, "", "was killed"),
+            (6, "thread 'main' has overflowed its stack", "was killed"),
+            (1 << 8, "error: a defect", "a measurement failed: a defect"),
+            (3 << 8, "error: the image cannot be decoded: out of memory", "the image cannot be decoded"),
+        ] {
+            let error = ended(status, said).unwrap_err().to_string();
+            assert!(error.contains(words), "{status} {said}: {error}");
+        }
+    }
+
+    #[test]
+    fn memory_is_noted_on_the_processor_alone() {
+        let mut figures = Figures::new();
+        note_peak(&mut figures, "peak", 0, false);
+        assert_eq!(figures, Figures::new());
+        note_peak(&mut figures, "peak", 0, true);
+        assert_eq!(figures.contains_key("peak"), peak_memory_bytes().is_some());
+    }
 }

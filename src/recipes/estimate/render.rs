@@ -15,10 +15,31 @@ pub(in crate::recipes) fn size(bytes: u64) -> String {
     }
 }
 
-/// The size that is estimated, or that it is unknown.
-fn size_of_value(value: &Value) -> String {
-    value.as_f64().map_or_else(|| "unknown on this system".to_owned(), |bytes| size(bytes as u64))
+/// A size that was measured or counted; else why it is not there: `summary` tells on what device memory was to be measured.
+fn size_of_value(value: &Value, summary: &Value) -> String {
+    match (value.as_f64(), summary["device"].as_str()) {
+        (Some(bytes), _) => size(bytes as u64),
+        (None, Some(device)) if device != CPU => format!("not measured on {device}"),
+        (None, _) => "unknown on this system".to_owned(),
+    }
 }
+
+/// The same of a peak: a measurement that ran out of memory tells that it is more than there is.
+fn peak_of_value(value: &Value, has_run_out: bool, summary: &Value) -> String {
+    if has_run_out && value.is_null() {
+        "more than there is".to_owned()
+    } else {
+        size_of_value(value, summary)
+    }
+}
+
+/// A count, where it is known.
+fn count_of_value(value: &Value) -> String {
+    if value.is_null() { "unknown".to_owned() } else { value.to_string() }
+}
+
+/// The only device whose memory the system tells.
+const CPU: &str = "cpu";
 
 /// `4 h 05 min`, `12.3 s`, `2.5 ms`.
 fn duration(value: &Value) -> String {
@@ -59,24 +80,29 @@ pub(super) fn training(summary: &Value) -> String {
             number("image_tokens_longest")
         ),
     );
-    line("parameters", format!("{}, of which {} train", number("parameters"), number("parameters_trained")));
-    line(
-        "memory",
-        format!(
-            "weights {}, optimiser {}, kept images {}, kept features {}",
-            size_of_value(&summary["weights_bytes"]),
-            size_of_value(&summary["optimizer_bytes"]),
-            size_of_value(&summary["kept_images_bytes"]),
-            size_of_value(&summary["kept_features_bytes"])
-        ),
-    );
-    line("peak memory", size_of_value(&summary["peak_memory_bytes"]));
+    let trained = count_of_value(&summary["parameters_trained"]);
+    line("parameters", format!("{}, of which {trained} train", number("parameters")));
+    let has_run_out = summary["ran_out_of_memory"] == true;
+    if !has_run_out {
+        let bytes = |name: &str| size_of_value(&summary[name], summary);
+        line(
+            "memory",
+            format!(
+                "weights {}, optimiser {}, kept images {}, kept features {}",
+                bytes("weights_bytes"),
+                bytes("optimizer_bytes"),
+                bytes("kept_images_bytes"),
+                bytes("kept_features_bytes")
+            ),
+        );
+    }
+    line("peak memory", peak_of_value(&summary["peak_memory_bytes"], has_run_out, summary));
     let verdict = match summary["fits"].as_bool() {
         Some(true) => ": fits",
         Some(false) => ": DOES NOT FIT",
         None => "",
     };
-    line("free memory", format!("{}{verdict}", size_of_value(&summary["free_memory_bytes"])));
+    line("free memory", format!("{}{verdict}", size_of_value(&summary["free_memory_bytes"], summary)));
     line("time per step", duration(&summary["seconds_per_step"]));
     line(
         "total time",
@@ -87,7 +113,9 @@ pub(super) fn training(summary: &Value) -> String {
             duration(&summary["seconds_images"]),
             duration(&summary["seconds_checkpoints"]),
             match summary["validations"].as_u64() {
-                Some(times) if times > 0 => format!("{times} validations come on top"),
+                Some(times) if times > 0 => {
+                    format!("{times} validations {}", duration(&summary["seconds_validation"]))
+                }
                 _ => "no validation".to_owned(),
             }
         ),
@@ -98,6 +126,7 @@ pub(super) fn training(summary: &Value) -> String {
         line("begun now, ends", format!("{} UTC", timestamp(now.as_secs() + seconds as u64)));
     }
     for (place, advice) in summary["advice"].as_array().into_iter().flatten().enumerate() {
+        let has_run_out = advice["fits"] == false;
         let fits = if advice["fits"] == true { ": fits" } else { "" };
         let and = if place == 0 { "" } else { "and " };
         line(
@@ -105,7 +134,7 @@ pub(super) fn training(summary: &Value) -> String {
             format!(
                 "{and}--set {} needs {}{fits}",
                 word(&advice["change"]),
-                size_of_value(&advice["peak_memory_bytes"])
+                peak_of_value(&advice["peak_memory_bytes"], has_run_out, summary)
             ),
         );
     }
@@ -125,6 +154,14 @@ pub(super) fn inference(summary: &Value) -> String {
     for assumption in summary["assumptions"].as_array().into_iter().flatten() {
         let _ = writeln!(text, "assumed       {}", word(assumption));
     }
+    let is_cpu = summary["device"].as_str().is_none_or(|device| device == CPU);
+    let peak = |work: &Value| {
+        if is_cpu {
+            peak_of_value(&work["peak_memory_bytes"], work["ran_out_of_memory"] == true, summary)
+        } else {
+            "-".to_owned()
+        }
+    };
     let _ = writeln!(text, "{:<20}{:>14}  {:<12}{:>16}", "work", "time", "per", "peak memory");
     for work in summary["works"].as_array().into_iter().flatten() {
         let _ = writeln!(
@@ -133,8 +170,70 @@ pub(super) fn inference(summary: &Value) -> String {
             word(&work["work"]),
             duration(&work["seconds"]),
             word(&work["unit"]),
-            size_of_value(&work["peak_memory_bytes"])
+            peak(work)
         );
     }
+    if !is_cpu {
+        let device = word(&summary["device"]);
+        let _ = writeln!(text, "memory        not measured on {device}, only on the processor");
+    }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn a_training_is_told_with_its_validations() {
+        let mut summary = json!({
+            "device": "cpu", "peak_memory_bytes": 3u64 << 30, "free_memory_bytes": 4u64 << 30, "fits": true,
+            "seconds_total": 100.0, "validations": 4, "seconds_validation": 12.5, "parameters_trained": 7,
+        });
+        let text = training(&summary);
+        assert!(text.contains("4 validations 12.50 s)"), "{text}");
+        assert!(text.contains("3.00 GiB") && text.contains("4.00 GiB: fits"), "{text}");
+        summary["validations"] = json!(0);
+        assert!(training(&summary).contains("; no validation)"));
+    }
+
+    #[test]
+    fn what_ran_out_of_memory_needs_more_than_there_is() {
+        let summary = json!({
+            "device": "cpu", "peak_memory_bytes": null, "free_memory_bytes": 4u64 << 30, "fits": false,
+            "ran_out_of_memory": true, "seconds_total": null,
+            "advice": [
+                {"change": "train.micro_batch_size=1", "peak_memory_bytes": null, "fits": false},
+                {"change": "train.recompute=true", "peak_memory_bytes": 1u64 << 30, "fits": true},
+            ],
+        });
+        let text = training(&summary);
+        for words in [
+            "peak memory       more than there is\n",
+            "4.00 GiB: DOES NOT FIT",
+            "--set train.micro_batch_size=1 needs more than there is\n",
+            "and --set train.recompute=true needs 1.00 GiB: fits",
+            "of which unknown train",
+        ] {
+            assert!(text.contains(words), "{words}\n{text}");
+        }
+    }
+
+    #[test]
+    fn no_memory_of_a_gpu_is_made_up() {
+        let text =
+            training(&json!({"device": "cuda:0", "peak_memory_bytes": null, "weights_bytes": 1u64 << 30}));
+        assert!(text.contains("peak memory       not measured on cuda:0\n"), "{text}");
+        assert!(text.contains("weights 1.00 GiB"), "{text}");
+        let work = json!({"work": "load", "unit": "checkpoint", "seconds": 1.5, "peak_memory_bytes": null});
+        let mut summary = json!({"device": "metal", "works": [work]});
+        let text = inference(&summary);
+        assert!(text.contains("not measured on metal, only on the processor"), "{text}");
+        assert!(!text.contains("unknown on this system") && !text.contains("GiB"), "{text}");
+        summary["device"] = json!("cpu");
+        assert!(inference(&summary).contains("unknown on this system"));
+        summary["works"][0]["ran_out_of_memory"] = json!(true);
+        assert!(inference(&summary).contains("more than there is"));
+    }
 }

@@ -14,10 +14,11 @@ use crate::recipes::items::{CACHE_BYTES, Images};
 use crate::recipes::lesson::Lesson;
 use rayon::prelude::*;
 use std::collections::{HashMap, HashSet};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-/// Steps that are looked at; of a longer run, as many of its steps evenly spread.
-const MOST_STEPS: u64 = 2000;
+/// Questions that are looked at, in the order in which the steps take them: all of a run, but for one so long that it has
+/// shown them many times over.
+const MOST_PICKED: usize = 4_000_000;
 
 /// One question, counted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -30,6 +31,8 @@ pub struct Item {
     pub completion: usize,
     /// Bytes of the image at the model's resolution.
     pub image_bytes: usize,
+    /// Height and width of the image in its file.
+    pub size: [usize; 2],
 }
 
 impl Item {
@@ -73,13 +76,31 @@ impl Workload {
         dataset: &Dataset,
         completion: Option<usize>,
     ) -> Result<Self> {
+        let items = Self::items(config, subject, dataset, completion)?;
+        Self::of_items(config, subject, dataset, items)
+    }
+
+    /// Counts the questions alone, in their order.
+    ///
+    /// # Errors
+    /// As [`Workload::count`].
+    pub fn items(
+        config: &RunConfig,
+        subject: &Subject,
+        dataset: &Dataset,
+        completion: Option<usize>,
+    ) -> Result<Vec<Item>> {
         let train = &config.train;
         let template: PromptTemplate = config.prompt.parse()?;
         let is_grpo = train.recipe.is_grpo();
-        let group = if is_grpo { train.grpo.group_size } else { 1 };
-        let images = if train.captions { HashMap::new() } else { sizes(subject, dataset)? };
+        let images = if train.captions {
+            HashMap::new()
+        } else {
+            let unique: HashSet<&PathBuf> = dataset.samples.iter().map(|sample| &sample.image).collect();
+            pictures(subject, &dataset.root, &unique.into_iter().collect::<Vec<_>>())?
+        };
         let is_cot = train.target == TargetName::Cot;
-        let items: Vec<Item> = dataset
+        dataset
             .samples
             .par_iter()
             .map(|sample| {
@@ -95,26 +116,20 @@ impl Workload {
                 let options = RenderOptions { add_generation_prompt: true, add_vision_id: false };
                 let tokens = |text: &str| Ok::<_, Error>(subject.processor.tokenizer.encode(text)?.len());
                 let rendered = tokens(&subject.processor.chat.render(&[message], options)?)?;
-                let (image, image_bytes) = found.unwrap_or_default();
+                let Picture { tokens: image, bytes: image_bytes, size } = found.unwrap_or_default();
                 let completion = match completion {
                     Some(length) if is_grpo => length,
                     _ => tokens(&template.target(sample, is_cot))? + 1,
                 };
                 // The rendered prompt holds one placeholder for each image.
-                Ok(Item { prompt: rendered + image.saturating_sub(1), image, completion, image_bytes })
+                Ok(Item { prompt: rendered + image.saturating_sub(1), image, completion, image_bytes, size })
             })
-            .collect::<Result<_>>()?;
-        Self::of_items(config, subject, dataset, items, group)
+            .collect()
     }
 
-    fn of_items(
-        config: &RunConfig,
-        subject: &Subject,
-        dataset: &Dataset,
-        items: Vec<Item>,
-        group: usize,
-    ) -> Result<Self> {
+    fn of_items(config: &RunConfig, subject: &Subject, dataset: &Dataset, items: Vec<Item>) -> Result<Self> {
         let train = &config.train;
+        let group = group_of(config);
         let images = Images::new(dataset);
         let lesson = Lesson {
             samples: &dataset.samples,
@@ -125,23 +140,17 @@ impl Workload {
             features: None,
             evidence: Evidence::default(),
         };
-        let (all, vision, tables) = count_parameters(&subject.config)?;
-        let unit = subject.config.vision.merge_unit() as f64;
-        let work = |item: &Item| match train.recipe {
-            RecipeName::Denoiser => 1.0,
-            _ => {
-                item.rows(group) as f64 * (all - vision - tables) as f64
-                    + item.image as f64 * unit * vision as f64
-            }
+        let loads = if train.recipe == RecipeName::Denoiser {
+            vec![1.0; items.len()]
+        } else {
+            loads(subject, &items, group)?
         };
-        let total = train.num_steps as u64;
-        let stride = total.div_ceil(MOST_STEPS).max(1);
-        let mut steps: Vec<(u64, f64)> = Vec::new();
+        let total = train.num_steps.min((MOST_PICKED / train.batch_size).max(1)) as u64;
+        let mut steps: Vec<(u64, f64)> = Vec::with_capacity(total as usize);
         let (mut heaviest, mut most, mut rows) = (0, -1.0, 0);
-        for step in (0..total).step_by(stride as usize) {
-            let picked = lesson.picked(step);
+        for (step, picked) in (0..total).zip(lesson.picked_in_all(total)) {
             for part in picked.chunks(lesson.micro_batch_size()) {
-                let load: f64 = part.iter().map(|&index| work(&items[index])).sum();
+                let load: f64 = part.iter().map(|&index| loads[index]).sum();
                 if load > most {
                     (heaviest, most) = (step, load);
                 }
@@ -150,7 +159,7 @@ impl Workload {
             let is_twice = train.recipe == RecipeName::Trades;
             let again = if is_twice { &picked[..lesson.num_attacked(step, picked.len())] } else { &[] };
             rows += picked.iter().chain(again).map(|&index| items[index].rows(group)).sum::<usize>();
-            steps.push((step, picked.iter().map(|&index| work(&items[index])).sum()));
+            steps.push((step, picked.iter().map(|&index| loads[index]).sum()));
         }
         let count = steps.len() as f64;
         let mean = steps.iter().map(|(_, load)| load).sum::<f64>() / count;
@@ -172,9 +181,8 @@ impl Workload {
         let share = (seen as f64 / items.len() as f64).min(1.0);
         let is_kept = (bytes as f64 * share) as usize <= CACHE_BYTES;
         let is_untouched = !train.recipe.is_adversarial() && train.noise_sigma == 0.0;
-        let (text, deep) = (&subject.config.text, subject.config.vision.deepstack_layers.len());
         let most_tokens = items.iter().map(|item| item.image).max().unwrap_or(0);
-        let feature_bytes = unique.len() * most_tokens * text.hidden_size * size_of::<f32>() * (1 + deep);
+        let feature_bytes = unique.len() * most_tokens * feature_bytes_of_token(subject);
         let repeats = is_untouched && feature_bytes <= config.feature_bytes() && 2 * unique.len() < seen;
         let decoded = if is_kept { (unique.len() as f64 * share) as usize } else { seen };
         Ok(Self {
@@ -195,8 +203,7 @@ impl Workload {
     /// # Errors
     /// As [`Workload::count`].
     pub fn under(&self, config: &RunConfig, subject: &Subject, dataset: &Dataset) -> Result<Self> {
-        let group = if config.train.recipe.is_grpo() { config.train.grpo.group_size } else { 1 };
-        Self::of_items(config, subject, dataset, self.items.clone(), group)
+        Self::of_items(config, subject, dataset, self.items.clone())
     }
 
     /// The median and the largest of a count over the questions.
@@ -207,19 +214,120 @@ impl Workload {
     }
 }
 
-/// Tokens of each image, and its bytes at the model's resolution; read from headers.
-fn sizes(subject: &Subject, dataset: &Dataset) -> Result<HashMap<PathBuf, (usize, usize)>> {
-    let unique: HashSet<&PathBuf> = dataset.samples.iter().map(|sample| &sample.image).collect();
-    let unique: Vec<&PathBuf> = unique.into_iter().collect();
+/// Completions of one question.
+pub(in crate::recipes) fn group_of(config: &RunConfig) -> usize {
+    if config.train.recipe.is_grpo() { config.train.grpo.group_size } else { 1 }
+}
+
+/// What each question costs, with `group` completions: rows times the parameters that they meet.
+///
+/// # Errors
+/// When the model's configuration contradicts itself.
+pub(super) fn loads(subject: &Subject, items: &[Item], group: usize) -> Result<Vec<f64>> {
+    let (all, vision, tables) = count_parameters(&subject.config)?;
+    let unit = subject.config.vision.merge_unit() as f64;
+    let load = |item: &Item| {
+        item.rows(group) as f64 * (all - vision - tables) as f64 + item.image as f64 * unit * vision as f64
+    };
+    Ok(items.iter().map(load).collect())
+}
+
+/// Bytes of what the vision tower says about one token of an image.
+pub(super) fn feature_bytes_of_token(subject: &Subject) -> usize {
+    let (text, deep) = (&subject.config.text, subject.config.vision.deepstack_layers.len());
+    text.hidden_size * size_of::<f32>() * (1 + deep)
+}
+
+/// What the header of an image's file tells.
+#[derive(Debug, Clone, Copy, Default)]
+pub(in crate::recipes) struct Picture {
+    /// Tokens of it.
+    pub(in crate::recipes) tokens: usize,
+    /// Its bytes at the model's resolution.
+    bytes: usize,
+    /// Height and width in the file.
+    size: [usize; 2],
+}
+
+/// Looks at the headers of `images` below `root`.
+///
+/// # Errors
+/// When one is missing, damaged, or cannot be resized.
+pub(in crate::recipes) fn pictures(
+    subject: &Subject,
+    root: &Path,
+    images: &[&PathBuf],
+) -> Result<HashMap<PathBuf, Picture>> {
     let processor = &subject.processor.image_processor;
     let merge = subject.config.vision.spatial_merge_size;
-    let size = |image: &PathBuf| -> Result<(PathBuf, (usize, usize))> {
-        let path = dataset.root.join(image);
+    let look = |image: &&PathBuf| -> Result<(PathBuf, Picture)> {
+        let path = root.join(image);
         let (width, height) = decode::file_size(&path)?;
         let place = |error: Error| error.at(&path.display().to_string());
+        let size = [height, width];
         let (height, width) = processor.resized_size(height, width).map_err(place)?;
         let grid = [1, height / processor.patch_size, width / processor.patch_size];
-        Ok((image.clone(), (image_tokens(grid, merge), 3 * height * width)))
+        let tokens = image_tokens(grid, merge);
+        Ok(((*image).clone(), Picture { tokens, bytes: 3 * height * width, size }))
     };
-    unique.into_par_iter().map(size).collect()
+    images.par_iter().map(look).collect()
+}
+
+#[cfg(test)]
+pub(in crate::recipes) mod tests {
+    use super::*;
+    use crate::data::Sample;
+    use crate::recipes::progress::Silent;
+    use crate::recipes::run::Stop;
+    use crate::recipes::scratch;
+
+    /// Questions that differ in nothing but their ids.
+    pub(in crate::recipes) fn questions(count: usize) -> Vec<Sample> {
+        let sample = |number: usize| Sample {
+            id: format!("q{number:06}"),
+            dataset: "d".into(),
+            modality: "CT".into(),
+            modality_raw: "CT".into(),
+            question_type: "t".into(),
+            question: "what?".into(),
+            options: vec!["x".into(), "y".into()],
+            answer: 0,
+            image: format!("{number}.png").into(),
+            reasoning: None,
+        };
+        (0..count).map(sample).collect()
+    }
+
+    /// The model from scratch.
+    pub(in crate::recipes) fn subject(samples: &[Sample]) -> Subject {
+        let about = (samples, PromptTemplate::Phantom);
+        Subject::open(scratch::TINY, None, about, &Stop::default(), &Silent).unwrap()
+    }
+
+    #[test]
+    fn the_heaviest_step_of_a_long_run_is_found_wherever_it_stands() {
+        let dataset = Dataset::new("r", questions(5001));
+        let subject = subject(&dataset.samples[..10]);
+        let mut config = RunConfig { prompt: "phantom".to_owned(), ..RunConfig::default() };
+        config.train.num_steps = 5001;
+        config.train.batch_size = 1;
+        let plain = Item { prompt: 20, image: 16, completion: 4, image_bytes: 1, size: [64, 64] };
+        for step in [1, 2, 3000, 4999, 5000] {
+            let images = Images::new(&dataset);
+            let lesson = Lesson {
+                samples: &dataset.samples,
+                images: &images,
+                template: PromptTemplate::Phantom,
+                config: &config.train,
+                seed: config.seed,
+                features: None,
+                evidence: Evidence::default(),
+            };
+            let mut items = vec![plain; 5001];
+            items[lesson.picked(step)[0]].prompt = 400;
+            let work = Workload::of_items(&config, &subject, &dataset, items).unwrap();
+            assert_eq!(work.heaviest, step);
+            assert!(work.typical.iter().all(|(at, _)| *at != step));
+        }
+    }
 }

@@ -8,7 +8,7 @@
 use super::group::Group;
 use crate::data::Sample;
 use crate::data::prompt::PromptTemplate;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::model::assistant::Assistant;
 use crate::model::generate::Completion;
 use crate::recipes::config::{GrpoSettings, RewardAggregation, RunConfig, TargetName};
@@ -108,12 +108,12 @@ impl Judge {
         columns.map(|(k, _)| group.column(k)[c]).collect()
     }
 
-    /// What completions are worth on average: of each the weighted sum of its rewards, if it was given one. `steps` of training
-    /// came before.
+    /// What completions are worth on average: of each the weighted sum of its rewards, if it was given one; none when none was.
+    /// `steps` of training came before.
     ///
     /// # Errors
-    /// Those of a reward command; when none was given a reward.
-    pub fn mean_reward(&self, lesson: &Lesson<'_>, steps: u64, all: &[Said<'_>]) -> Result<f64> {
+    /// Those of a reward command.
+    pub fn mean_reward(&self, lesson: &Lesson<'_>, steps: u64, all: &[Said<'_>]) -> Result<Option<f64>> {
         let rewards = self.rewards(lesson, steps, all)?;
         let weights: Vec<f64> = self.columns.iter().map(|column| column.weight).collect();
         // What has no weight makes up for nothing.
@@ -122,12 +122,7 @@ impl Judge {
         };
         let totals: Vec<f64> = rewards.iter().map(|row| weighted_sum(&weighted(row), &weights)).collect();
         let mean = summary(&totals).mean;
-        if mean.is_nan() {
-            return Err(Error::data(
-                "no completion of the validation was given a reward\n   = help: the reward command must reward some of them, or give `train.validation.metric` another name",
-            ));
-        }
-        Ok(mean)
+        Ok((!mean.is_nan()).then_some(mean))
     }
 
     /// Reads and rewards the completions of `samples`, a group each. A reward command is asked about all of them at once, and so item by item by an

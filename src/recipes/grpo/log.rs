@@ -7,7 +7,7 @@ use super::group::Group;
 use super::judge::{Column, Judge};
 use super::update::UpdateOutcome;
 use crate::error::Result;
-use crate::recipes::config::LossType;
+use crate::recipes::config::{GrpoSettings, LossType};
 use crate::recipes::items;
 use crate::recipes::lesson::{Lesson, Questions};
 use crate::recipes::step::StepReport;
@@ -35,7 +35,7 @@ pub(super) fn describe(
     put_rewards(&mut put, judge, groups, advantages.reward);
     put("frac_reward_zero_std", advantages.frac_reward_zero_std);
     put("groups_updated", outcome.num_groups_updated as f64);
-    put("entropy", mean(completions().flat_map(|c| c.entropies.iter().map(|h| f64::from(*h)))));
+    put("entropy", entropy(groups, &lesson.config.grpo));
     for (key, value) in figures_of(&outcome.stats, lesson.config.grpo.loss_type) {
         put(key, value);
     }
@@ -51,6 +51,19 @@ pub(super) fn describe(
         put(&format!("completions/max_{words}"), lengths.iter().copied().fold(0.0, f64::max));
     }
     put("completions/clipped_ratio", 1.0 - terminated.len() as f64 / all_lengths.len() as f64);
+}
+
+/// Mean entropy of the tokens that take part in the loss, as TRL takes its masked mean; 0 where none does.
+fn entropy(groups: &[Group], settings: &GrpoSettings) -> f64 {
+    let mut all = Vec::new();
+    for group in groups {
+        for (c, completion) in group.completions.iter().enumerate() {
+            if group.counts(c, settings) {
+                all.extend(completion.entropies.iter().map(|entropy| f64::from(*entropy)));
+            }
+        }
+    }
+    mean(all.into_iter())
 }
 
 /// What the loss says about one update.
@@ -172,4 +185,39 @@ fn sha256_of(tensors: &[Tensor]) -> Result<String> {
 pub(super) fn mean(values: impl Iterator<Item = f64>) -> f64 {
     let (sum, count) = values.fold((0.0, 0usize), |(sum, count), value| (sum + value, count + 1));
     if count == 0 { 0.0 } else { sum / count as f64 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::generate::Completion;
+
+    #[test]
+    fn the_entropy_is_that_of_the_tokens_in_the_loss() {
+        let completion = |is_finished: bool, entropies: &[f32]| Completion {
+            ids: vec![1; entropies.len()],
+            is_finished,
+            entropies: entropies.to_vec(),
+        };
+        let group = |completions: Vec<Completion>| Group {
+            texts: vec![String::new(); completions.len()],
+            seeds: vec![0; completions.len()],
+            accuracy: vec![0.0; completions.len()],
+            format: vec![0.0; completions.len()],
+            others: Vec::new(),
+            total: vec![0.0; completions.len()],
+            is_flat: true,
+            completions,
+        };
+        let groups = [
+            group(vec![completion(true, &[1.0, 2.0]), completion(false, &[7.0, 7.0, 7.0])]),
+            group(vec![completion(false, &[9.0]), completion(true, &[3.0])]),
+        ];
+        let of = |groups: &[Group], mask_truncated: bool| {
+            entropy(groups, &GrpoSettings { mask_truncated, ..GrpoSettings::default() })
+        };
+        assert_eq!(of(&groups, false), 36.0 / 7.0);
+        assert_eq!(of(&groups, true), 2.0);
+        assert_eq!(of(&[group(vec![completion(false, &[5.0])])], true), 0.0);
+    }
 }

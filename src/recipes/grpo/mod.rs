@@ -11,7 +11,8 @@
 //! With `refresh = "each_update"` the attack is warmed up again before each further update on the same completions: old
 //! log-probabilities stay those of the image sampled on, so that a ratio is the weight of a sample for the new policy on the
 //! new image, and the clip bounds the two changes together.
-//! Deviation: `entropy` is that of the distribution each token was sampled from, so of the policy before the update.
+//! Deviation: `entropy` is that of the distribution each token was sampled from, so of the policy before the update. Its mean
+//! goes over the tokens that take part in the loss.
 
 mod group;
 mod judge;
@@ -161,4 +162,81 @@ fn advantages_of(groups: &[Group], judge: &Judge, settings: &GrpoSettings) -> Re
         reward_weights: judge.weights(),
     };
     advantage::group_relative(&rows, &config)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::Sample;
+    use crate::model::generate::Completion;
+    use crate::recipes::config::{Command, Override, RunConfig};
+    use crate::train::test_support::assert_close;
+
+    fn configured(settings: &[(&str, &str)]) -> RunConfig {
+        let own = [("train.recipe", "grpo"), ("train.grpo.group_size", "2")];
+        let settings = [&own[..], settings].concat();
+        let settings: Vec<Override> =
+            settings.iter().map(|(key, value)| Override::new(*key, *value, "--set")).collect();
+        RunConfig::load(Command::Train, None, &settings).unwrap()
+    }
+
+    fn judge(config: &RunConfig) -> Judge {
+        let sample = Sample {
+            id: "x".into(),
+            dataset: "d".into(),
+            modality: "CT".into(),
+            modality_raw: "CT".into(),
+            question_type: "Anatomy Identification".into(),
+            question: "Which?".into(),
+            options: vec!["liver".into(), "spleen".into()],
+            answer: 1,
+            image: "i.png".into(),
+            reasoning: None,
+        };
+        Judge::open(config, &sample).unwrap()
+    }
+
+    /// A group whose completions have these rewards for accuracy and for format.
+    fn group(accuracy: [f64; 2], format: [f64; 2]) -> Group {
+        Group {
+            completions: vec![Completion::default(); 2],
+            texts: vec![String::new(); 2],
+            seeds: vec![0; 2],
+            accuracy: accuracy.to_vec(),
+            format: format.to_vec(),
+            others: Vec::new(),
+            total: accuracy.iter().zip(&format).map(|(a, f)| a + f).collect(),
+            is_flat: false,
+        }
+    }
+
+    #[test]
+    fn advantages_are_divided_by_what_the_configuration_says() {
+        // Their sums are 1 and 0, 2 and 0: half of it from the mean of the first group, 1 from that of the second.
+        let groups = [group([1.0, 0.0], [0.0, 0.0]), group([1.0, 0.0], [1.0, 0.0])];
+        // Around 0.75, the mean of all four: 0.0625 + 0.5625 + 1.5625 + 0.5625.
+        let of_all = (2.75f64 / 3.0).sqrt() + 1e-4;
+        let of_groups = [0.5f64.sqrt() + 1e-4, 2f64.sqrt() + 1e-4];
+        for (word, [first, second]) in [("group", of_groups), ("batch", [of_all; 2]), ("none", [1.0; 2])] {
+            let config = configured(&[("train.grpo.scale_rewards", word)]);
+            let found = advantages_of(&groups, &judge(&config), &config.train.grpo).unwrap();
+            let wanted = [0.5 / first, -0.5 / first, 1.0 / second, -1.0 / second];
+            assert_close(&found.advantages, &wanted, 1e-12, word);
+        }
+    }
+
+    #[test]
+    fn rewards_normalised_one_by_one_are_those_of_the_configuration() {
+        let groups = [group([1.0, 0.0], [0.0, 0.0]), group([1.0, 0.0], [1.0, 0.0])];
+        let config = configured(&[
+            ("train.grpo.reward_aggregation", "normalize_then_sum"),
+            ("train.grpo.format_weight", "0.5"),
+        ]);
+        let found = advantages_of(&groups, &judge(&config), &config.train.grpo).unwrap();
+        // Each column is z or 0 in its group, a half of it for the format; then all four are normalised about their mean, 0.
+        let z = 0.5 / (0.5f64.sqrt() + 1e-4);
+        let sums = [z, -z, 1.5 * z, -1.5 * z];
+        let std = (sums.iter().map(|sum| sum * sum).sum::<f64>() / 3.0).sqrt() + 1e-4;
+        assert_close(&found.advantages, &sums.map(|sum| sum / std), 1e-12, "by column");
+    }
 }

@@ -75,6 +75,12 @@ pub fn report_data(runs: &[RunDir], options: &ReportOptions, progress: &dyn Prog
             };
             notes.push(format!("{} is unfinished: {done} {what} so far", run.name));
         }
+        if let Some(reason) = &run.config_refused {
+            notes.push(format!(
+                "{}: this version refuses its `config.toml` ({reason}): what stands nowhere else is missing, or taken to be the default",
+                run.name
+            ));
+        }
     }
     notes.extend(runs.iter().flat_map(training_warnings));
     let mut tables = tables::tables(runs);

@@ -17,8 +17,10 @@ pub struct RunDir {
     pub dir: PathBuf,
     /// `eval`, `attack`, `certify`, `train` or `demo`.
     pub command: String,
-    /// Its configuration; defaults when the file is of another version.
+    /// Its configuration; defaults when this version refuses the file.
     pub config: RunConfig,
+    /// Why this version refuses the file, if it does.
+    pub config_refused: Option<String>,
     /// `run.json`.
     pub facts: Value,
     /// `summary.json`; absent while the run is unfinished.
@@ -79,12 +81,7 @@ fn read(dir: &Path) -> Result<RunDir> {
     }
     let facts = facts.unwrap_or(Value::Null);
     let command = facts["command"].as_str().or_else(|| summary.as_ref()?["command"].as_str());
-    let config_file = dir.join("config.toml");
-    let config = if config_file.exists() {
-        RunConfig::load_any(Some(&config_file), &[])?
-    } else {
-        RunConfig::default()
-    };
+    let (config, config_refused) = read_config(&dir.join("config.toml"))?;
     let records = JsonLines::new(dir.join("records.jsonl")).read()?;
     if matches!(command, Some("eval" | "attack" | "certify")) && records.is_empty() {
         return Err(Error::data(format!(
@@ -103,6 +100,7 @@ fn read(dir: &Path) -> Result<RunDir> {
             .map_or_else(|| dir.display().to_string(), |name| name.to_string_lossy().into_owned()),
         command: command.unwrap_or("run").to_owned(),
         config,
+        config_refused,
         facts,
         summary,
         records,
@@ -113,6 +111,25 @@ fn read(dir: &Path) -> Result<RunDir> {
         timings,
         dir: dir.to_path_buf(),
     })
+}
+
+/// The configuration, or defaults with the reason why this version refuses it: keys come and go, records stay.
+fn read_config(file: &Path) -> Result<(RunConfig, Option<String>)> {
+    if !file.exists() {
+        return Ok((RunConfig::default(), None));
+    }
+    match RunConfig::load_any(Some(file), &[]) {
+        Ok(config) => Ok((config, None)),
+        Err(Error::Config(problems)) => {
+            let first = problems.first().map_or("", |problem| problem.message.as_str());
+            let more = match problems.len() {
+                0 | 1 => String::new(),
+                n => format!(", and {} more", n - 1),
+            };
+            Ok((RunConfig::default(), Some(format!("{first}{more}"))))
+        }
+        Err(error) => Err(error),
+    }
 }
 
 fn read_json(path: &Path) -> Result<Option<Value>> {

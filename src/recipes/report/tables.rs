@@ -178,6 +178,7 @@ fn attack_table(runs: &[&RunDir]) -> Option<Table> {
                 number("num_steps"),
                 number("num_restarts"),
                 match (run.config.attack.method, run.config.attack.objective) {
+                    _ if run.config_refused.is_some() => Cell::Missing,
                     // Records name the one that an item was left with.
                     (Method::Auto, _) => Cell::Text("all stages".to_owned()),
                     (_, ObjectiveName::All) => Cell::Text("worst of all".to_owned()),

@@ -207,8 +207,14 @@ fn curves_of_training_runs_lie_over_each_other() {
     assert_eq!(names("Training: reward `brevity`"), ["long"]);
     assert_eq!(
         names("Validation accuracy"),
-        ["short, adversarial", "short, clean", "short, best blind control"]
+        [
+            "short, adversarial",
+            "short, clean",
+            "short, best blind control",
+            "short, best checkpoint (step 2)"
+        ]
     );
+    assert!(figure(&data, "Validation reward").is_none(), "nothing was rewarded");
     assert!(figure(&data, "Training: Ratios clipped").is_none(), "nothing was clipped");
     assert!(figure(&data, "Training: reward `accuracy`").is_none(), "it is shown by kind of image");
     let loss = figure(&data, "Training: Loss").unwrap();
@@ -232,6 +238,79 @@ fn curves_of_training_runs_lie_over_each_other() {
 }
 
 #[test]
+fn rewards_of_validation_have_curves_of_their_own_and_the_best_checkpoint_is_marked_where_it_was_chosen() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = dir.path().join("grpo");
+    write_run(&run, "train", &[], &[json!({"step": 1}), json!({"step": 2})], false);
+    let line = |step: u64, clean: f64, pgd: f64| {
+        let of = |accuracy: f64, reward: f64| json!({"accuracy": accuracy, "n": 10, "reward": reward});
+        json!({"step": step, "clean": of(0.5, clean), "pgd": of(0.25, pgd)})
+    };
+    let lines = [line(0, 3.0, 2.0), line(1, 0.75, 0.5), line(2, 1.5, 0.125)];
+    let text: String = lines.iter().map(|line| line.to_string() + "\n").collect();
+    fs::write(run.join("validation.jsonl"), text).unwrap();
+    for (metric, step, value) in [("reward", 2.0, 1.5), ("robust_reward", 1.0, 0.5)] {
+        let config = format!("[train]\nrecipe = \"at_grpo\"\n[train.validation]\nmetric = \"{metric}\"\n");
+        fs::write(run.join("config.toml"), config).unwrap();
+        let runs = source::read_all(std::slice::from_ref(&run)).unwrap();
+        let data = report_data(&runs, &options(dir.path()), &Silent).unwrap();
+        let reward = figure(&data, "Validation reward").unwrap();
+        let names: Vec<&str> = reward.series.iter().map(|series| series.name.as_str()).collect();
+        let best = format!("grpo, best checkpoint (step {step})");
+        assert_eq!(names, ["grpo, adversarial", "grpo, clean", best.as_str()], "{metric}");
+        assert_eq!((reward.series[1].points[0].y, reward.y_range), (3.0, None));
+        let marked = &reward.series[2].points;
+        assert_eq!((marked.len(), marked[0].x, marked[0].y), (1, step, value), "{metric}");
+        let accuracy = figure(&data, "Validation accuracy").unwrap();
+        assert_eq!(accuracy.series.len(), 2, "the best was not chosen by accuracy");
+        let table = data.tables.iter().find(|table| table.title == "Training").unwrap();
+        let at = |name: &str| table.head.iter().position(|head| head == name).unwrap();
+        assert_eq!(table.rows[0][at("validation reward, clean")], Cell::Number("1.500".into()));
+        let said = format!("step {step}: {metric} {value:.3}");
+        assert_eq!(table.rows[0][at("best checkpoint")], Cell::Text(said));
+        assert!(to_html(&data).unwrap().contains("Validation reward"));
+    }
+}
+
+#[test]
+fn a_run_whose_configuration_this_version_refuses_is_reported_with_a_note() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = dir.path().join("old");
+    write_run(
+        &run,
+        "train",
+        &[],
+        &[json!({"step": 1, "epsilon": 0.5}), json!({"step": 2, "epsilon": 0.5})],
+        true,
+    );
+    let validated = json!({"step": 2, "clean": {"accuracy": 0.5}, "pgd": {"accuracy": 0.25}});
+    fs::write(run.join("validation.jsonl"), validated.to_string() + "\n").unwrap();
+    fs::write(run.join("config.toml"), "[train]\nrecipe = \"of_old\"\nforgotten_key = 1\n").unwrap();
+    let out = dir.path().join("out");
+    report(std::slice::from_ref(&run), &options(&out), &Silent).unwrap();
+    let runs = source::read_all(std::slice::from_ref(&run)).unwrap();
+    let data = report_data(&runs, &options(&out), &Silent).unwrap();
+    let [note] = &data.notes[..] else { panic!("{:?}", data.notes) };
+    assert!(
+        note.starts_with("old: this version refuses its `config.toml` (") && note.contains("and 1 more"),
+        "{note}"
+    );
+    // Nothing is told that only the configuration knew.
+    let table = data.tables.iter().find(|table| table.title == "Training").unwrap();
+    assert_eq!(
+        (&table.rows[0][1], table.head.contains(&"best checkpoint".to_owned())),
+        (&Cell::Missing, false)
+    );
+    assert_eq!(
+        figure(&data, "Training: Budget of the adversary").unwrap().y_label,
+        "epsilon (pixels in [0, 1])"
+    );
+    // What is no such refusal stays an error.
+    fs::write(run.join("config.toml"), b"\xff").unwrap();
+    assert!(source::read_all(&[run]).is_err());
+}
+
+#[test]
 fn tables_of_training_say_what_came_of_it_and_where_the_time_went() {
     let dir = tempfile::tempdir().unwrap();
     let data = report_data(&training_runs(dir.path()), &options(dir.path()), &Silent).unwrap();
@@ -249,6 +328,8 @@ fn tables_of_training_say_what_came_of_it_and_where_the_time_went() {
     assert_eq!(cell(training, 1, "sampled, adversarial"), Cell::Missing);
     assert!(matches!(cell(training, 1, "validation, clean"), Cell::Share(0.9, Some(_))));
     assert!(matches!(cell(training, 1, "validation, best blind control"), Cell::Share(0.4, None)));
+    assert_eq!(cell(training, 1, "best checkpoint"), Cell::Text("step 2: robust_accuracy 0.600".to_owned()));
+    assert_eq!(cell(training, 0, "best checkpoint"), Cell::Missing);
     let times = data.details.iter().find(|table| table.title.starts_with("Where the time")).unwrap();
     assert_eq!(times.rows.len(), 1, "a run that noted no time has no row");
     for (column, text) in

@@ -6,8 +6,9 @@ use crate::error::Result;
 use crate::eval::accuracy::from_counts;
 use crate::eval::report::{Answer, Card, Cell, Figure, Picture, Point, Series, Shape, Table};
 use crate::pixels::decode::{decode_file, encode_png};
-use crate::recipes::config::NormName;
+use crate::recipes::config::{MetricName, NormName};
 use crate::recipes::progress::Progress;
+use crate::recipes::validation::{self, Best};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -128,7 +129,7 @@ fn trained(runs: &[RunDir]) -> Vec<&RunDir> {
 pub(super) fn figures(runs: &[RunDir]) -> Vec<Figure> {
     let runs = trained(runs);
     let curves: Vec<BTreeMap<String, Vec<Point>>> = runs.iter().map(|run| curves_of(run)).collect();
-    let mut figures: Vec<Figure> = validation_figure(&runs).into_iter().collect();
+    let mut figures = validation_figures(&runs);
     let mut add = |title: &str, plot: &Plot, metrics: &[(&str, &str)]| {
         let mut series = Vec::new();
         for (run, curves) in runs.iter().zip(&curves) {
@@ -182,7 +183,9 @@ fn curve_name(run: &RunDir, word: &str) -> String {
 
 /// Budgets of the L-infinity norm in 8-bit levels, where no run has another norm.
 fn in_levels(figure: &mut Figure, runs: &[&RunDir]) {
-    if runs.iter().any(|run| run.config.train.adversary.norm != NormName::Linf) {
+    let is_other =
+        |run: &&RunDir| run.config_refused.is_some() || run.config.train.adversary.norm != NormName::Linf;
+    if runs.iter().any(is_other) {
         figure.y_label.push_str(" (pixels in [0, 1])");
         return;
     }
@@ -245,16 +248,67 @@ fn validated(line: &Value, kind: &str) -> Option<(f64, Option<[f64; 2]>)> {
     Some((accuracy, counted.map(|counted| counted.accuracy_interval)))
 }
 
+/// The mean reward in a line of `validation.jsonl` on one kind of image.
+fn rewarded(line: &Value, kind: &str) -> Option<(f64, Option<[f64; 2]>)> {
+    Some((line[kind]["reward"].as_f64()?, None))
+}
+
 const BLIND: &str = "blind";
 const VALIDATED: [(&str, &str); 3] =
     [("pgd", "adversarial"), ("clean", "clean"), (BLIND, "best blind control")];
+const REWARDED: [(&str, &str); 2] = [("pgd", "adversarial"), ("clean", "clean")];
 
-fn validation_figure(runs: &[&RunDir]) -> Option<Figure> {
+/// What a line of `validation.jsonl` says about one kind of image.
+type Measured = fn(&Value, &str) -> Option<(f64, Option<[f64; 2]>)>;
+
+/// The best checkpoint of a run by the metric that chose it.
+fn best_of(run: &RunDir) -> Option<(MetricName, Best)> {
+    let told = run.summary.as_ref().and_then(|summary| summary["best"]["metric"].as_str());
+    let metric = match told.and_then(|word| word.parse::<MetricName>().ok()) {
+        Some(metric) => metric,
+        None if run.config_refused.is_some() => return None,
+        None => run.config.train.validation.metric(),
+    };
+    Some((metric, validation::best(&run.validation, metric)?))
+}
+
+fn validation_figures(runs: &[&RunDir]) -> Vec<Figure> {
+    let by_accuracy =
+        |metric: MetricName| matches!(metric, MetricName::Accuracy | MetricName::RobustAccuracy);
+    let accuracy = Figure {
+        title: "Validation accuracy".to_owned(),
+        caption: "On questions that are not trained on, clean, under PGD, and by the best of the controls that see no image or another one; band: Wilson's 95 % interval. A dot marks the best checkpoint, where it was chosen by one of these."
+            .to_owned(),
+        x_label: "step".to_owned(),
+        y_label: "accuracy".to_owned(),
+        y_range: Some([0.0, 1.0]),
+        shape: Shape::Line,
+        series: validation_series(runs, &VALIDATED, validated, by_accuracy),
+    };
+    let reward = Figure {
+        title: "Validation reward".to_owned(),
+        caption: "Mean over greedy completions to questions that are not trained on, clean and under PGD. A dot marks the best checkpoint, where it was chosen by one of these."
+            .to_owned(),
+        y_label: "reward".to_owned(),
+        y_range: None,
+        series: validation_series(runs, &REWARDED, rewarded, |metric| !by_accuracy(metric)),
+        ..accuracy.clone()
+    };
+    [accuracy, reward].into_iter().filter(|figure| !figure.series.is_empty()).collect()
+}
+
+/// Curves over the examinations of each run, and a point for its best checkpoint where its metric `is_shown` beside them.
+fn validation_series(
+    runs: &[&RunDir],
+    kinds: &[(&str, &str)],
+    measured: Measured,
+    is_shown: impl Fn(MetricName) -> bool,
+) -> Vec<Series> {
     let mut series = Vec::new();
     for run in runs {
-        for (kind, word) in VALIDATED {
+        for (kind, word) in kinds {
             let point = |line: &Value| {
-                let (y, interval) = validated(line, kind)?;
+                let (y, interval) = measured(line, kind)?;
                 Some(Point { x: line["step"].as_f64()?, y, interval })
             };
             let points: Vec<Point> = run.validation.iter().filter_map(point).collect();
@@ -262,17 +316,13 @@ fn validation_figure(runs: &[&RunDir]) -> Option<Figure> {
                 series.push(Series { name: curve_name(run, word), points });
             }
         }
+        if let Some((_, best)) = best_of(run).filter(|(metric, _)| is_shown(*metric)) {
+            let name = curve_name(run, &format!("best checkpoint (step {})", best.step));
+            let point = Point { x: best.step as f64, y: best.value, interval: None };
+            series.push(Series { name, points: vec![point] });
+        }
     }
-    (!series.is_empty()).then(|| Figure {
-        title: "Validation accuracy".to_owned(),
-        caption: "On questions that are not trained on, clean, under PGD, and by the best of the controls that see no image or another one; band: Wilson's 95 % interval."
-            .to_owned(),
-        x_label: "step".to_owned(),
-        y_label: "accuracy".to_owned(),
-        y_range: Some([0.0, 1.0]),
-        shape: Shape::Line,
-        series,
-    })
+    series
 }
 
 /// Metrics of the table of training runs, with the heads of their columns.
@@ -299,8 +349,7 @@ pub(super) fn table(runs: &[RunDir]) -> Option<Table> {
             let last = run.metrics.last().unwrap_or(&Value::Null);
             let number =
                 |name: &str| last[name].as_u64().map_or(Cell::Missing, |n| Cell::Number(n.to_string()));
-            let recipe = Cell::Text(run.config.train.recipe.word().to_owned());
-            vec![Cell::Text(run.name.clone()), recipe, number("step"), number("num_tokens")]
+            vec![Cell::Text(run.name.clone()), recipe_of(run), number("step"), number("num_tokens")]
         })
         .collect();
     for (metric, name) in COLUMNS.into_iter().filter(|(metric, _)| is_there(metric)) {
@@ -315,15 +364,10 @@ pub(super) fn table(runs: &[RunDir]) -> Option<Table> {
             row.push(late_mean(curves, metric).map_or(Cell::Missing, |mean| Cell::Share(mean, None)));
         }
     }
-    for (kind, word) in VALIDATED {
-        let last = |run: &&RunDir| run.validation.iter().rev().find_map(|line| validated(line, kind));
-        if runs.iter().any(|run| last(run).is_some()) {
-            head.push(format!("validation, {word}"));
-            for (row, run) in rows.iter_mut().zip(&runs) {
-                row.push(
-                    last(run).map_or(Cell::Missing, |(accuracy, interval)| Cell::Share(accuracy, interval)),
-                );
-            }
+    for (name, cells) in validation_columns(&runs) {
+        head.push(name);
+        for (row, cell) in rows.iter_mut().zip(cells) {
+            row.push(cell);
         }
     }
     (!rows.is_empty()).then(|| Table {
@@ -332,6 +376,37 @@ pub(super) fn table(runs: &[RunDir]) -> Option<Table> {
         head,
         rows,
     })
+}
+
+fn recipe_of(run: &RunDir) -> Cell {
+    let summed_up = run.summary.as_ref().and_then(|summary| summary["recipe"].as_str());
+    let configured = run.config_refused.is_none().then(|| run.config.train.recipe.word());
+    summed_up.or(configured).map_or(Cell::Missing, |word| Cell::Text(word.to_owned()))
+}
+
+/// Columns about validation that any of the runs has something to say in: the last line of each, then the best checkpoint.
+fn validation_columns(runs: &[&RunDir]) -> Vec<(String, Vec<Cell>)> {
+    let mut columns: Vec<(String, Vec<Cell>)> = Vec::new();
+    for (kind, word) in VALIDATED {
+        let last = |run: &&RunDir| run.validation.iter().rev().find_map(|line| validated(line, kind));
+        let cell = |run: &&RunDir| {
+            last(run).map_or(Cell::Missing, |(accuracy, interval)| Cell::Share(accuracy, interval))
+        };
+        columns.push((format!("validation, {word}"), runs.iter().map(cell).collect()));
+    }
+    for (kind, word) in REWARDED {
+        let last = |run: &&RunDir| run.validation.iter().rev().find_map(|line| rewarded(line, kind));
+        let cell = |run: &&RunDir| last(run).map_or(Cell::Missing, |(reward, _)| Cell::Number(short(reward)));
+        columns.push((format!("validation reward, {word}"), runs.iter().map(cell).collect()));
+    }
+    let best = |run: &&RunDir| {
+        best_of(run).map_or(Cell::Missing, |(metric, best)| {
+            Cell::Text(format!("step {}: {} {}", best.step, metric.word(), short(best.value)))
+        })
+    };
+    columns.push(("best checkpoint".to_owned(), runs.iter().map(best).collect()));
+    columns.retain(|(_, cells)| cells.iter().any(|cell| *cell != Cell::Missing));
+    columns
 }
 
 /// Mean over the last tenth of a curve.

@@ -3,7 +3,7 @@
 use crate::error::{Error, Result};
 use serde_json::Value;
 use std::fs::{self, File, OpenOptions};
-use std::io::Write as _;
+use std::io::{ErrorKind, Write as _};
 use std::path::{Path, PathBuf};
 
 /// Replaces `path` by `bytes` as a whole: a reader, or a kill, sees the old content or the new, never a part.
@@ -64,7 +64,7 @@ impl JsonLines {
                 empty.insert(opened.map_err(|error| Error::io("cannot open", &self.path, error))?)
             }
         };
-        file.write_all(lines.as_bytes()).map_err(|error| Error::io("cannot append a line", &self.path, error))
+        file.write_all(lines.as_bytes()).map_err(|error| unwritten(&self.path, error))
     }
 
     /// Brings the lines so far to the disk: a power cut cannot take them back.
@@ -124,7 +124,7 @@ impl JsonLines {
     fn read_measured(&self) -> Result<(Vec<(Value, usize)>, usize)> {
         let bytes = match fs::read(&self.path) {
             Ok(bytes) => bytes,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok((Vec::new(), 0)),
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok((Vec::new(), 0)),
             Err(error) => return Err(Error::io("cannot read", &self.path, error)),
         };
         let mut values = Vec::new();
@@ -145,6 +145,19 @@ impl JsonLines {
             }
         }
         Ok((values, bytes.len()))
+    }
+}
+
+/// The error of a line that could not be written; where there was no room for it, with what is kept and how to go on.
+fn unwritten(path: &Path, error: std::io::Error) -> Error {
+    match error.kind() {
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge => {
+            Error::Other(anyhow::anyhow!(
+                "cannot append a line: {error}\n  --> {}\n   = help: what was written before is kept, of a training the last checkpoint. Make room (or raise the quota or limit), then run the same command with --resume",
+                path.display()
+            ))
+        }
+        _ => Error::io("cannot append a line", path, error),
     }
 }
 
@@ -188,6 +201,26 @@ mod tests {
         file.keep_while(|value| value["step"].as_u64() <= Some(2)).unwrap();
         let text = fs::read_to_string(file.path()).unwrap();
         assert_eq!(text, "{\"step\":1,\"loss\":0.1}\n{\"step\":2,\"loss\":1e-9}\n");
+    }
+
+    #[test]
+    fn a_line_that_finds_no_room_is_told_with_what_is_kept_and_how_to_go_on() {
+        for (kind, is_full) in [
+            (ErrorKind::StorageFull, true),
+            (ErrorKind::QuotaExceeded, true),
+            (ErrorKind::FileTooLarge, true),
+            (ErrorKind::PermissionDenied, false),
+        ] {
+            let error = unwritten(Path::new("metrics.jsonl"), kind.into());
+            assert_eq!(error.status(), crate::error::ExitStatus::Unexpected, "{error}");
+            let text = error.to_string();
+            assert!(text.contains("cannot append a line") && text.contains("--> metrics.jsonl"), "{text}");
+            assert_eq!(text.contains("the last checkpoint") && text.contains("--resume"), is_full, "{text}");
+        }
+        if cfg!(target_os = "linux") {
+            let error = JsonLines::new(PathBuf::from("/dev/full")).append(&json!({"step": 1})).unwrap_err();
+            assert!(error.to_string().contains("--resume"), "{error}");
+        }
     }
 
     #[test]

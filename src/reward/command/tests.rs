@@ -108,7 +108,7 @@ fn a_broken_command_is_found_at_its_trial() {
         assert_eq!(error.status(), status, "{script}: {error}");
         let text = error.to_string();
         assert!(text.contains(words), "{script}: {text}");
-        assert!(text.contains("--> the trial before training, question `q7`"), "{script}: {text}");
+        assert!(text.contains("--> before the first step, question `q7`"), "{script}: {text}");
         assert!(text.contains("\n   = help: "), "{script}: {text}");
     }
     let absent = ["no-such-program-anywhere".to_owned()];
