@@ -273,7 +273,7 @@ def by_type(args, boards):
             continue
         print(f"\n{row}: by question type\n\n| type (attacked) | clean, all | clean | best blind control | `auto` | kept of what is above it |\n|---|---|---|---|---|---|")
         for kind in sorted(found[0][0]["by_question_type"]):
-            columns = {"all": [], "clean": [], "blind": [], "robust": [], "kept": []}
+            columns = {"all": [], "clean": [], "blind": [], "robust": []}
             for evaluated, attacked in found:
                 own = [record for record in attacked if record["question_type"] == kind]
                 if not own:
@@ -285,9 +285,11 @@ def by_type(args, boards):
                 columns["clean"].append(clean)
                 columns["blind"].append(blind)
                 columns["robust"].append(robust)
-                if clean > blind:
-                    columns["kept"].append((robust - blind) / (clean - blind))
-            print(f"| {kind} ({len(own)}) | {' | '.join(cell(values) for values in columns.values())} |")
+            clean, blind, robust = (sum(columns[name]) for name in ("clean", "blind", "robust"))
+            # Of next to nothing a share says nothing.
+            above = clean - blind > 0.05 * len(found)
+            kept = f"{100 * (robust - blind) / (clean - blind):.0f}" if above else "-"
+            print(f"| {kind} ({len(own)}) | {' | '.join(cell(values) for values in columns.values())} | {kept} |")
 
 
 def records(run):
