@@ -89,7 +89,7 @@ fn an_adapter_trains_is_evaluated_and_merges_to_the_same_answers() {
     assert!(
         adapter.join("adapter_model.safetensors").exists() && !adapter.join("model.safetensors").exists()
     );
-    let settings: Value =
+    let mut settings: Value =
         serde_json::from_slice(&fs::read(adapter.join("adapter_config.json")).unwrap()).unwrap();
     assert_eq!(settings["target_modules"], serde_json::json!(["q_proj", "v_proj", "down_proj"]));
     assert_eq!((&settings["r"], &settings["lora_alpha"]), (&2.into(), &8.into()));
@@ -103,6 +103,20 @@ fn an_adapter_trains_is_evaluated_and_merges_to_the_same_answers() {
     assert_eq!(active, predictions(root, "of-merged", &["--model", &merged]));
     let run: Value = serde_json::from_slice(&fs::read(root.join("active/run.json")).unwrap()).unwrap();
     assert_eq!(run["adapter_sha256"].as_str().map(str::len), Some(64), "{run}");
+
+    // Settings that speak of more than the file holds: without a word the base's would stay.
+    settings["modules_to_save"] = serde_json::json!(["lm_head"]);
+    fs::write(Path::new(&adapter).join("adapter_config.json"), settings.to_string()).unwrap();
+    let mut further = train(root, "further", &[]);
+    further.extend(["--adapter".to_owned(), adapter.clone()]);
+    let again = ["export", "--model", &model, "--adapter", &adapter, "--out", "again"].map(str::to_owned);
+    for words in [&further[..], &again] {
+        let words: Vec<&str> = words.iter().map(String::as_str).collect();
+        let (status, _, stderr) = call(root, &words);
+        assert_eq!(status, 3, "{stderr}");
+        assert!(stderr.contains("`modules_to_save` names `lm_head`"), "{stderr}");
+    }
+    assert!(!root.join("further").exists() && !root.join("again").exists());
 }
 
 #[test]

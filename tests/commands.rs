@@ -486,6 +486,50 @@ fn damaged_data_is_exit_status_3_with_the_file_named() {
 }
 
 #[test]
+fn questions_about_damaged_images_are_left_out_where_they_may_be_and_shards_agree_on_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("data");
+    copy(&material().data, &data);
+    let of = |out: &Path| {
+        let mut config = config(out);
+        config.data.omnimedvqa = Some(data.clone());
+        config
+    };
+    let (sound, whole, parts) =
+        (dir.path().join("sound"), dir.path().join("whole"), dir.path().join("parts"));
+    evaluate(of(&sound));
+    let asked = records(&sound);
+    let content = text(&data, "QA_information/Open-access/Phantom.json");
+    let questions: Vec<Value> = serde_json::from_str(&content).unwrap();
+    let image_of = |id: &Value| {
+        questions.iter().find(|record| record["question_id"] == *id).unwrap()["image_path"].clone()
+    };
+    let image = image_of(&asked[7]["id"]);
+    let left = asked.iter().filter(|record| image_of(&record["id"]) != image).count();
+    fs::write(data.join(image.as_str().unwrap()), "no image").unwrap();
+    // It is refused before anything is opened or asked.
+    let absent = RunConfig { model: Some("no-such-model".into()), ..of(&whole) };
+    let error = evaluate_with(absent, false, Stop::default()).unwrap_err();
+    assert_eq!(error.status(), ExitStatus::Data, "{error}");
+    assert!(error.to_string().contains(image.as_str().unwrap()) && !whole.exists(), "{error}");
+    let lenient = |out: &Path| {
+        let mut config = of(out);
+        config.data.skip_invalid = true;
+        config
+    };
+    evaluate(lenient(&whole));
+    assert!(left < asked.len() && records(&whole).len() == left, "{left}");
+    for index in 0..3 {
+        let mut part = lenient(&parts.join(index.to_string()));
+        part.data.shard = Some(Shard { index, count: 3 });
+        evaluate(part);
+    }
+    let outcome = merge::merge(&parts, &Silent).unwrap();
+    assert_eq!((&outcome.summary["pass"], outcome.check_failed), (&Value::from(true), None));
+    check_same_results(&whole, &parts);
+}
+
+#[test]
 fn an_unknown_modality_is_kept_under_its_raw_name_and_asking_for_an_absent_one_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let data = dir.path().join("data");
@@ -642,6 +686,12 @@ fn every_problem_of_the_data_is_told_at_once() {
     for words in ["000005.png", "000001.png", "did you mean `question_type`"] {
         assert!(stderr.contains(words), "{words}: {stderr}");
     }
+    // Where no question is left no image is decoded.
+    let empty = dir.path().join("empty.json");
+    fs::write(&empty, "").unwrap();
+    let (status, _, stderr) = said(&safemed(&["data", "check", "--data", &empty.display().to_string()]));
+    assert!(status == 3 && stderr.contains("empty file"), "{status} {stderr}");
+    assert!(!stderr.contains("decode images"), "{stderr}");
 }
 
 #[test]

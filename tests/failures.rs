@@ -6,7 +6,7 @@ use crate::tiny::{Kind, Weights, assistant_of};
 use crate::training::{SHORT, arguments, check_same, copy, lines, material, run_as, settings};
 use candle_core::{Device, Tensor};
 use safemed::error::ExitStatus;
-use safemed::model::weights::TensorFile;
+use safemed::model::weights::{TensorFile, save_file};
 use safemed::pixels::RgbImage8;
 use safemed::pixels::decode::decode_file;
 use safemed::recipes::config::Command::Train;
@@ -282,7 +282,9 @@ fn a_step_that_is_not_finite_is_dumped_and_repeats_to_the_bit() {
         let text = error.to_string();
         let dump = out.join("failure/step-2");
         let lower = "= help: lower `train.learning_rate`";
-        for part in ["step 2, questions `Phantom_", &dump.display().to_string(), lower] {
+        // The only checkpoint holds what the update before this step made.
+        let start = "the checkpoint of step 1 may hold what went wrong, and no sound one is older: begin again from the start";
+        for part in ["step 2, questions `Phantom_", &dump.display().to_string(), lower, start] {
             assert!(text.contains(part), "{recipe}: {part}: {text}");
         }
         let is_named =
@@ -329,12 +331,101 @@ fn a_step_that_is_not_finite_is_dumped_and_repeats_to_the_bit() {
 }
 
 #[test]
+fn after_a_failure_a_checkpoint_older_than_the_last_update_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    // The first step of a warm-up moves nothing; what the second makes of the weights is saved before the third fails.
+    let own = [("train.learning_rate", "1e30"), ("train.warmup_steps", "2"), ("train.save_every", "1")];
+    let more = [&SHORT[..], &own].concat();
+    let error = run_as(Train, &settings(&material().loud, &out, &more), 2).unwrap_err();
+    assert_eq!(error.status(), ExitStatus::NonFinite, "{error}");
+    let text = error.to_string();
+    let named = "the last update is the suspect, so with other settings begin a new run from the checkpoint of step 1, which is older";
+    assert!(text.contains("step 3, questions `Phantom_") && text.contains(named), "{text}");
+    // What goes on from the newest comes to the same failure.
+    let report: Value =
+        serde_json::from_slice(&fs::read(out.join("failure/step-3/failure.json")).unwrap()).unwrap();
+    assert_eq!(report["checkpoint"], "checkpoints/step-2");
+    let weights = |dir: &Path| -> Vec<Vec<f32>> {
+        let file = TensorFile::open(&dir.join("model.safetensors")).unwrap();
+        file.names().iter().map(|name| file.floats(name).unwrap()).collect()
+    };
+    let named = weights(&out.join("checkpoints/step-1"));
+    assert!(named == weights(&material().loud), "the one that is named is sound");
+}
+
+#[test]
+fn a_failure_before_any_update_is_no_matter_of_the_learning_rate() {
+    let dir = tempfile::tempdir().unwrap();
+    let (model, out) = (dir.path().join("model"), dir.path().join("run"));
+    copy(&material().loud, &model);
+    // Finite, as weights are looked at when they are loaded, and too large for what is made of them.
+    let path = model.join("model.safetensors");
+    let file = TensorFile::open(&path).unwrap();
+    let tensor = |name: String| {
+        let tensor = file.tensor(&name).unwrap();
+        let is_large = name == "model.language_model.layers.0.mlp.up_proj.weight";
+        (name, if is_large { (tensor.ones_like().unwrap() * 3e38).unwrap() } else { tensor })
+    };
+    let tensors: Vec<(String, Tensor)> = file.names().into_iter().map(tensor).collect();
+    drop(file);
+    save_file(&path, &tensors, &[("format", "pt")]).unwrap();
+    let error = run_as(Train, &settings(&model, &out, &SHORT), 2).unwrap_err();
+    assert_eq!(error.status(), ExitStatus::NonFinite, "{error}");
+    let text = error.to_string();
+    for part in [
+        "step 1, questions `Phantom_",
+        "first not finite: `model.language_model.layers.0 output` is ",
+        "= help: no update has moved the weights yet: look at those that were loaded (`--model`, `--adapter`)",
+        "; then begin again with another `--out`",
+    ] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+    assert!(!text.contains("learning_rate"), "{text}");
+}
+
+/// A reward command that answers the completions at odd places of a group with one text and all others with another, whatever they
+/// say.
+fn by_turns(odd: &str, even: &str) -> String {
+    let text = format!(
+        r#"while IFS= read -r l; do case "$l" in '{{"step":'*',"index":'*[13579]',"count":'*) echo '{odd}';; *) echo '{even}';; esac; done"#
+    );
+    json!(["sh", "-c", text]).to_string()
+}
+
+#[test]
+fn rewards_too_large_to_be_compared_end_the_run_with_their_group() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    let command = by_turns(r#"{"reward": 1e300}"#, r#"{"reward": -1e300}"#);
+    let own = [
+        ("train.recipe", "grpo"),
+        ("train.grpo.temperature", "2"),
+        ("train.grpo.accuracy_weight", "0"),
+        ("train.grpo.format_weight", "0"),
+        ("train.grpo.reward_command", command.as_str()),
+    ];
+    let more = [&SHORT[..], &own].concat();
+    let error = run_as(Train, &settings(&material().loud, &out, &more), 2).unwrap_err();
+    assert_eq!(error.status(), ExitStatus::NonFinite, "{error}");
+    let text = error.to_string();
+    for part in
+        ["the rewards of group 0 are too large", "step 1, questions `Phantom_", "= help: let `train.grpo.r"]
+    {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+    assert!(!text.contains("learning_rate") && !text.contains("the weights"), "{text}");
+    let report: Value =
+        serde_json::from_slice(&fs::read(out.join("failure/step-1/failure.json")).unwrap()).unwrap();
+    assert_eq!(report["items"][0]["rewards"][1], 1e300, "{report}");
+}
+
+#[test]
 fn a_policy_that_diverged_and_fails_in_its_rollout_is_told_to_learn_slower() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("run");
     // Every other completion of a group is better, whatever it says: each step moves the weights.
-    let text = r#"while IFS= read -r l; do case "$l" in '{"step":'*',"index":'*[13579]',"count":'*) echo '{"reward": 1}';; *) echo '{"reward": 0}';; esac; done"#;
-    let command = json!(["sh", "-c", text]).to_string();
+    let command = by_turns(r#"{"reward": 1}"#, r#"{"reward": 0}"#);
     let own = [
         ("train.recipe", "grpo"),
         ("train.learning_rate", "1e30"),

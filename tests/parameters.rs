@@ -9,6 +9,7 @@ use crate::training::{
 use candle_core::Device;
 use rand::RngCore;
 use rand::seq::SliceRandom;
+use safemed::data::ImageCheck;
 use safemed::data::prompt::PromptTemplate;
 use safemed::error::ExitStatus;
 use safemed::model::assistant::Assistant;
@@ -18,10 +19,10 @@ use safemed::model::sampling::SamplingConfig;
 use safemed::model::weights::{TensorFile, Weights as Checkpoint};
 use safemed::recipes::config::Command::Train;
 use safemed::recipes::config::{Override, RunConfig};
+use safemed::recipes::items;
 use safemed::recipes::job::Job;
 use safemed::recipes::progress::{Kept, Progress, Silent};
 use safemed::recipes::run::Stop;
-use safemed::recipes::{inputs, items};
 use safemed::rng;
 use safemed::roles::policy::{self, Scoring};
 use serde_json::Value;
@@ -546,7 +547,7 @@ fn divergence_by_hand(config: &RunConfig, reference: &Path, policy: &Path, step:
         Assistant::load_adapted(&model, adaptation, Precision::AsStored, &|_| false, &Device::Cpu).unwrap()
     };
     let (reference, policy) = (load(reference), load(policy));
-    let dataset = inputs::open_questions(config).unwrap().0;
+    let dataset = config.data.dataset().load(ImageCheck::Exist).unwrap();
     let images = items::Images::new(&dataset);
     let template: PromptTemplate = config.prompt.parse().unwrap();
     let temperature = config.train.grpo.temperature;

@@ -405,6 +405,8 @@ fn every_recipe_logs_its_numbers() {
         "groups_updated",
         "kl",
         "entropy",
+        "sampling/sampling_logp_difference/mean",
+        "sampling/sampling_logp_difference/max",
         "clip_ratio/low_mean",
         "clip_ratio/low_min",
         "clip_ratio/high_mean",
@@ -454,6 +456,11 @@ fn every_recipe_logs_its_numbers() {
         }
         if recipe.ends_with("grpo") {
             assert!(steps.iter().any(|step| step["groups_updated"].as_f64() > Some(0.0)), "{steps:?}");
+            // What samples and what scores are one policy at one temperature, but for the image placeholders, which are never
+            // drawn: to an untrained model they are as likely as other tokens.
+            let gaps =
+                steps.iter().map(|step| step["sampling/sampling_logp_difference/max"].as_f64().unwrap());
+            assert!(gaps.clone().all(|gap| gap > 0.0 && gap < 0.03), "{:?}", gaps.collect::<Vec<_>>());
             assert_eq!(lines(&out, "completions.jsonl").len(), 2 * 4);
         }
         assert!(out.join("report.md").exists() && out.join("checkpoints/step-2/config.json").exists());

@@ -2,13 +2,17 @@
 //! changes a byte.
 
 use crate::failures::{go_on, signal, start, wait_until};
-use crate::training::{check_same, lines, material, run_as, run_with_kills, settings};
+use crate::training::{check_same, job_of, lines, material, run_as, run_job, run_with_kills, settings};
+use safemed::backend::with_threads;
 use safemed::error::ExitStatus;
 use safemed::model::weights::TensorFile;
-use safemed::recipes::config::Command::{Attack, Train};
+use safemed::recipes::config::Command::{self, Attack, Eval, Train};
+use safemed::recipes::eval;
+use safemed::recipes::progress::Kept;
 use serde_json::{Value, json};
 use std::fs;
-use std::path::Path;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
 
 /// Four steps with an examination of eight questions at every other one.
 const EXAMINED: [(&str, &str); 10] = [
@@ -276,19 +280,18 @@ fn rewards_that_were_not_given_are_left_out_unless_the_best_is_chosen_by_them() 
     }
 }
 
-#[test]
-fn a_data_set_of_its_own_is_validated_with_the_images_beside_it() {
-    let dir = tempfile::tempdir().unwrap();
-    let own = dir.path().join("own");
-    fs::create_dir_all(&own).unwrap();
+/// Questions of another source, which say and show what the drawn ones at these places do (the first forty are trained on), under
+/// other ids, with images beside them under other names; gives their file.
+fn own_questions(dir: &Path, places: Range<usize>) -> PathBuf {
+    fs::create_dir_all(dir).unwrap();
     let drawn = safemed::data::load(&material().data).unwrap();
-    let records: Vec<Value> = drawn.samples[..8]
+    let records: Vec<Value> = drawn.samples[places]
         .iter()
         .enumerate()
         .map(|(n, sample)| {
             // No image of the training data has this name.
             let image = format!("beside-{n}.png");
-            fs::copy(drawn.root.join(&sample.image), own.join(&image)).unwrap();
+            fs::copy(drawn.root.join(&sample.image), dir.join(&image)).unwrap();
             let mut record = json!({
                 "question_id": format!("own-{n}"), "question": sample.question, "image_path": image,
                 "question_type": sample.question_type, "modality_type": sample.modality_raw,
@@ -300,18 +303,97 @@ fn a_data_set_of_its_own_is_validated_with_the_images_beside_it() {
             record
         })
         .collect();
-    let file = own.join("questions.json");
+    let file = dir.join("questions.json");
     fs::write(&file, json!(records).to_string()).unwrap();
-    let file = file.display().to_string();
+    file
+}
+
+/// Two steps with an examination before and after them, of clean images, by the questions in `file`.
+fn examined_by(file: &str) -> Vec<(&str, &str)> {
     let mut more: Vec<(&str, &str)> = EXAMINED.to_vec();
     more.retain(|(key, _)| *key != "train.validation.split");
-    more.push(("train.validation.data", &file));
+    more.push(("train.validation.data", file));
     more.extend([("train.validation.num_steps", "0"), ("train.num_steps", "2")]);
+    more
+}
+
+#[test]
+fn a_data_set_of_its_own_is_validated_with_the_images_beside_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = own_questions(&dir.path().join("own"), 40..48).display().to_string();
     let out = dir.path().join("out");
-    run_as(Train, &settings(&material().loud, &out, &more), 2).unwrap();
+    run_as(Train, &settings(&material().loud, &out, &examined_by(&file)), 2).unwrap();
     let asked = lines(&out, "validation/step-0/records.jsonl");
     assert_eq!(asked.len(), 8);
     assert!(asked.iter().all(|record| record["id"].as_str().unwrap().starts_with("own-")), "{asked:?}");
+}
+
+#[test]
+fn copies_of_questions_that_are_trained_on_are_refused_whatever_their_ids() {
+    let dir = tempfile::tempdir().unwrap();
+    // Sixteen questions are trained on: two of these four.
+    let file = own_questions(&dir.path().join("own"), 14..18).display().to_string();
+    let out = dir.path().join("out");
+    let absent = dir.path().join("no-such-model");
+    let error = run_as(Train, &settings(&absent, &out, &examined_by(&file)), 1).unwrap_err();
+    assert_eq!(error.status(), ExitStatus::Data);
+    let text = error.to_string();
+    let words =
+        "2 of 4 validation questions are trained on, among them `own-0` (in training `Phantom_000014`)";
+    assert!(text.starts_with(words) && text.contains("= help: "), "{text}");
+    assert!(!out.exists());
+}
+
+#[test]
+fn problems_of_validation_come_before_weights_or_are_told_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let own = dir.path().join("own");
+    let file = own_questions(&own, 40..48);
+    let mut records: Vec<Value> = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
+    records[0]["gt_answer"] = json!("none of these");
+    fs::write(&file, json!(records).to_string()).unwrap();
+    let split = dir.path().join("all.json");
+    let ids: Vec<&Value> = records.iter().map(|record| &record["question_id"]).collect();
+    fs::write(&split, json!(ids).to_string()).unwrap();
+    let [folder, file, split] = [&own, &file, &split].map(|path| path.display().to_string());
+    let told = |command: Command, settings: &[(String, String)]| -> Vec<String> {
+        let kept = Kept::default();
+        let job = job_of(command, settings, &kept).unwrap();
+        let outcome =
+            if command == Eval { with_threads(Some(2), || eval::eval(&job)) } else { run_job(&job, 2) };
+        outcome.unwrap();
+        let notes = kept.notes.lock().unwrap();
+        notes.iter().filter(|note| note.contains("are left out")).cloned().collect()
+    };
+    let lenient = ("data.skip_invalid", "true");
+    for command in [Eval, Attack] {
+        let more = [
+            ("data.omnimedvqa", folder.as_str()),
+            ("data.data", file.as_str()),
+            ("data.split", split.as_str()),
+            ("attack.num_steps", "1"),
+            lenient,
+        ];
+        let out = dir.path().join(command.word());
+        let notes = told(command, &settings(&material().loud, &out, &more));
+        assert_eq!(notes, ["1 problems: their records are left out"], "{command}");
+        assert_eq!(lines(&out, "records.jsonl").len(), 7);
+    }
+    // Training decodes the images of validation too before it begins.
+    fs::write(own.join("beside-1.png"), "no image").unwrap();
+    let out = dir.path().join("out");
+    let absent = dir.path().join("no-such-model");
+    let error = run_as(Train, &settings(&absent, &out, &examined_by(&file)), 1).unwrap_err();
+    assert_eq!(error.status(), ExitStatus::Data);
+    let text = error.to_string();
+    assert!(text.starts_with("2 problems in the data") && text.contains("beside-1.png"), "{text}");
+    assert!(text.contains("(`own-0`): `gt_answer` is none of the options") && !out.exists(), "{text}");
+    let more = [&examined_by(&file)[..], &[lenient]].concat();
+    let notes = told(Train, &settings(&material().loud, &out, &more));
+    assert_eq!(notes, ["2 problems in the validation data: their records are left out"]);
+    for step in [0, 2] {
+        assert_eq!(lines(&out, &format!("validation/step-{step}/records.jsonl")).len(), 6);
+    }
 }
 
 #[test]

@@ -53,6 +53,8 @@ COMPILABLE = ("forward", "certify", "pgd", "generate", "sft_lora", "grpo")
 COMPILED_BF16 = ("forward", "certify", "pgd")
 # The PyTorch program holds a model already when it loads another: what it then takes is no figure of loading one.
 NO_MEMORY = ("load",)
+# Its rollouts draw from a model that was never trained: now and then an image placeholder, which ends the program.
+ATTEMPTS = 3
 OURS = {"ours": [], "ours_bf16": ["--bf16"]}
 SIDES = ["ours", "ours_bf16", "tuned", "tuned_compile", "stock", "torch_bf16"]
 # What is divided by the fastest of what, row by row.
@@ -150,8 +152,11 @@ def run(a, side, ours, work):
             seconds, peak = run_to_end([a.python, str(a.peer / "peer.py"), "first_answer", *common, *own])
             return {line_name: {"workload": line_name, "all_s": [seconds], "median_s": seconds, "peak_rss_mb": peak}}
         command = [a.python, str(a.peer / "peer.py"), *words, *common, *own]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    if done.returncode:
+    for _ in range(ATTEMPTS):
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        if not done.returncode:
+            break
+    else:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
     return {line["workload"]: line for line in map(json.loads, done.stdout.splitlines())}
 

@@ -60,6 +60,7 @@ fn parse(record: &Value, index: usize, name: &FileName) -> std::result::Result<S
         }
     };
     let (user, assistant) = one_round(&turns, record).map_err(|problem| vec![problem])?;
+    let id = problem::id_field(record).map_err(&mut keep).ok();
     let image = image_of(record, &turns, user).map_err(&mut keep).ok();
     let asked = question_of(record, &user.text).map_err(&mut keep).ok();
     let answer = match &asked {
@@ -80,10 +81,12 @@ fn parse(record: &Value, index: usize, name: &FileName) -> std::result::Result<S
     let modality_raw = optional(&["modality", "modality_type"]).unwrap_or(&name.modality_raw);
     let question_type = optional(&["question_type"]).unwrap_or(&name.question_type);
     let dataset = optional(&["dataset"]);
-    match (image, asked, answer, reasoning) {
-        (Some(image), Some((question, options)), Some(answer), Some(reasoning)) if problems.is_empty() => {
+    match (id, image, asked, answer, reasoning) {
+        (Some(id), Some(image), Some((question, options)), Some(answer), Some(reasoning))
+            if problems.is_empty() =>
+        {
             Ok(Sample {
-                id: problem::id_of(record).unwrap_or_else(|| name.id(index)),
+                id: id.unwrap_or_else(|| name.id(index)),
                 dataset: dataset.map_or_else(|| name.stem.clone(), str::to_owned),
                 modality: if modality_raw == UNKNOWN {
                     UNKNOWN.into()

@@ -76,6 +76,26 @@ impl Dataset {
         self.unsharded.as_deref().unwrap_or(&self.samples)
     }
 
+    /// Keeps of the selected questions those of one shard.
+    pub fn take_shard(&mut self, shard: Shard) {
+        let part = shard.of(&self.samples);
+        self.unsharded = Some(std::mem::replace(&mut self.samples, part));
+    }
+
+    /// Refuses a selection of nothing; one shard of many may be empty.
+    ///
+    /// # Errors
+    /// A data error.
+    pub fn require_population(&self) -> Result<()> {
+        if self.population().is_empty() {
+            return Err(Error::data(format!(
+                "no question is left after selection\n  --> {}\n   = help: check --split, --modality and --question-type against `safemed data stats`",
+                self.root.display()
+            )));
+        }
+        Ok(())
+    }
+
     /// Where a sample's image lies.
     pub fn image_path(&self, sample: &Sample) -> PathBuf {
         self.root.join(&sample.image)
@@ -163,12 +183,7 @@ impl DatasetConfig {
         if !self.skip_invalid {
             problem::refuse(&dataset.skipped)?;
         }
-        if dataset.population().is_empty() {
-            return Err(Error::data(format!(
-                "no question is left after selection\n  --> {}\n   = help: check --split, --modality and --question-type against `safemed data stats`",
-                dataset.root.display()
-            )));
-        }
+        dataset.require_population()?;
         Ok(dataset)
     }
 
@@ -198,8 +213,7 @@ impl DatasetConfig {
             dataset.samples.truncate(limit);
         }
         if let Some(shard) = self.shard {
-            let part = shard.of(&dataset.samples);
-            dataset.unsharded = Some(std::mem::replace(&mut dataset.samples, part));
+            dataset.take_shard(shard);
         }
         Ok(dataset)
     }

@@ -1,5 +1,6 @@
 //! What is wrong with a record, where it stands, and how all of it is said at once.
 
+use std::collections::HashSet;
 use std::fmt::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -13,7 +14,7 @@ use crate::error::{Error, Result};
 const LISTED: usize = 200;
 
 /// One thing wrong with one record (or one file).
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Problem {
     /// The file it is in.
     pub file: PathBuf,
@@ -105,6 +106,12 @@ fn refuse_listing(problems: &[Problem], most: usize) -> Result<()> {
     Err(Error::data(text))
 }
 
+/// Each of these problems once, in order: data sets that are made of the same files all tell those of the files.
+pub fn distinct<'a>(problems: impl IntoIterator<Item = &'a Problem>) -> Vec<Problem> {
+    let mut seen = HashSet::new();
+    problems.into_iter().filter(|problem| seen.insert(*problem)).cloned().collect()
+}
+
 /// What a JSON value is, in words.
 pub fn kind(value: &Value) -> &'static str {
     match value {
@@ -122,10 +129,11 @@ pub fn kind(value: &Value) -> &'static str {
 /// # Errors
 /// What is wrong with it.
 pub fn text_field<'a>(record: &'a Value, key: &str) -> std::result::Result<&'a str, String> {
-    match optional_text(record, key)? {
-        Some(text) => Ok(text),
-        None if record.get(key).is_some_and(|value| !value.is_null()) => Err(format!("`{key}` is blank")),
-        None => Err(format!("`{key}` is missing{}", near_miss(record, key))),
+    match (optional_text(record, key)?, record.get(key)) {
+        (Some(text), _) => Ok(text),
+        (None, Some(Value::Null)) => Err(format!("`{key}` is null, a text was expected")),
+        (None, Some(_)) => Err(format!("`{key}` is blank")),
+        (None, None) => Err(format!("`{key}` is missing{}", near_miss(record, key))),
     }
 }
 
@@ -141,21 +149,31 @@ pub fn optional_text<'a>(record: &'a Value, key: &str) -> std::result::Result<Op
     }
 }
 
+/// A name in the record that `key`, which it lacks, may be meant by.
 fn near_miss(record: &Value, key: &str) -> String {
     let keys = record.as_object().into_iter().flat_map(|map| map.keys());
     keys.map(|found| (strsim::damerau_levenshtein(found, key), found))
-        .filter(|(distance, _)| *distance <= 2)
+        .filter(|(distance, _)| (1..=2).contains(distance))
         .min()
         .map_or_else(String::new, |(_, found)| format!(" (did you mean `{key}` by `{found}`?)"))
 }
 
-/// The id that a record gives itself, whatever its format calls it; numbers count.
-pub fn id_of(record: &Value) -> Option<String> {
-    ["question_id", "id"].into_iter().find_map(|key| match record.get(key)? {
-        Value::String(text) if !text.trim().is_empty() => Some(text.clone()),
-        Value::Number(number) => Some(number.to_string()),
-        _ => None,
-    })
+/// The id that a record gives itself, whatever its format calls it; numbers count. None where it is absent, null or blank.
+///
+/// # Errors
+/// When it is something else than a text or a number: an invented one in its place would go unseen.
+pub fn id_field(record: &Value) -> std::result::Result<Option<String>, String> {
+    for key in ["question_id", "id"] {
+        match record.get(key) {
+            Some(Value::String(text)) if !text.trim().is_empty() => return Ok(Some(text.clone())),
+            Some(Value::Number(number)) => return Ok(Some(number.to_string())),
+            None | Some(Value::Null | Value::String(_)) => {}
+            Some(other) => {
+                return Err(format!("`{key}` is {}, a text or a number was expected", kind(other)));
+            }
+        }
+    }
+    Ok(None)
 }
 
 /// An image path that stays inside the root.
@@ -204,13 +222,15 @@ impl<'a> Collector<'a> {
 
     /// The problem `message` of the record at zero-based `index`.
     pub fn problem(&mut self, index: usize, message: String) -> Problem {
-        Problem { id: self.records.get(index).and_then(id_of), ..self.place(index).problem(message) }
+        let id = self.records.get(index).and_then(|record| id_field(record).ok().flatten());
+        Problem { id, ..self.place(index).problem(message) }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::json;
 
     #[test]
     fn a_long_list_is_cut_but_counted() {
@@ -226,5 +246,50 @@ mod tests {
         let text = refuse_all(&problems).unwrap_err().to_string();
         assert!(text.starts_with("250 problems") && text.contains("f.json: p249\n"), "{text}");
         assert!(!text.contains(" more"), "{text}");
+    }
+
+    #[test]
+    fn a_field_that_is_there_is_told_by_what_it_is_and_another_name_only_where_it_lacks() {
+        for (record, expected) in [
+            (json!({"gt_answer": null}), "`gt_answer` is null, a text was expected"),
+            (json!({"gt_answer": null, "gt_answers": "x"}), "`gt_answer` is null, a text was expected"),
+            (json!({"gt_answer": 7}), "`gt_answer` is a number, a text was expected"),
+            (json!({"gt_answer": " "}), "`gt_answer` is blank"),
+            (
+                json!({"gt_answers": "x"}),
+                "`gt_answer` is missing (did you mean `gt_answer` by `gt_answers`?)",
+            ),
+            (json!({"question": "x"}), "`gt_answer` is missing"),
+        ] {
+            assert_eq!(text_field(&record, "gt_answer").unwrap_err(), expected, "{record}");
+        }
+    }
+
+    #[test]
+    fn an_id_is_a_text_or_a_number() {
+        for (record, expected) in [
+            (json!({"id": "q"}), Ok(Some("q"))),
+            (json!({"id": 7}), Ok(Some("7"))),
+            (json!({"question_id": null, "id": "q"}), Ok(Some("q"))),
+            (json!({"id": null}), Ok(None)),
+            (json!({"id": " "}), Ok(None)),
+            (json!({}), Ok(None)),
+            (json!({"id": {"a": 1}}), Err("`id` is an object, a text or a number was expected")),
+            (json!({"id": ["q"]}), Err("`id` is an array, a text or a number was expected")),
+            (
+                json!({"question_id": true, "id": "q"}),
+                Err("`question_id` is true or false, a text or a number was expected"),
+            ),
+        ] {
+            let expected = expected.map(|id| id.map(str::to_owned)).map_err(str::to_owned);
+            assert_eq!(id_field(&record), expected, "{record}");
+        }
+    }
+
+    #[test]
+    fn what_two_sets_tell_of_one_file_is_one_problem() {
+        let of = |name: &str, line| Problem { line, ..Problem::of_file(Path::new(name), "p") };
+        let (a, b, c) = (of("f.json", Some(1)), of("f.json", Some(2)), of("g.json", Some(1)));
+        assert_eq!(distinct([&b, &a, &b, &c, &a]), [b, a, c]);
     }
 }

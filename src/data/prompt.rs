@@ -184,16 +184,10 @@ mod tests {
 
     fn sample() -> Sample {
         Sample {
-            id: "x".into(),
-            dataset: "d".into(),
-            modality: "CT".into(),
-            modality_raw: "CT".into(),
-            question_type: "Anatomy Identification".into(),
             question: "Where is {options}?".into(),
             options: vec!["upper-left".into(), "lower, right".into()],
             answer: 1,
-            image: "i.png".into(),
-            reasoning: None,
+            ..Sample::for_test(0)
         }
     }
 

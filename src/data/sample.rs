@@ -161,6 +161,25 @@ impl Sample {
     }
 }
 
+#[cfg(test)]
+impl Sample {
+    /// A question for tests: those of different numbers differ in nothing but id and image, and their ids sort like the numbers.
+    pub(crate) fn for_test(number: usize) -> Self {
+        Self {
+            id: format!("q{number:06}"),
+            dataset: "d".into(),
+            modality: "CT".into(),
+            modality_raw: "CT".into(),
+            question_type: "t".into(),
+            question: "what?".into(),
+            options: vec!["x".into(), "y".into()],
+            answer: 0,
+            image: format!("{number}.png").into(),
+            reasoning: None,
+        }
+    }
+}
+
 /// The reasoning that names the modality and what was found, with a placeholder for the letter right after it.
 pub fn reasoning_for(modality: &str, finding: &str) -> String {
     format!("scan {modality}; finding {finding} {ANSWER_PLACEHOLDER}")
@@ -326,16 +345,10 @@ mod tests {
 
     fn sample() -> Sample {
         Sample {
-            id: "x".into(),
-            dataset: "d".into(),
-            modality: "CT".into(),
-            modality_raw: "CT(Computed Tomography)".into(),
-            question_type: "Anatomy Identification".into(),
-            question: "Where?".into(),
             options: ["w", "x", "y", "z"].map(String::from).to_vec(),
             answer: 2,
-            image: "i.png".into(),
             reasoning: Some("scan CT; finding y {answer}".into()),
+            ..Sample::for_test(0)
         }
     }
 

@@ -53,6 +53,8 @@ pub struct Completion {
     pub is_finished: bool,
     /// Entropy, in nats, of the distribution that each token was drawn from, before any filter; empty when greedy.
     pub entropies: Vec<f32>,
+    /// Log-probability of each token in that distribution; empty when greedy.
+    pub log_probs: Vec<f32>,
 }
 
 /// The rows of several prompts one after another. What all begin with, before any image, stands first and once: its keys
@@ -208,6 +210,7 @@ impl Sequence {
         let token = chosen.token;
         self.completion.ids.push(token);
         self.completion.entropies.extend(chosen.entropy);
+        self.completion.log_probs.extend(chosen.log_prob);
         self.completion.is_finished = decoding.stop_ids.contains(&token);
         Ok(())
     }

@@ -325,6 +325,17 @@ fn switch(value: &Value, key: &str) -> Result<bool> {
     }
 }
 
+/// The modules that the settings say are saved whole, beside the low-rank ones.
+fn saved_modules(value: &Value) -> Result<Vec<&str>> {
+    const KEY: &str = "modules_to_save";
+    let wrong = || wrong_type(KEY, "a list of names");
+    match &value[KEY] {
+        Value::Null => Ok(Vec::new()),
+        Value::Array(names) => names.iter().map(|name| name.as_str().ok_or_else(wrong)).collect(),
+        _ => Err(wrong()),
+    }
+}
+
 /// Refuses what is not plain low-rank adaptation rather than computing something else.
 fn refuse_variants(value: &Value) -> Result<()> {
     const SWITCHES: [&str; 5] = ["use_dora", "use_qalora", "use_bdlora", "fan_in_fan_out", "lora_bias"];
@@ -417,7 +428,26 @@ impl Adapter {
             used: RefCell::default(),
         };
         adapter.read(&file).map_err(here)?;
+        adapter.check_saved(&saved_modules(&value).map_err(here)?, &file)?;
         Ok(adapter)
+    }
+
+    /// Refuses an adapter whose file lacks one of the modules that its settings say are saved whole: the base's would stand in its
+    /// place without a word.
+    fn check_saved(&self, modules: &[&str], file: &TensorFile) -> Result<()> {
+        // As the file spells them and canonical ones, of the module itself or of modules inside it.
+        let names: Vec<String> =
+            file.names().into_iter().filter(|name| low_rank_name(name).is_none()).collect();
+        let names = || names.iter().chain(self.whole.keys());
+        let is_there = |module: &str| {
+            let inside = format!("{module}.");
+            names().any(|name| name.contains(&inside))
+        };
+        let Some(module) = modules.iter().find(|module| !is_there(module)) else { return Ok(()) };
+        Err(Error::data(format!(
+            "`modules_to_save` names `{module}`, and the adapter holds no tensor of it: the model's own would stay in its place\n  --> {}\n   = help: save the adapter again with PEFT's `save_pretrained`; where nothing of `{module}` was trained, take it out of `modules_to_save` in {CONFIG_FILE}",
+            self.dir.display()
+        )))
     }
 
     fn read(&mut self, file: &TensorFile) -> Result<()> {

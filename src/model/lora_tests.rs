@@ -201,6 +201,52 @@ fn tensors_that_replace_the_bases_are_named() {
 }
 
 #[test]
+fn modules_that_are_said_to_be_saved_and_are_not_are_an_error() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = LoraConfig::new(2, 4.0, Modules::parse("q_proj"));
+    let tensor = |shape: (usize, usize)| Tensor::zeros(shape, candle_core::DType::F32, &Device::Cpu).unwrap();
+    let low_rank = [
+        (format!("{QUERY}.lora_A.weight"), tensor((2, 6))),
+        (format!("{QUERY}.lora_B.weight"), tensor((6, 2))),
+    ];
+    let load = |modules: Value, whole: &[&str]| {
+        let whole = whole.iter().map(|name| ((*name).to_owned(), tensor((3, 6))));
+        let tensors: Vec<(String, Tensor)> = low_rank.iter().cloned().chain(whole).collect();
+        save(dir.path(), &config, &tensors).unwrap();
+        let mut settings = config.to_json();
+        settings["modules_to_save"] = modules;
+        crate::model::tokenizer::write_json(&dir.path().join(CONFIG_FILE), &settings).unwrap();
+        Adapter::load(dir.path()).map(|_| ())
+    };
+    for (modules, whole) in [
+        (json!(["lm_head"]), &["lm_head.weight"][..]),
+        (json!(null), &[]),
+        (json!([]), &[]),
+        (json!(["lm_head"]), &["lm_head.modules_to_save.default.weight"]),
+        // A name of the file's own, one of a whole part, and one of a module within it.
+        (json!(["model.embed_tokens"]), &["model.embed_tokens.weight"]),
+        (json!(["language_model.embed_tokens"]), &["model.embed_tokens.weight"]),
+        (json!(["merger", "merger.mlp.2"]), &["visual.merger.mlp.0.weight", "visual.merger.mlp.2.weight"]),
+    ] {
+        load(modules.clone(), whole).unwrap_or_else(|error| panic!("{modules} {whole:?}: {error}"));
+    }
+    for (modules, whole, named) in [
+        (json!(["lm_head", "embed_tokens"]), &["lm_head.weight"][..], "names `embed_tokens`"),
+        (json!(["lm_head"]), &[], "names `lm_head`"),
+        // What an adapter lies over is not saved whole.
+        (json!(["q_proj"]), &[], "names `q_proj`"),
+        (json!("lm_head"), &["lm_head.weight"], "must be a list of names"),
+        (json!([7]), &[], "must be a list of names"),
+    ] {
+        let error = load(modules.clone(), whole).unwrap_err();
+        assert!(matches!(error, Error::Data(_)), "{modules}: {error}");
+        let text = error.to_string();
+        assert!(text.contains("`modules_to_save`") && text.contains(named), "{modules}: {text}");
+        assert!(text.contains(&format!("--> {}", dir.path().display())), "{text}");
+    }
+}
+
+#[test]
 fn settings_written_by_peft_are_read_with_their_meaning() {
     let Some(root) = fixtures() else { return };
     let list = Adapter::load(&root.join("lora/qwen2_5_vl_list")).unwrap();

@@ -91,6 +91,8 @@ pub(super) struct Chosen {
     pub(super) token: u32,
     /// Entropy of the distribution at the temperature, in nats; none when greedy.
     pub(super) entropy: Option<f32>,
+    /// The token's log-probability in it, in nats; none when greedy.
+    pub(super) log_prob: Option<f32>,
 }
 
 /// Chooses the tokens of one completion.
@@ -112,14 +114,17 @@ impl Sampler {
             penalize(&mut logits, seen, config.repetition_penalty as f32);
         }
         if config.temperature <= 0.0 {
-            return Ok(Chosen { token: most_likely(&logits), entropy: None });
+            return Ok(Chosen { token: most_likely(&logits), entropy: None, log_prob: None });
         }
         let probabilities = softmax(&logits, config.temperature);
         let entropy = entropy(&logits, config.temperature, &probabilities);
         let probabilities = kept(probabilities, &config);
         let drawn = WeightedIndex::new(&probabilities)
             .map_err(|error| Error::NonFinite(format!("no token can be drawn: {error}")))?;
-        Ok(Chosen { token: drawn.sample(&mut self.stream) as u32, entropy: Some(entropy) })
+        let token = drawn.sample(&mut self.stream);
+        // Filters leave what they keep as it was.
+        let log_prob = probabilities[token].ln();
+        Ok(Chosen { token: token as u32, entropy: Some(entropy), log_prob: Some(log_prob) })
     }
 }
 
@@ -243,6 +248,24 @@ mod tests {
         assert_eq!(survivors(SamplingConfig { min_p: Some(1.0), ..at }), [1]);
         // A low temperature makes the rest rare: squared shares, 0.16 to 0.09 is 0.5625.
         assert_eq!(survivors(SamplingConfig { min_p: Some(0.57), ..SamplingConfig::at(0.5) }), [1]);
+    }
+
+    #[test]
+    fn a_log_probability_is_that_at_the_temperature_before_any_filter() {
+        for (temperature, shares) in [(1.0, [0.1, 0.4, 0.2, 0.3]), (0.5, [0.01, 0.16, 0.04, 0.09])] {
+            let total: f64 = shares.iter().sum();
+            for top_k in [None, Some(2)] {
+                let config = SamplingConfig { top_k, ..SamplingConfig::at(temperature) };
+                for seed in 0..20 {
+                    let chosen = Sampler::new(config, seed).choose(logits(), std::iter::empty()).unwrap();
+                    let wanted = (shares[chosen.token as usize] / total).ln();
+                    let found = f64::from(chosen.log_prob.unwrap());
+                    assert!((found - wanted).abs() < 1e-6, "{config:?}: {found}, not {wanted}");
+                }
+            }
+        }
+        let greedy = Sampler::new(SamplingConfig::at(0.0), 1).choose(logits(), std::iter::empty()).unwrap();
+        assert_eq!((greedy.entropy, greedy.log_prob), (None, None));
     }
 
     #[test]

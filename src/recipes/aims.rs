@@ -200,18 +200,7 @@ mod tests {
     const REASONING: &str = "The organ is on the lower left.";
 
     fn sample() -> Sample {
-        Sample {
-            id: "x".into(),
-            dataset: "d".into(),
-            modality: "CT".into(),
-            modality_raw: "CT".into(),
-            question_type: "Anatomy Identification".into(),
-            question: "Which?".into(),
-            options: vec!["liver".into(), "spleen".into()],
-            answer: 1,
-            image: "i.png".into(),
-            reasoning: Some(REASONING.into()),
-        }
+        Sample { answer: 1, reasoning: Some(REASONING.into()), ..Sample::for_test(0) }
     }
 
     /// Assistants whose tags are tokens, many tokens that run into their neighbours, and parts of longer tokens.
@@ -275,7 +264,7 @@ mod tests {
                 "<answer> A",
             ] {
                 let ids = assistant.tokenizer.encode(own_text).unwrap();
-                let own = Completion { ids, is_finished: false, entropies: Vec::new() };
+                let own = Completion { ids, ..Completion::default() };
                 let template = PromptTemplate::MedR1Think;
                 let (whole, counted) = aimed(assistant, template, ObjectiveName::Answer, Some(&own));
                 let before = own_text.split_once("<answer>").unwrap().0;
@@ -287,7 +276,7 @@ mod tests {
             }
             // Without a tag of its own there is nothing to stand behind.
             let ids = assistant.tokenizer.encode("It is A").unwrap();
-            let own = Completion { ids, is_finished: false, entropies: Vec::new() };
+            let own = Completion { ids, ..Completion::default() };
             let (whole, _) = aimed(assistant, PromptTemplate::MedR1Think, ObjectiveName::Answer, Some(&own));
             assert!(whole.starts_with(&format!("<think> {REASONING}")), "{whole}");
         }

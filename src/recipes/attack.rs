@@ -184,8 +184,7 @@ pub fn attack(job: &Job<'_>) -> Result<Outcome> {
     inputs::require_greedy(&job.config, "attacked answers are those of a fixed function")?;
     // Nothing trains here: what a file says of a training, for another command, changes nothing.
     let setting = Setting { batch_size: config.batch_size, memory: Memory::Keep, ..Setting::of(config)? };
-    let (dataset, train) = inputs::open_questions(config)?;
-    items::require_some(&dataset, "attack")?;
+    let (dataset, train) = inputs::open_questions(job, "attack")?;
     let model = inputs::open_model(job)?;
     let mut run = job.open_run()?;
     inputs::note_model(&mut run, &model)?;

@@ -64,8 +64,7 @@ pub fn certify(job: &Job<'_>) -> Result<Outcome> {
     let config = &job.config;
     smoothing_of(config)?;
     inputs::check_job(job)?;
-    let (dataset, train) = inputs::open_questions(config)?;
-    items::require_some(&dataset, "certify")?;
+    let (dataset, train) = inputs::open_questions(job, "certify")?;
     let model = inputs::open_model(job)?;
     let setting = setting_with(config, model.sha256.clone())?;
     let mut run = job.open_run()?;

@@ -7,7 +7,7 @@ use super::answers::{Answer, Asker, Asking};
 use super::blind::{self, Blind};
 use super::config::RunConfig;
 use super::inputs;
-use super::items::{self, Images};
+use super::items::Images;
 use super::job::{Job, Outcome};
 use super::progress::Progress;
 use super::records::{Controls, EvalRecord, letter};
@@ -57,8 +57,7 @@ impl EvalSettings {
 pub fn eval(job: &Job<'_>) -> Result<Outcome> {
     inputs::check_job(job)?;
     let settings = EvalSettings::of(&job.config)?;
-    let (dataset, train) = inputs::open_questions(&job.config)?;
-    items::require_some(&dataset, "evaluate")?;
+    let (dataset, train) = inputs::open_questions(job, "evaluate")?;
     let model = inputs::open_model(job)?;
     let mut run = job.open_run()?;
     inputs::note_model(&mut run, &model)?;
@@ -85,9 +84,6 @@ pub fn evaluate(
 ) -> Result<Value> {
     let assistant = assistant.detached()?;
     inputs::note_questions(run, dataset, train, settings.asking.template)?;
-    if !dataset.skipped.is_empty() {
-        progress.note(&format!("{} problems: their records are left out", dataset.skipped.len()));
-    }
     let blind = Blind::new(dataset, train, settings.seed);
     blind.note(run, progress)?;
     let asker = Asker {

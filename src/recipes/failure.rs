@@ -6,7 +6,7 @@
 //! the last one, to the same failure.
 
 use super::checkpoint::{self, saved_steps};
-use super::fit::{self, Fit, Learner};
+use super::fit::{self, Fit, Learner, Saved};
 use super::items;
 use super::lesson::Lesson;
 use super::run::write_atomic;
@@ -274,33 +274,102 @@ pub fn explain<L: Learner>(lesson: &Lesson<'_>, fit: &Fit<L>, run: &Path, part: 
         Ok(()) => error.at(&format!("the batch lies in {}", dir.display())),
         Err(reason) => error.at(&format!("the batch could not be written down: {reason}")),
     };
-    let then = match saved_steps(&run.join("checkpoints")).into_iter().max() {
-        Some(last) => format!(
-            "with other settings begin a new run from the checkpoint of step {last} (`--model` or `--adapter`, and another `--out`)"
-        ),
-        None => {
-            "no checkpoint was written yet: begin again with other settings and another `--out`".to_owned()
-        }
-    };
     let is_image = began.first().is_some_and(|what| what.starts_with("the image"));
-    Error::NonFinite(format!("{}; {then}", advised(&error.to_string(), is_image, fit.updates)))
+    let (advised, suspect) = advised(&error.to_string(), is_image, fit.updates);
+    let then = begin_again(fit, &run.join("checkpoints"), suspect);
+    Error::NonFinite(format!("{advised}; {then}"))
 }
 
-/// An error with what to do about it: what it says itself, unless that sends one to the weights of the checkpoint and training
-/// has moved them since.
-fn advised(text: &str, is_image: bool, updates: u64) -> String {
+/// What may have made numbers that are not finite.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Suspect {
+    /// What the error itself says something about, such as a reward.
+    Named,
+    /// The image, before the model saw it.
+    Image,
+    /// The weights as they were loaded: no update has moved them.
+    Loaded,
+    /// The last update of the weights.
+    Update,
+}
+
+impl Suspect {
+    /// After `updates`; `own` is what the error itself says to do.
+    fn of(own: Option<&str>, is_image: bool, updates: u64) -> Self {
+        match own {
+            Some(own) if !own.contains("the weights") => Self::Named,
+            _ if is_image => Self::Image,
+            _ if updates == 0 => Self::Loaded,
+            _ => Self::Update,
+        }
+    }
+}
+
+/// An error with what to do about it, and what is suspected: what it says itself, unless that sends one to the weights of the
+/// checkpoint and they are not what is suspected.
+fn advised(text: &str, is_image: bool, updates: u64) -> (String, Suspect) {
     let (what, own) = match text.split_once("\n   = help: ") {
         Some((what, own)) => (what, Some(own)),
         None => (text, None),
     };
-    let help = match own.filter(|own| updates == 0 || !own.contains("the weights")) {
-        Some(own) => own,
-        None if is_image => {
+    let suspect = Suspect::of(own, is_image, updates);
+    let help = match (suspect, own) {
+        (Suspect::Image, _) => {
             "the image was no number before the model saw it: look at `train.noise_sigma` and `train.adversary`"
         }
-        None => "lower `train.learning_rate`, add `train.warmup_steps`, or set `train.max_grad_norm`",
+        (Suspect::Update, _) => {
+            "lower `train.learning_rate`, add `train.warmup_steps`, or set `train.max_grad_norm`"
+        }
+        (_, Some(own)) => own,
+        (_, None) => {
+            "no update has moved the weights yet: look at those that were loaded (`--model`, `--adapter`) and at what they are rounded to (`--dtype`, `--arithmetic`)"
+        }
     };
-    format!("{what}\n   = help: {help}")
+    (format!("{what}\n   = help: {help}"), suspect)
+}
+
+/// What to begin again from: the newest checkpoint below `root` that what is suspected cannot have spoilt.
+fn begin_again<L: Learner>(fit: &Fit<L>, root: &Path, suspect: Suspect) -> String {
+    if suspect == Suspect::Loaded {
+        return "then begin again with another `--out`".to_owned();
+    }
+    let is_update = suspect == Suspect::Update;
+    // A checkpoint of all the steps that are done holds what the last update made, which may be finite and far too large.
+    let most = if is_update { fit.step.saturating_sub(1) } else { fit.step };
+    match (newest_sound(&fit.learner, root, most), saved_steps(root).into_iter().max()) {
+        (Some(step), _) if is_update => format!(
+            "the last update is the suspect, so with other settings begin a new run from the checkpoint of step {step}, which is older than it (`--model` or `--adapter`, and another `--out`)"
+        ),
+        (Some(step), _) => format!(
+            "with other settings begin a new run from the checkpoint of step {step} (`--model` or `--adapter`, and another `--out`)"
+        ),
+        (None, Some(last)) => format!(
+            "the checkpoint of step {last} may hold what went wrong, and no sound one is older: begin again from the start with other settings and another `--out`"
+        ),
+        (None, None) => {
+            "no checkpoint was written yet: begin again with other settings and another `--out`".to_owned()
+        }
+    }
+}
+
+/// The newest checkpoint below `root` of at most `most` steps whose trained weights can be read and are all finite.
+fn newest_sound<L: Learner>(learner: &L, root: &Path, most: u64) -> Option<u64> {
+    let mut steps = saved_steps(root);
+    steps.retain(|step| *step <= most);
+    steps.sort_unstable();
+    steps.into_iter().rev().find(|step| is_sound(learner, &checkpoint::named(root, *step)))
+}
+
+/// Whether the trained weights of the checkpoint in `dir` can be read and are all finite.
+fn is_sound<L: Learner>(learner: &L, dir: &Path) -> bool {
+    let Ok(saved) = learner.open(dir) else { return false };
+    learner.trained().iter().all(|(name, var)| {
+        let numbers = match &saved {
+            Saved::Model(weights) => weights.get(name, var.as_tensor().dims()),
+            Saved::Tensors { file, root } => file.numbers(&format!("{root}{name}")),
+        };
+        numbers.is_ok_and(|numbers| numbers.not_finite().is_none())
+    })
 }
 
 /// A failed batch.
@@ -416,6 +485,66 @@ fn exact(image: &Tensor) -> Result<Tensor> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::weights::TensorFile;
+    use candle_core::Var;
+
+    /// One variable and nothing else.
+    struct Toy(Var);
+
+    impl Learner for Toy {
+        fn trained(&self) -> Vec<(String, Var)> {
+            vec![("a".to_owned(), self.0.clone())]
+        }
+
+        fn save(&self, dir: &Path) -> Result<()> {
+            std::fs::create_dir_all(dir).unwrap();
+            let tensors = [("a".to_owned(), self.0.as_tensor().detach())];
+            weights::save_file(&dir.join("toy.safetensors"), &tensors, &[])
+        }
+
+        fn open(&self, dir: &Path) -> Result<Saved> {
+            Ok(Saved::Tensors { file: TensorFile::open(&dir.join("toy.safetensors"))?, root: "" })
+        }
+
+        fn saved_bytes(&self) -> u64 {
+            8
+        }
+    }
+
+    #[test]
+    fn a_run_begins_again_from_a_checkpoint_that_what_is_suspected_cannot_have_spoilt() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path();
+        let var = Var::from_slice(&[1f32, 2.0], 2, &Device::Cpu).unwrap();
+        let mut fit = Fit::new(Toy(var)).unwrap();
+        let first = begin_again(&fit, root, Suspect::Update);
+        assert!(first.starts_with("no checkpoint was written yet"), "{first}");
+        for (step, value) in [(2, 1e30f32), (4, 1e30), (6, f32::INFINITY)] {
+            fit.step = step;
+            fit.learner.0.set(&Tensor::new(&[value, 1.0], &Device::Cpu).unwrap()).unwrap();
+            fit.save(root).unwrap();
+        }
+        let mut check = |done: u64, suspect: Suspect, words: &str| {
+            fit.step = done;
+            let told = begin_again(&fit, root, suspect);
+            assert!(told.contains(words), "{done} {suspect:?}: {told}");
+        };
+        // Step 5 is under way, or an examination after step 4: that checkpoint holds what the last update made.
+        check(4, Suspect::Update, "from the checkpoint of step 2, which is older than it");
+        check(5, Suspect::Update, "from the checkpoint of step 4, which is older than it");
+        for suspect in [Suspect::Image, Suspect::Named] {
+            check(4, suspect, "from the checkpoint of step 4 (");
+            // The newest is not finite.
+            check(6, suspect, "from the checkpoint of step 4 (");
+        }
+        check(7, Suspect::Update, "from the checkpoint of step 4, ");
+        check(2, Suspect::Update, "begin again from the start");
+        check(0, Suspect::Loaded, "then begin again with another `--out`");
+        // What cannot be read is no place to begin from.
+        std::fs::remove_file(root.join("step-4/toy.safetensors")).unwrap();
+        check(7, Suspect::Update, "from the checkpoint of step 2, ");
+        check(6, Suspect::Image, "from the checkpoint of step 2 (");
+    }
 
     #[test]
     fn the_help_of_an_error_stays_unless_training_made_the_weights_that_it_sends_one_to() {
@@ -431,10 +560,16 @@ mod tests {
             (option, false, 3, "lower `train.learning_rate`"),
             (command, false, 0, "write null"),
             (command, false, 3, "write null"),
-            (plain, false, 0, "lower `train.learning_rate`"),
+            // No learning rate has done anything yet.
+            (plain, false, 0, "no update has moved the weights yet: look at those that were loaded"),
+            (plain, false, 1, "lower `train.learning_rate`"),
+            (plain, true, 0, "the image was no number"),
             (plain, true, 3, "the image was no number"),
         ] {
-            let told = advised(text, is_image, updates);
+            let (told, suspect) = advised(text, is_image, updates);
+            let is_named = text == command;
+            assert_eq!(suspect == Suspect::Named, is_named, "{text}");
+            assert_eq!(suspect == Suspect::Image, is_image && !is_named, "{text}");
             let what = text.split("\n   = help: ").next().unwrap();
             assert!(told.starts_with(&format!("{what}\n   = help: {words}")), "{told}");
             assert_eq!(told.matches("= help: ").count(), 1, "{told}");

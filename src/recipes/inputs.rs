@@ -4,11 +4,12 @@
 
 use super::config::{GenerationConfig, RunConfig, Scoring};
 use super::grpo::Judge;
+use super::items;
 use super::job::Job;
 use super::progress::Progress;
 use super::run::{Run, Stop};
 use crate::data::prompt::PromptTemplate;
-use crate::data::{Dataset, ImageCheck, Sample};
+use crate::data::{Dataset, DatasetConfig, Problem, Sample, problem};
 use crate::error::{Error, Result};
 use crate::model::assistant::Assistant;
 use crate::model::denoiser::{self, Denoiser};
@@ -192,14 +193,33 @@ pub fn within_limits(config: &RunConfig, own: ImageProcessorConfig) -> Result<Im
     Ok(limited)
 }
 
-/// The questions of `config`, and those that the option prior counts when a training split is named.
+/// The questions of a job to `ask`, and those that the option prior counts when a training split is named. Images are decoded
+/// once to see: a run of days must not end at a damaged one on its way.
 ///
 /// # Errors
-/// Those of [`DatasetConfig::load`].
-pub fn open_questions(config: &RunConfig) -> Result<(Dataset, Option<Dataset>)> {
-    let data = config.data.dataset();
-    let dataset = data.load(ImageCheck::Exist)?;
+/// Those of [`DatasetConfig::survey`]; a data error that lists whatever is wrong with records and images, unless it may be left
+/// out, or when nothing is left; when asked to stop.
+pub fn open_questions(job: &Job<'_>, ask: &str) -> Result<(Dataset, Option<Dataset>)> {
+    let data = job.config.data.dataset();
+    // Shards pair their questions with images of all, and divide what is left of all: they must agree on what that is.
+    let mut dataset = items::survey(&DatasetConfig { shard: None, ..data.clone() }, &job.stop, job.progress)?;
+    if !data.skip_invalid {
+        problem::refuse(&dataset.skipped)?;
+    }
+    if let Some(shard) = data.shard {
+        dataset.take_shard(shard);
+    }
+    dataset.require_population()?;
+    items::require_some(&dataset, ask)?;
+    note_left_out(&dataset.skipped, job.progress);
     Ok((dataset, data.load_train()?))
+}
+
+/// Says how much is wrong with the records that were left out: once in a run, by whoever opens the questions.
+pub fn note_left_out(skipped: &[Problem], progress: &dyn Progress) {
+    if !skipped.is_empty() {
+        progress.note(&format!("{} problems: their records are left out", skipped.len()));
+    }
 }
 
 /// The samples in the order in which every run works and writes: by id, so that neither the order of the files nor

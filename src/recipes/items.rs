@@ -4,7 +4,7 @@ use super::config::{RecipeName, RunConfig, TargetName};
 use super::progress::Progress;
 use super::run::Stop;
 use crate::data::prompt::PromptTemplate;
-use crate::data::{Dataset, DatasetConfig, ImageCheck, Problem, Sample, problem};
+use crate::data::{Dataset, DatasetConfig, ImageCheck, Problem, Sample};
 use crate::error::{Error, Result};
 use crate::model::assistant::Assistant;
 use crate::model::generate::Prompt;
@@ -14,7 +14,7 @@ use crate::pixels::gray::GrayReading;
 use crate::pixels::{RgbImage8, decode};
 use candle_core::Tensor;
 use rayon::prelude::*;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -136,83 +136,71 @@ impl Images {
 /// Those of [`DatasetConfig::survey`]; when asked to stop.
 pub fn survey(config: &DatasetConfig, stop: &Stop, progress: &dyn Progress) -> Result<Dataset> {
     let mut dataset = config.survey(ImageCheck::Exist)?;
-    let damaged = damaged(&dataset, stop, progress)?;
-    leave_out(&mut dataset, damaged);
+    leave_out_damaged(&mut [&mut dataset], stop, progress)?;
     Ok(dataset)
 }
 
-/// The questions of a run that no image may stop on its way: whatever is wrong with records and images is refused in one list, or
-/// left out where `config` allows it. The set may then be empty.
-///
-/// # Errors
-/// A data error that lists the problems; those of [`survey`].
-pub fn sound_questions(config: &RunConfig, stop: &Stop, progress: &dyn Progress) -> Result<Dataset> {
-    let data = config.data.dataset();
-    let dataset = survey(&data, stop, progress)?;
-    if !data.skip_invalid {
-        problem::refuse(&dataset.skipped)?;
-    }
-    Ok(dataset)
-}
-
-/// Images of a data set that cannot be read, each decoded once to see, at the place of the first question about it.
+/// Leaves out the questions whose images cannot be read, each image with its problem: a run of days must not find them on its
+/// way. An image that several of the sets show is decoded once.
 ///
 /// # Errors
 /// When asked to stop.
-pub fn damaged(
-    dataset: &Dataset,
-    stop: &Stop,
-    progress: &dyn Progress,
-) -> Result<BTreeMap<PathBuf, Problem>> {
-    let mut questions: BTreeMap<&PathBuf, Vec<&Sample>> = BTreeMap::new();
-    for sample in &dataset.samples {
-        questions.entry(&sample.image).or_default().push(sample);
+pub fn leave_out_damaged(datasets: &mut [&mut Dataset], stop: &Stop, progress: &dyn Progress) -> Result<()> {
+    let damaged = damaged(datasets, stop, progress)?;
+    for dataset in datasets {
+        let mut gone = BTreeSet::new();
+        let root = dataset.root.clone();
+        dataset.samples.retain(|sample| {
+            let image = root.join(&sample.image);
+            let is_damaged = damaged.contains_key(&image);
+            if is_damaged {
+                gone.insert(image);
+            }
+            !is_damaged
+        });
+        dataset.skipped.extend(gone.iter().filter_map(|image| damaged.get(image)).cloned());
     }
-    let images: Vec<(&PathBuf, Vec<&Sample>)> = questions.into_iter().collect();
-    let damage = |(image, questions): &(&PathBuf, Vec<&Sample>)| -> Option<(PathBuf, Problem)> {
-        let file = dataset.root.join(image);
-        let text = decode::decode_file(&file).err()?.to_string();
-        let what = text.lines().next().unwrap_or_default();
-        let first = questions.first()?;
-        let more = match questions.len() {
-            1 => String::new(),
-            n => format!(", the image of {n} questions"),
-        };
-        Some(((*image).clone(), dataset.problem(first, format!("{what} ({}{more})", file.display()))))
-    };
-    let mut problems = BTreeMap::new();
-    progress.start(images.len(), 0, "decode images");
-    for (done, chunk) in images.chunks(256).enumerate() {
-        stop.check()?;
-        problems.par_extend(chunk.par_iter().filter_map(damage));
-        progress.tick((256 * done + chunk.len()).min(images.len()), &[]);
-    }
-    progress.finish();
-    Ok(problems)
-}
-
-/// Leaves out the questions whose images cannot be read, where `config` allows it: a run of days must not find them on its way.
-///
-/// # Errors
-/// A data error that lists them, where it does not; when asked to stop.
-pub fn without_damaged(
-    config: &RunConfig,
-    dataset: &mut Dataset,
-    stop: &Stop,
-    progress: &dyn Progress,
-) -> Result<()> {
-    let damaged = damaged(dataset, stop, progress)?;
-    if !config.data.skip_invalid {
-        return problem::refuse(&damaged.into_values().collect::<Vec<_>>());
-    }
-    leave_out(dataset, damaged);
     Ok(())
 }
 
-/// Leaves out the questions about these images.
-fn leave_out(dataset: &mut Dataset, damaged: BTreeMap<PathBuf, Problem>) {
-    dataset.samples.retain(|sample| !damaged.contains_key(&sample.image));
-    dataset.skipped.extend(damaged.into_values());
+/// The first question about an image, of its data set, and how many there are.
+type Shown<'a> = (&'a Dataset, &'a Sample, usize);
+
+/// Image files of the sets that cannot be read, each decoded once to see, at the place of the first question about it.
+fn damaged(
+    datasets: &[&mut Dataset],
+    stop: &Stop,
+    progress: &dyn Progress,
+) -> Result<BTreeMap<PathBuf, Problem>> {
+    let mut files: BTreeMap<PathBuf, Shown<'_>> = BTreeMap::new();
+    for dataset in datasets {
+        let dataset: &Dataset = dataset;
+        for sample in &dataset.samples {
+            files.entry(dataset.image_path(sample)).or_insert((dataset, sample, 0)).2 += 1;
+        }
+    }
+    let mut problems = BTreeMap::new();
+    if files.is_empty() {
+        return Ok(problems);
+    }
+    let files: Vec<_> = files.into_iter().collect();
+    let damage = |(file, (dataset, first, count)): &(PathBuf, Shown<'_>)| -> Option<(PathBuf, Problem)> {
+        let text = decode::decode_file(file).err()?.to_string();
+        let what = text.lines().next().unwrap_or_default();
+        let more = match *count {
+            1 => String::new(),
+            n => format!(", the image of {n} questions"),
+        };
+        Some((file.clone(), dataset.problem(first, format!("{what} ({}{more})", file.display()))))
+    };
+    progress.start(files.len(), 0, "decode images");
+    for (done, chunk) in files.chunks(256).enumerate() {
+        stop.check()?;
+        problems.par_extend(chunk.par_iter().filter_map(damage));
+        progress.tick((256 * done + chunk.len()).min(files.len()), &[]);
+    }
+    progress.finish();
+    Ok(problems)
 }
 
 /// Pixels of images in order, neighbours of one size in one tensor `[n, 3, height, width]` in [0, 1].
@@ -361,10 +349,23 @@ pub fn require_some(dataset: &Dataset, what: &str) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::data::problem;
     use crate::pixels::decode::encode_png;
-    use crate::recipes::progress::Silent;
     use serde_json::json;
     use std::fs;
+
+    /// How many images each bar was begun for.
+    #[derive(Default)]
+    struct Bars(Mutex<Vec<usize>>);
+
+    impl Progress for Bars {
+        fn start(&self, total: usize, _done: usize, _what: &str) {
+            self.0.lock().unwrap().push(total);
+        }
+        fn tick(&self, _done: usize, _figures: &[(&str, f64)]) {}
+        fn note(&self, _text: &str) {}
+        fn row(&self, _cells: &[String]) {}
+    }
 
     #[test]
     fn bad_records_missing_images_and_damaged_ones_are_told_in_one_list_with_their_places() {
@@ -389,10 +390,12 @@ mod tests {
         fs::write(dir.path().join("sound.png"), &png).unwrap();
         fs::write(dir.path().join("torn.png"), &png[..png.len() / 2]).unwrap();
 
-        let mut config = RunConfig::default();
-        config.data.data = Some(questions);
-        let sound = |config: &RunConfig| sound_questions(config, &Stop::default(), &Silent);
-        let text = sound(&config).unwrap_err().to_string();
+        let config = DatasetConfig { data: Some(questions), ..DatasetConfig::default() };
+        let bars = Bars::default();
+        let left = survey(&config, &Stop::default(), &bars).unwrap();
+        assert_eq!((left.samples.len(), left.skipped.len()), (1, 3));
+        assert_eq!(*bars.0.lock().unwrap(), [2]);
+        let text = problem::refuse(&left.skipped).unwrap_err().to_string();
         assert!(text.starts_with("3 problems in the data"), "{text}");
         let torn = format!("({}, the image of 2 questions)", dir.path().join("torn.png").display());
         for words in [
@@ -403,11 +406,31 @@ mod tests {
         ] {
             assert!(text.contains(words), "{words}\n---\n{text}");
         }
-        config.data.skip_invalid = true;
-        let left = sound(&config).unwrap();
-        assert_eq!((left.samples.len(), left.skipped.len()), (1, 3));
-        // Nothing may be left: whoever asks says what that means.
+        // Nothing may be left: whoever asks says what that means. No bar is drawn for no image.
         fs::remove_file(dir.path().join("sound.png")).unwrap();
-        assert!(sound(&config).unwrap().samples.is_empty());
+        fs::remove_file(dir.path().join("torn.png")).unwrap();
+        let bars = Bars::default();
+        let left = survey(&config, &Stop::default(), &bars).unwrap();
+        assert_eq!((left.samples.len(), left.skipped.len()), (0, 5));
+        assert_eq!(*bars.0.lock().unwrap(), [0; 0]);
+    }
+
+    #[test]
+    fn a_damaged_image_of_two_sets_is_decoded_once_and_its_questions_leave_both() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("0.png"), "none").unwrap();
+        let png = encode_png(&RgbImage8::filled(8, 8, [9; 3]).unwrap()).unwrap();
+        fs::write(dir.path().join("1.png"), png).unwrap();
+        let [mut trained, mut asked] =
+            [[0, 1], [1, 0]].map(|of| Dataset::new(dir.path(), of.map(Sample::for_test).to_vec()));
+        let bars = Bars::default();
+        leave_out_damaged(&mut [&mut trained, &mut asked], &Stop::default(), &bars).unwrap();
+        assert_eq!(*bars.0.lock().unwrap(), [2]);
+        for left in [&trained, &asked] {
+            assert_eq!(left.samples, [Sample::for_test(1)]);
+            let [problem] = left.skipped.as_slice() else { panic!("{:?}", left.skipped) };
+            assert!(problem.message.contains("the image of 2 questions"), "{problem}");
+        }
+        assert_eq!(trained.skipped, asked.skipped);
     }
 }

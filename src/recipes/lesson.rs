@@ -270,19 +270,7 @@ mod tests {
 
     #[test]
     fn steps_looked_at_together_are_those_looked_at_one_by_one() {
-        let sample = |number: usize| Sample {
-            id: format!("q{number}"),
-            dataset: "d".into(),
-            modality: "CT".into(),
-            modality_raw: "CT".into(),
-            question_type: "t".into(),
-            question: "what?".into(),
-            options: vec!["x".into(), "y".into()],
-            answer: 0,
-            image: format!("{number}.png").into(),
-            reasoning: None,
-        };
-        let samples: Vec<Sample> = (0..7).map(sample).collect();
+        let samples: Vec<Sample> = (0..7).map(Sample::for_test).collect();
         let images = Images::new(&Dataset::new("r", samples.clone()));
         for batch_size in [1, 3, 7, 16] {
             let config = TrainConfig { batch_size, ..TrainConfig::default() };

@@ -19,7 +19,7 @@ use super::validation::{self, Best, Exam};
 use super::watch::{self, Watch};
 use super::{denoise, sft, trades};
 use crate::backend::peak_memory_bytes;
-use crate::data::Dataset;
+use crate::data::{Dataset, ImageCheck, problem};
 use crate::error::{Error, Result};
 use crate::model::assistant::Assistant;
 use crate::model::denoiser::{Denoiser, DenoiserConfig};
@@ -104,28 +104,14 @@ pub(super) fn material(
             "the recipe `denoiser` trains no model: an adapter or another denoiser has no effect\n   = help: leave `--adapter`, `train.lora_rank` and `--denoiser` out",
         ));
     }
-    let looks_at_images = matches!(extent, Extent::Whole) && !config.train.captions;
-    let (mut dataset, _) = match inputs::open_questions(config) {
-        // What is wrong with images would be the next to be refused: all of it is told at once.
-        Err(Error::Data(_)) if looks_at_images => (items::sound_questions(config, stop, progress)?, None),
-        found => found?,
+    let (dataset, validation) = match extent {
+        Extent::Whole => sound_questions(config, stop, progress)?,
+        Extent::Steps(_) => {
+            let dataset = config.data.dataset().load(ImageCheck::Exist)?;
+            let validation = validation::questions(config, &dataset, progress)?;
+            (dataset, validation)
+        }
     };
-    items::require_some(&dataset, "train on")?;
-    let mut validation = validation::questions(config, &dataset, progress)?;
-    if matches!(extent, Extent::Whole) {
-        if looks_at_images {
-            items::without_damaged(config, &mut dataset, stop, progress)?;
-            items::require_some(&dataset, "train on")?;
-        }
-        if let Some(questions) = &mut validation {
-            items::without_damaged(config, questions, stop, progress)?;
-            items::require_some(questions, "validate on")?;
-        }
-        let skipped = dataset.skipped.len();
-        if skipped > 0 {
-            progress.note(&format!("{skipped} problems: their records are left out"));
-        }
-    }
     for note in items::Reasonings::of(config, &dataset.samples).notes(&dataset.samples) {
         progress.note(&note);
     }
@@ -157,6 +143,41 @@ pub(super) fn material(
     let reference = if needs_reference { Some(assistant.frozen_copy()?) } else { None };
     let adapter = chosen.settings(&assistant, config.train.lora_dropout)?;
     Ok(Material { dataset, model, assistant, chosen, adapter, reference, validation, judge })
+}
+
+/// The questions to train on and those of validation, none of which stops a run on its way: whatever is wrong with records and
+/// images of both is refused in one list, or left out where `config` allows it.
+fn sound_questions(
+    config: &RunConfig,
+    stop: &Stop,
+    progress: &dyn Progress,
+) -> Result<(Dataset, Option<Dataset>)> {
+    let data = config.data.dataset();
+    let mut dataset = data.survey(ImageCheck::Exist)?;
+    let mut validation = validation::survey(config, &dataset, progress)?;
+    let mut shown = Vec::new();
+    if !config.train.captions {
+        shown.push(&mut dataset);
+    }
+    shown.extend(&mut validation);
+    items::leave_out_damaged(&mut shown, stop, progress)?;
+    let own = problem::distinct(&dataset.skipped);
+    let others = validation.iter().flat_map(|questions| &questions.skipped);
+    let all = problem::distinct(dataset.skipped.iter().chain(others));
+    if !data.skip_invalid {
+        problem::refuse(&all)?;
+    }
+    items::require_some(&dataset, "train on")?;
+    if let Some(questions) = &validation {
+        items::require_some(questions, "validate on")?;
+    }
+    inputs::note_left_out(&own, progress);
+    // Those of a file that both sets are in are told already.
+    let more = all.len() - own.len();
+    if more > 0 {
+        progress.note(&format!("{more} problems in the validation data: their records are left out"));
+    }
+    Ok((dataset, validation))
 }
 
 /// Trains in an open run directory and leaves the summary there.
@@ -532,3 +553,132 @@ const SHOWN: [(&str, &str); 7] = [
     ("pgd_gain", "pgd gain"),
     ("psnr", "psnr"),
 ];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pixels::RgbImage8;
+    use crate::pixels::decode::encode_png;
+    use crate::recipes::progress::Kept;
+    use std::fs;
+    use std::path::Path;
+
+    /// A folder with an image that is sound and two that cannot be read.
+    fn images() -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        let png = encode_png(&RgbImage8::filled(8, 8, [9; 3]).unwrap()).unwrap();
+        fs::write(dir.path().join("sound.png"), &png).unwrap();
+        fs::write(dir.path().join("torn.png"), &png[..png.len() / 2]).unwrap();
+        fs::write(dir.path().join("ruined.png"), "no image").unwrap();
+        dir
+    }
+
+    /// Writes a question in each line, with its id, image and right option, which may be none of them.
+    fn write(file: &Path, question: &str, records: &[[&str; 3]]) {
+        let lines = records.iter().map(|[id, image, answer]| {
+            let record = json!({
+                "question_id": id, "question": question, "question_type": "Disease Diagnosis",
+                "modality_type": "CT", "image_path": image, "gt_answer": answer, "option_A": "cyst",
+                "option_B": "None",
+            });
+            record.to_string()
+        });
+        fs::write(file, lines.collect::<Vec<_>>().join("\n")).unwrap();
+    }
+
+    /// The ids of both sets and what was noted about them, or why they are refused.
+    fn looked_at(config: &RunConfig) -> std::result::Result<([Vec<String>; 2], Vec<String>), String> {
+        let kept = Kept::default();
+        let found = sound_questions(config, &Stop::default(), &kept);
+        let (dataset, validation) = found.map_err(|error| error.to_string())?;
+        let ids = [Some(dataset), validation].map(|set| {
+            let samples = set.map(|set| set.samples).unwrap_or_default();
+            samples.into_iter().map(|sample| sample.id).collect()
+        });
+        Ok((ids, kept.notes.into_inner().unwrap()))
+    }
+
+    #[test]
+    fn what_is_wrong_with_the_data_of_training_and_of_validation_is_one_list() {
+        let dir = images();
+        let [own, other] = ["t.jsonl", "v.jsonl"].map(|name| dir.path().join(name));
+        let records = [["a", "sound.png", "cyst"], ["b", "torn.png", "cyst"], ["c", "sound.png", "mass"]];
+        write(&own, "What?", &records);
+        let records = [
+            ["d", "sound.png", "cyst"],
+            ["e", "torn.png", "cyst"],
+            ["f", "gone.png", "cyst"],
+            ["g", "ruined.png", "None"],
+            ["h", "sound.png", "mass"],
+        ];
+        write(&other, "Where?", &records);
+        let mut config = RunConfig::default();
+        config.data.data = Some(own);
+        config.train.validation.every = 1;
+        config.train.validation.data = Some(other);
+        let text = looked_at(&config).unwrap_err();
+        assert!(text.starts_with("5 problems in the data"), "{text}");
+        for words in [
+            "t.jsonl:3: record 3 (`c`): `gt_answer` is none of the options",
+            "t.jsonl:2: record 2 (`b`): the image cannot be decoded",
+            "torn.png, the image of 2 questions)",
+            "v.jsonl:5: record 5 (`h`): `gt_answer` is none of the options",
+            "v.jsonl:3: record 3 (`f`): image file is missing",
+            "v.jsonl:4: record 4 (`g`): ",
+        ] {
+            assert!(text.contains(words), "{words}\n---\n{text}");
+        }
+        config.data.skip_invalid = true;
+        let ([trained, asked], notes) = looked_at(&config).unwrap();
+        assert_eq!((trained, asked), (vec!["a".to_owned()], vec!["d".to_owned()]));
+        assert_eq!(
+            notes,
+            [
+                "2 problems: their records are left out",
+                "3 problems in the validation data: their records are left out"
+            ]
+        );
+    }
+
+    #[test]
+    fn what_is_wrong_with_a_file_of_both_is_told_once() {
+        let dir = images();
+        let file = dir.path().join("q.jsonl");
+        let records = [
+            ["a", "sound.png", "cyst"],
+            ["b", "torn.png", "cyst"],
+            ["c", "sound.png", "cyst"],
+            ["d", "torn.png", "cyst"],
+            ["e", "sound.png", "mass"],
+        ];
+        write(&file, "What?", &records);
+        let split = |name: &str, ids: [&str; 2]| {
+            let file = dir.path().join(name);
+            fs::write(&file, json!(ids).to_string()).unwrap();
+            Some(file)
+        };
+        let mut config = RunConfig::default();
+        config.data.data = Some(file);
+        config.data.split = split("t.json", ["a", "b"]);
+        config.train.validation.every = 1;
+        config.train.validation.split = split("v.json", ["c", "d"]);
+        let text = looked_at(&config).unwrap_err();
+        assert!(text.starts_with("2 problems in the data"), "{text}");
+        assert!(text.contains("record 5 (`e`)") && text.contains("record 2 (`b`)"), "{text}");
+        let lenient = |config: &RunConfig| {
+            let mut config = config.clone();
+            config.data.skip_invalid = true;
+            looked_at(&config).unwrap()
+        };
+        let ([trained, asked], notes) = lenient(&config);
+        assert_eq!((trained, asked), (vec!["a".to_owned()], vec!["c".to_owned()]));
+        assert_eq!(notes.len(), 2, "{notes:?}");
+        assert_eq!(notes[1], "2 problems: their records are left out");
+        // Captions stand in for images, which nobody looks at.
+        config.train.validation.every = 0;
+        config.train.captions = true;
+        let ([trained, asked], notes) = lenient(&config);
+        assert_eq!((trained.len(), asked.len()), (2, 0));
+        assert_eq!(notes, ["1 problems: their records are left out"]);
+    }
+}

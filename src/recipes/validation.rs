@@ -15,12 +15,15 @@ use super::items::{self, Images};
 use super::lesson::Lesson;
 use super::progress::Progress;
 use super::run::{Opening, Run};
-use crate::data::{Dataset, ImageCheck, Sample};
+use crate::data::{Dataset, DatasetConfig, ImageCheck, Sample};
 use crate::error::{Error, Result};
 use crate::model::assistant::Assistant;
+use rayon::prelude::*;
 use serde_json::{Value, json};
 use std::collections::{HashMap, HashSet};
 use std::fs;
+use std::hash::Hash;
+use std::path::PathBuf;
 
 /// The questions that `[train.validation]` names, of those in the training's own source or in another; none without
 /// validation.
@@ -28,12 +31,29 @@ use std::fs;
 /// # Errors
 /// Whatever is wrong with them, and when `trained` holds one of them.
 pub fn questions(config: &RunConfig, trained: &Dataset, progress: &dyn Progress) -> Result<Option<Dataset>> {
+    chosen(config, trained, progress, |data| data.load(ImageCheck::Exist))
+}
+
+/// As [`questions`], but what is wrong with them is only left out and told in `skipped`, and no question need be left: for
+/// callers that look for more before they refuse.
+///
+/// # Errors
+/// Those of [`DatasetConfig::survey`], and when `trained` holds one of them.
+pub fn survey(config: &RunConfig, trained: &Dataset, progress: &dyn Progress) -> Result<Option<Dataset>> {
+    chosen(config, trained, progress, |data| data.survey(ImageCheck::Exist))
+}
+
+fn chosen(
+    config: &RunConfig,
+    trained: &Dataset,
+    progress: &dyn Progress,
+    read: fn(&DatasetConfig) -> Result<Dataset>,
+) -> Result<Option<Dataset>> {
     let settings = &config.train.validation;
     if settings.every == 0 {
         return Ok(None);
     }
-    let own = own_config(config);
-    let mut dataset = own.data.dataset().load(ImageCheck::Exist)?;
+    let mut dataset = read(&own_config(config).data.dataset())?;
     let is_same_source = settings.data.is_none();
     refuse_overlap(&dataset, trained, is_same_source)?;
     let seen: HashSet<_> = trained.samples.iter().map(|sample| &sample.image).collect();
@@ -51,19 +71,83 @@ pub fn questions(config: &RunConfig, trained: &Dataset, progress: &dyn Progress)
 }
 
 fn refuse_overlap(dataset: &Dataset, trained: &Dataset, is_same_source: bool) -> Result<()> {
-    let known: HashMap<&str, &Sample> = trained.samples.iter().map(|s| (s.id.as_str(), s)).collect();
-    // Ids of another source may be the same by chance.
-    let is_trained = |sample: &&Sample| {
-        known.get(sample.id.as_str()).is_some_and(|other| is_same_source || other.question == sample.question)
+    let common = if is_same_source { same_ids(dataset, trained) } else { copies(dataset, trained) };
+    let Some((first, other)) = common.first() else { return Ok(()) };
+    let name = if first == other { String::new() } else { format!(" (in training `{other}`)") };
+    let help = if is_same_source {
+        "keep them apart with `--split` for training and `train.validation.split`; `safemed data split` makes both"
+    } else {
+        "leave them out of training with `--split`, or of validation with `train.validation.split`"
     };
-    let common: Vec<&Sample> = dataset.samples.iter().filter(is_trained).collect();
-    let Some(first) = common.first() else { return Ok(()) };
     Err(Error::data(format!(
-        "{} of {} validation questions are trained on, among them `{}`\n   = help: keep them apart with `--split` for training and `train.validation.split`; `safemed data split` makes both",
+        "{} of {} validation questions are trained on, among them `{first}`{name}\n   = help: {help}",
         common.len(),
-        dataset.samples.len(),
-        first.id
+        dataset.samples.len()
     )))
+}
+
+/// The ids that both sets have, each twice as [`copies`] tells them. Of one source they name the same questions.
+fn same_ids<'a>(dataset: &'a Dataset, trained: &'a Dataset) -> Vec<(&'a str, &'a str)> {
+    let known: HashSet<&str> = trained.samples.iter().map(|sample| sample.id.as_str()).collect();
+    let ids = dataset.samples.iter().map(|sample| sample.id.as_str());
+    ids.filter(|id| known.contains(id)).map(|id| (id, id)).collect()
+}
+
+/// The questions of `dataset` that are in `trained` too, by the ids that they have here and there. Ids of two sources say
+/// nothing, and may be made up: the questions must be in the same words, about images of the same bytes.
+fn copies<'a>(dataset: &'a Dataset, trained: &'a Dataset) -> Vec<(&'a str, &'a str)> {
+    let shown = |set: &'a Dataset| -> Vec<Shown<'a>> {
+        set.samples.iter().map(|sample| (sample, set.image_path(sample))).collect()
+    };
+    // Few images need be read: those of the same length that are shown with the same words.
+    let same: Vec<Alike<'a>> = narrowed([shown(dataset), shown(trained)], wording)
+        .into_par_iter()
+        .flat_map_iter(|alike| narrowed(alike, length))
+        .flat_map_iter(|alike| narrowed(alike, content))
+        .collect();
+    let mut known: HashMap<&str, &str> = HashMap::new();
+    for [own, others] in &same {
+        let pairs = own.iter().zip(others.iter().cycle());
+        known.extend(pairs.map(|((sample, _), (other, _))| (sample.id.as_str(), other.id.as_str())));
+    }
+    let ids = dataset.samples.iter().map(|sample| sample.id.as_str());
+    ids.filter_map(|id| Some((id, *known.get(id)?))).collect()
+}
+
+/// A question, and where its image lies.
+type Shown<'a> = (&'a Sample, PathBuf);
+
+/// Questions to validate with and questions that are trained on, which may be the same.
+type Alike<'a> = [Vec<Shown<'a>>; 2];
+
+/// What a question says: its text, its options in an order that does not depend on theirs, the text of the right one.
+type Wording<'a> = (&'a str, Vec<&'a str>, &'a str);
+
+/// The parts of `alike` within which questions of both sides have the same `key`.
+fn narrowed<'a, K: Eq + Hash>(alike: Alike<'a>, key: fn(&Shown<'a>) -> K) -> Vec<Alike<'a>> {
+    let mut parts: HashMap<K, Alike<'a>> = HashMap::new();
+    for (side, questions) in alike.into_iter().enumerate() {
+        for question in questions {
+            parts.entry(key(&question)).or_default()[side].push(question);
+        }
+    }
+    parts.into_values().filter(|part| part.iter().all(|questions| !questions.is_empty())).collect()
+}
+
+fn wording<'a>(&(sample, _): &Shown<'a>) -> Wording<'a> {
+    let mut options: Vec<&str> = sample.options.iter().map(|text| text.trim()).collect();
+    options.sort_unstable();
+    (sample.question.trim(), options, sample.answer_text().trim())
+}
+
+/// Of the file, in bytes; none of one that is missing.
+fn length((_, image): &Shown<'_>) -> Option<u64> {
+    fs::metadata(image).ok().map(|about| about.len())
+}
+
+/// The hash of the file; of one that cannot be read there is only the path to compare.
+fn content((_, image): &Shown<'_>) -> std::result::Result<String, PathBuf> {
+    inputs::file_sha256(image).map_err(|_| image.clone())
 }
 
 /// `limit` of the questions at even distances in the order of their ids, so that no source or type is left out.
@@ -377,18 +461,7 @@ mod tests {
     use super::*;
 
     fn sample(id: usize) -> Sample {
-        Sample {
-            id: format!("q{id:02}"),
-            dataset: "d".into(),
-            modality: "CT".into(),
-            modality_raw: "CT".into(),
-            question_type: "t".into(),
-            question: "what?".into(),
-            options: vec!["x".into(), "y".into()],
-            answer: 0,
-            image: format!("{id}.png").into(),
-            reasoning: None,
-        }
+        Sample { id: format!("q{id:02}"), ..Sample::for_test(id) }
     }
 
     #[test]
@@ -437,10 +510,50 @@ mod tests {
         let trained = Dataset::new("r", (0..5).map(sample).collect());
         let apart = Dataset::new("r", (5..9).map(sample).collect());
         assert!(refuse_overlap(&apart, &trained, true).is_ok());
-        let other = Dataset::new("o", vec![Sample { question: "another?".into(), ..sample(3) }]);
-        assert!(refuse_overlap(&other, &trained, false).is_ok());
+        let other = Dataset::new("r", vec![Sample { question: "another?".into(), ..sample(3) }]);
         let error = refuse_overlap(&other, &trained, true).unwrap_err();
         assert!(error.to_string().starts_with("1 of 1 validation questions are trained on"), "{error}");
-        assert!(error.to_string().contains("`q03`"), "{error}");
+        assert!(error.to_string().contains("among them `q03`\n   = help: keep them apart"), "{error}");
+    }
+
+    #[test]
+    fn questions_of_another_source_are_compared_by_what_they_say_and_show() {
+        let dir = tempfile::tempdir().unwrap();
+        let [here, there] = ["here", "there"].map(|name| dir.path().join(name));
+        for (folder, name, bytes) in [
+            (&there, "0.png", "first"),
+            (&there, "1.png", "second"),
+            (&here, "0.png", "third"),
+            (&here, "copy.png", "first"),
+            (&here, "longer.png", "first and more"),
+        ] {
+            fs::create_dir_all(folder).unwrap();
+            fs::write(folder.join(name), bytes).unwrap();
+        }
+        let trained = Dataset::new(&there, (0..3).map(sample).collect());
+        let refused = |root: &PathBuf, own: Sample| {
+            let dataset = Dataset::new(root, vec![sample(7), own]);
+            refuse_overlap(&dataset, &trained, false).map_err(|error| error.to_string())
+        };
+        let copy = Sample { id: "own".into(), image: "copy.png".into(), ..sample(0) };
+        // Made-up ids are the same by chance: another image has the length of the one that is trained on, or another length.
+        assert_eq!(refused(&here, sample(0)), Ok(()));
+        assert_eq!(refused(&here, Sample { image: "longer.png".into(), ..sample(0) }), Ok(()));
+        // The image is known, the question is not.
+        assert_eq!(refused(&here, Sample { question: "which?".into(), ..copy.clone() }), Ok(()));
+        assert_eq!(refused(&here, Sample { options: vec!["x".into(), "z".into()], ..copy.clone() }), Ok(()));
+        assert_eq!(refused(&here, Sample { answer: 1, ..copy.clone() }), Ok(()));
+        let moved = Sample { options: vec![" y".into(), "x".into()], answer: 1, ..copy.clone() };
+        for own in [copy, moved] {
+            let text = refused(&here, own).unwrap_err();
+            assert!(
+                text.starts_with("1 of 2 validation questions are trained on, among them `own`"),
+                "{text}"
+            );
+            assert!(text.contains(" (in training `q00`)\n   = help: leave them out"), "{text}");
+        }
+        // No file is there: it can only be the same one.
+        assert_eq!(refused(&here, sample(2)), Ok(()));
+        assert!(refused(&there, sample(2)).unwrap_err().contains("among them `q02`\n"));
     }
 }

@@ -92,9 +92,13 @@ pub struct Advantages {
 /// `rewards[completion][function]`, NaN where a function gave no reward; the number of completions is a multiple of
 /// `group_size`. With μ the group's mean and s the chosen sample standard deviation: A = (R − μ) / (s + 1e-4), or
 /// R − μ without scaling. Groups in which all rewards are equal get exactly zero.
+///
+/// # Errors
+/// When rewards, weights and groups do not go together; [`Error::NonFinite`] for a reward that is not finite, and for rewards so
+/// large that their sum or spread is not: divided by it every advantage would be zero, and nothing would be learnt.
 pub fn group_relative(rewards: &[Vec<f64>], config: &AdvantageConfig) -> Result<Advantages> {
     let weights = checked_weights(rewards, config)?;
-    let sums: Vec<f64> = rewards.iter().map(|row| weighted_sum(row, &weights)).collect();
+    let sums = weighted_sums(rewards, &weights, config.group_size)?;
     let column = |k: usize| rewards.iter().map(|row| row[k]).collect::<Vec<f64>>();
     let mut advantages = match config.aggregation {
         RewardAggregation::SumThenNormalize => {
@@ -103,18 +107,21 @@ pub fn group_relative(rewards: &[Vec<f64>], config: &AdvantageConfig) -> Result<
                 ScaleRewards::Group => group_std + STD_EPSILON,
                 ScaleRewards::Batch => batch_std + STD_EPSILON,
                 ScaleRewards::None => 1.0,
-            })
+            })?
         }
         RewardAggregation::NormalizeThenSum => {
             let columns: Vec<Vec<f64>> = (0..weights.len())
                 .map(|k| normalize_groups(&column(k), config.group_size, |std| std + STD_EPSILON))
-                .collect();
+                .collect::<Result<_>>()?;
             let scores: Vec<f64> = (0..rewards.len())
                 .map(|i| weighted_sum(&columns.iter().map(|c| c[i]).collect::<Vec<f64>>(), &weights))
                 .collect();
-            normalize_groups(&scores, scores.len().max(1), |std| std + STD_EPSILON)
+            let RewardSummary { mean, std } = summary(&scores);
+            scores.iter().map(|score| (score - mean) / (std + STD_EPSILON)).collect()
         }
     };
+    // Groups may have a spread each, and none all together.
+    let reward = finite_summary(&sums, "the step", 0)?;
     for advantage in &mut advantages {
         if advantage.is_nan() {
             *advantage = 0.0;
@@ -124,7 +131,7 @@ pub fn group_relative(rewards: &[Vec<f64>], config: &AdvantageConfig) -> Result<
     let flat = groups.clone().filter(|group| summary(group).std <= ZERO_STD).count();
     Ok(Advantages {
         advantages,
-        reward: summary(&sums),
+        reward,
         per_function: (0..weights.len()).map(|k| summary(&column(k))).collect(),
         frac_reward_zero_std: flat as f64 / groups.len().max(1) as f64,
         rewards: sums,
@@ -167,14 +174,59 @@ pub fn weighted_sum(row: &[f64], weights: &[f64]) -> f64 {
         .sum()
 }
 
+/// The weighted sum of each completion's rewards; NaN where none was given.
+fn weighted_sums(rewards: &[Vec<f64>], weights: &[f64], group_size: usize) -> Result<Vec<f64>> {
+    let sums: Vec<f64> = rewards.iter().map(|row| weighted_sum(row, weights)).collect();
+    for (i, (row, sum)) in rewards.iter().zip(&sums).enumerate() {
+        // NaN of given rewards is of infinities that take each other away.
+        if !sum.is_finite() && row.iter().any(|reward| !reward.is_nan()) {
+            let group = i / group_size;
+            return Err(too_large(
+                &format!("completion {i} in group {group}"),
+                &format!("weighted sum is {sum}"),
+            ));
+        }
+    }
+    Ok(sums)
+}
+
 /// (value − group mean) / divisor(group std); NaN where the value is.
-fn normalize_groups(values: &[f64], group_size: usize, divisor: impl Fn(f64) -> f64) -> Vec<f64> {
-    let normalize = |group: &[f64]| {
-        let RewardSummary { mean, std } = summary(group);
+fn normalize_groups(values: &[f64], group_size: usize, divisor: impl Fn(f64) -> f64) -> Result<Vec<f64>> {
+    let mut normalized = Vec::with_capacity(values.len());
+    for (number, group) in values.chunks(group_size).enumerate() {
+        let name = format!("group {number}");
+        let RewardSummary { mean, std } = finite_summary(group, &name, number * group_size)?;
         let divisor = divisor(std);
-        group.iter().map(|value| (value - mean) / divisor).collect::<Vec<f64>>()
-    };
-    values.chunks(group_size).flat_map(normalize).collect()
+        normalized.extend(group.iter().map(|value| (value - mean) / divisor));
+    }
+    Ok(normalized)
+}
+
+/// [`summary`] of the rewards of `whose`, which begin with completion `first`; an error where they are too large for one.
+fn finite_summary(values: &[f64], whose: &str, first: usize) -> Result<RewardSummary> {
+    let found = summary(values);
+    let given = || values.iter().enumerate().filter(|(_, value)| !value.is_nan());
+    // Of no value there is no mean, and of one no spread.
+    let has_mean = found.mean.is_finite() || given().count() == 0;
+    let has_spread = found.std.is_finite() || given().count() < 2;
+    match given().max_by(|a, b| a.1.abs().total_cmp(&b.1.abs())) {
+        Some((place, value)) if !(has_mean && has_spread) => {
+            let what = format!(
+                "mean is {:e} and their standard deviation {:e}; the largest is {value:e}, of completion {}",
+                found.mean,
+                found.std,
+                first + place
+            );
+            Err(too_large(whose, &what))
+        }
+        _ => Ok(found),
+    }
+}
+
+fn too_large(whose: &str, what: &str) -> Error {
+    Error::NonFinite(format!(
+        "the rewards of {whose} are too large: their {what}\n   = help: let `train.grpo.reward_command` answer smaller numbers, null where it has none to give, or lower the `train.grpo.*_weight` that makes them so large"
+    ))
 }
 
 /// Mean and sample standard deviation (n − 1) of the values that are not NaN. Equal values have exactly no spread.
@@ -273,6 +325,47 @@ mod tests {
         assert!(group_relative(&one_function(&[1.0, 2.0]), &weights).is_err());
         let infinite = group_relative(&one_function(&[1.0, f64::INFINITY]), &config).unwrap_err();
         assert!(infinite.to_string().contains("completion 1"), "{infinite}");
+    }
+
+    #[test]
+    fn rewards_too_large_to_be_compared_are_refused_by_group_and_completion() {
+        let nan = f64::NAN;
+        let refused = |rewards: &[Vec<f64>], config: &AdvantageConfig| {
+            let error = group_relative(rewards, config).unwrap_err();
+            assert!(matches!(error, Error::NonFinite(_)), "{error}");
+            error.to_string()
+        };
+        for scale in [ScaleRewards::Group, ScaleRewards::Batch, ScaleRewards::None] {
+            for aggregation in [RewardAggregation::SumThenNormalize, RewardAggregation::NormalizeThenSum] {
+                let config = AdvantageConfig { aggregation, ..with(scale, 3) };
+                // The first is too large in its squares, the second in its sum.
+                for (large, words) in [
+                    ([-1e300, 1e300, nan], ["of group 1 ", "1e300, of completion 4"]),
+                    ([f64::MAX, 1.5e308, 0.0], ["of group 1 ", "e308, of completion 3"]),
+                ] {
+                    let text = refused(&one_function(&[&[1.0, nan, 0.0][..], &large].concat()), &config);
+                    for word in words {
+                        assert!(text.contains(word) && text.contains("\n   = help: "), "{word}: {text}");
+                    }
+                }
+                // Each group by itself is flat, and all of them together have no spread that is a number.
+                let flat = one_function(&[1e200, 1e200, nan, 0.0, 0.0, 0.0]);
+                assert!(refused(&flat, &config).contains("of the step "));
+                // No spread is asked of equal rewards, of one or of none.
+                for rewards in [[1e300, 1e300, 1e300], [nan, 1e300, nan], [nan, nan, nan]] {
+                    let found = group_relative(&one_function(&rewards), &config).unwrap();
+                    assert_eq!(found.advantages, [0.0; 3], "{rewards:?}");
+                }
+                let found = group_relative(&one_function(&[1e150, -1e150, nan]), &config).unwrap();
+                assert!(found.advantages[0] > 0.5 && found.advantages[1] < -0.5, "{:?}", found.advantages);
+            }
+        }
+        // A sum over the functions of one completion; infinities of both signs are no reward that is missing.
+        for (row, weight) in [([1e308, 1e308], 1.0), ([1e308, -1e308], 10.0), ([nan, 1e308], 10.0)] {
+            let config = AdvantageConfig { reward_weights: vec![weight; 2], ..with(ScaleRewards::Group, 2) };
+            let text = refused(&[vec![0.0, 1.0], row.to_vec()], &config);
+            assert!(text.contains("of completion 1 in group 0 "), "{text}");
+        }
     }
 
     #[test]

@@ -126,6 +126,20 @@ fn what_the_turns_do_not_tell_comes_from_fields_or_from_the_name() {
 }
 
 #[test]
+fn no_id_is_invented_in_place_of_one_that_cannot_be_read() {
+    for (id, what) in
+        [(json!({"a": 1}), "an object"), (json!(true), "true or false"), (json!([7]), "an array")]
+    {
+        let error = read("set.jsonl", &[with(llava(QUESTION, "B"), &[("id", id.clone())])]).unwrap_err();
+        let expected = format!("/set.jsonl:1: record 1: `id` is {what}, a text or a number was expected");
+        assert!(error.starts_with("1 problem") && error.contains(&expected), "{id}: {error}");
+    }
+    let mut absent = llava(QUESTION, "B");
+    absent["id"] = Value::Null;
+    assert_eq!(read("set.jsonl", &[absent]).unwrap()[0].id, "set_000000");
+}
+
+#[test]
 fn a_reasoning_is_kept_and_its_right_letter_moves_with_the_options() {
     let record = llava(QUESTION, "<think>Dense. So option B.</think>\n<answer>B</answer>");
     let [sample] = <[Sample; 1]>::try_from(read("set.json", std::slice::from_ref(&record)).unwrap()).unwrap();

@@ -1,9 +1,9 @@
 //! Settings that change nothing beside the others: said, not refused, so that one file can serve several methods.
 
 use super::{
-    AdversaryConfig, AdversaryObjective, AttackConfig, CertifyConfig, CertifyMode, Command, GrpoSettings,
-    LossType, Method, MetricName, PromptTemplate, RampName, RecipeName, RefreshName, RunConfig, Scoring,
-    TargetName, TrainConfig, ValidationConfig,
+    AdversaryConfig, AdversaryObjective, AttackConfig, CertifyConfig, CertifyMode, Command, DenoiserSettings,
+    GrpoSettings, LossType, Method, MetricName, PromptTemplate, RampName, RecipeName, RefreshName, RunConfig,
+    ScheduleName, Scoring, TargetName, TrainConfig, ValidationConfig, WatchSettings,
 };
 use crate::error::ConfigError;
 
@@ -88,7 +88,9 @@ impl RunConfig {
                 notes.add(own.alpha != default.alpha, "alpha", why);
             }
             Command::Train => {
+                self.idle_in_validation(&mut notes);
                 self.idle_in_training(&mut notes);
+                self.idle_in_watch(&mut notes);
                 let why = |what: &str| format!("the recipe `{}` {what}", self.train.recipe);
                 if self.train.recipe.is_adversarial() {
                     self.idle_in_adversary(&mut notes);
@@ -141,25 +143,60 @@ impl RunConfig {
         notes.add(has_target, "min_gain", "`target_radius` says when to stop");
     }
 
+    fn idle_in_validation(&self, notes: &mut Notes) {
+        let (own, default) = (&self.train.validation, ValidationConfig::default());
+        let of_attack = [
+            (own.norm != default.norm, "norm"),
+            (own.epsilon != default.epsilon, "epsilon"),
+            (own.objective != default.objective, "objective"),
+        ];
+        let others = [
+            (own.split.is_some(), "split"),
+            (own.data.is_some(), "data"),
+            (own.limit != default.limit, "limit"),
+            (own.num_steps != default.num_steps, "num_steps"),
+            (own.metric.is_some(), "metric"),
+        ];
+        let is_off = own.every == 0;
+        if !is_off && own.num_steps > 0 {
+            return;
+        }
+        let why = if is_off {
+            "nothing is validated while `train.validation.every` is 0"
+        } else {
+            "validation attacks nothing while `train.validation.num_steps` is 0"
+        };
+        // Examinations alone ask for an answer: recipes sample completions, or score the right one.
+        notes.add(is_off && self.scoring == Scoring::Likelihood, "scoring", why);
+        for (is_other, key) in others.iter().filter(|_| is_off).chain(&of_attack) {
+            notes.add(*is_other, &format!("train.validation.{key}"), why);
+        }
+    }
+
+    fn idle_in_watch(&self, notes: &mut Notes) {
+        let (own, default) = (&self.train.watch, WatchSettings::default());
+        if own.patience > 0 {
+            return;
+        }
+        for (is_other, key) in [
+            (own.window != default.window, "window"),
+            (own.spike_factor != default.spike_factor, "spike_factor"),
+            (own.max_kl != default.max_kl, "max_kl"),
+            (own.min_length_ratio != default.min_length_ratio, "min_length_ratio"),
+            (own.max_clipped_ratio != default.max_clipped_ratio, "max_clipped_ratio"),
+            (own.min_pgd_gain != default.min_pgd_gain, "min_pgd_gain"),
+        ] {
+            let why = "nothing is watched while `train.watch.patience` is 0";
+            notes.add(is_other, &format!("train.watch.{key}"), why);
+        }
+    }
+
     fn idle_in_training(&self, notes: &mut Notes) {
         let (own, default) = (&self.train, TrainConfig::default());
-        let validation = &own.validation;
-        if validation.every == 0 {
-            let (own, default) = (validation, ValidationConfig::default());
-            let why = "nothing is validated while `train.validation.every` is 0";
-            for (is_other, key) in [
-                (own.split.is_some(), "split"),
-                (own.data.is_some(), "data"),
-                (own.limit != default.limit, "limit"),
-                (own.norm != default.norm, "norm"),
-                (own.epsilon != default.epsilon, "epsilon"),
-                (own.num_steps != default.num_steps, "num_steps"),
-                (own.objective != default.objective, "objective"),
-                (own.metric.is_some(), "metric"),
-            ] {
-                notes.add(is_other, &format!("train.validation.{key}"), why);
-            }
-        }
+        let is_constant = own.schedule == ScheduleName::Constant;
+        let floor = own.min_learning_rate_ratio != default.min_learning_rate_ratio;
+        let why = "`train.schedule` is `constant`";
+        notes.add(is_constant && floor, "train.min_learning_rate_ratio", why);
         if own.recipe == RecipeName::Denoiser {
             let why = "the recipe `denoiser` trains a network of its own on images alone";
             notes.add(own.micro_batch_size.is_some(), "train.micro_batch_size", why);
@@ -169,6 +206,8 @@ impl RunConfig {
             notes.add(own.parts != default.parts, "train.parts", why);
             return;
         }
+        let is_other = own.denoiser != DenoiserSettings::default();
+        notes.add(is_other, "train.denoiser", &format!("the recipe `{}` trains no denoiser", own.recipe));
         if own.lora_rank == 0 && self.adapter.is_none() {
             let why = "no adapter trains: `train.lora_rank` is 0";
             notes.add(own.lora_alpha != default.lora_alpha, "train.lora_alpha", why);
@@ -515,6 +554,37 @@ mod tests {
         assert_eq!(all(&validation), ["validation.split", "validation.metric"]);
         let on = [("train.validation.every", "5"), ("train.validation.split", "x")];
         assert_eq!(all(&on), [""; 0]);
+        let attack = [
+            ("train.validation.norm", "l2"),
+            ("train.validation.epsilon", "4/255"),
+            ("train.validation.objective", "answer"),
+        ];
+        let keys = ["validation.norm", "validation.epsilon", "validation.objective"];
+        assert_eq!(all(&attack), keys);
+        assert_eq!(all(&[&on[..], &attack].concat()), [""; 0]);
+        let clean = [("train.validation.num_steps", "0")];
+        assert_eq!(all(&[&on[..], &attack, &clean].concat()), keys);
+        assert_eq!(all(&[&on[..], &clean].concat()), [""; 0]);
+        let likely = [("scoring", "likelihood")];
+        assert_eq!(all(&likely), ["scoring"]);
+        assert_eq!(all(&[&on[..], &likely].concat()), [""; 0]);
+        let watch = [
+            ("train.watch.window", "5"),
+            ("train.watch.spike_factor", "5"),
+            ("train.watch.max_kl", "2"),
+            ("train.watch.min_length_ratio", "0.5"),
+            ("train.watch.max_clipped_ratio", "0.5"),
+            ("train.watch.min_pgd_gain", "0.5"),
+        ];
+        assert_eq!(all(&watch), [""; 0]);
+        let keys = watch.map(|(key, _)| key.replace("train.", ""));
+        assert_eq!(all(&[&watch[..], &[("train.watch.patience", "0")]].concat()), keys);
+        assert_eq!(all(&[("train.watch.patience", "0")]), [""; 0]);
+        let floor = [("train.min_learning_rate_ratio", "0.1")];
+        assert_eq!(all(&floor), [""; 0]);
+        let constant = [&floor[..], &[("train.schedule", "constant")]].concat();
+        assert_eq!(all(&constant), ["min_learning_rate_ratio"]);
+        assert_eq!(all(&[("train.denoiser.width", "16")]), ["denoiser"]);
         let lora = [("train.lora_alpha", "8"), ("train.lora_use_rslora", "true")];
         assert_eq!(all(&lora), ["lora_alpha", "lora_use_rslora"]);
         assert_eq!(all(&[&lora[..], &[("train.lora_rank", "4")]].concat()), [""; 0]);
@@ -526,6 +596,7 @@ mod tests {
             ("train.recompute", "true"),
             ("train.micro_batch_size", "1"),
             ("train.parts.text", "false"),
+            ("train.denoiser.width", "16"),
         ];
         assert_eq!(all(&denoiser), ["micro_batch_size", "recompute", "parts"]);
         let instruct = [("train.target", "instruct"), ("train.adversary.objective", "finding")];

@@ -270,8 +270,8 @@ section! {
         limit: Option<usize> = None => Range::at_least(1.0),
         /// `I/N`: every N-th item from the I-th on, I from 0; the parts are joined by `safemed merge`. Not for training.
         shard: Option<Shard> = None,
-        /// Whether records with a problem are left out and counted, instead of refusing the data. Training, which decodes every
-        /// image before it begins, leaves those of damaged images out too; other commands end at a damaged image.
+        /// Whether records with a problem are left out and counted, instead of refusing the data. Every image is decoded before
+        /// a run begins: a damaged one is a problem of its records too.
         skip_invalid: bool = false,
         /// How gray deeper than eight bits is read, where no window is given.
         deep_gray: DeepGray = DeepGray::AsStored,

@@ -23,7 +23,7 @@ use super::progress::Progress;
 use super::run::Stop;
 use super::validation;
 use crate::backend::Backend;
-use crate::data::Dataset;
+use crate::data::{Dataset, ImageCheck};
 use crate::error::{Error, Result};
 use crate::model::loader::Precision;
 use crate::model::truncate::{Depths, KINDS, Truncation, count_parameters};
@@ -118,7 +118,7 @@ fn rehearse(job: &Job<'_>, options: &Options) -> Result<Outcome> {
     let config = &job.config;
     let template = inputs::check_job(job)?;
     inputs::require_greedy(config, "training samples as `train.grpo` says")?;
-    let (dataset, _) = inputs::open_questions(config)?;
+    let dataset = config.data.dataset().load(ImageCheck::Exist)?;
     items::require_some(&dataset, "train on")?;
     let questions = validation::questions(config, &dataset, job.progress)?;
     Chosen::of(config)?;

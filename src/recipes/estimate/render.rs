@@ -125,12 +125,14 @@ pub(super) fn training(summary: &Value) -> String {
     {
         line("begun now, ends", format!("{} UTC", timestamp(now.as_secs() + seconds as u64)));
     }
+    let nothing = nothing_fits(summary);
+    let name = if nothing.is_some() { "tried" } else { "to make it fit" };
     for (place, advice) in summary["advice"].as_array().into_iter().flatten().enumerate() {
         let has_run_out = advice["fits"] == false;
         let fits = if advice["fits"] == true { ": fits" } else { "" };
         let and = if place == 0 { "" } else { "and " };
         line(
-            "to make it fit",
+            name,
             format!(
                 "{and}--set {} needs {}{fits}",
                 word(&advice["change"]),
@@ -138,7 +140,21 @@ pub(super) fn training(summary: &Value) -> String {
             ),
         );
     }
+    if let Some(nothing) = nothing {
+        line("to make it fit", nothing);
+    }
     text
+}
+
+/// That nothing fits of what was tried, with what the smallest of it needs; none where something may fit, or nothing was tried.
+fn nothing_fits(summary: &Value) -> Option<String> {
+    let tried = summary["advice"].as_array().filter(|tried| !tried.is_empty())?;
+    if tried.iter().any(|advice| advice["fits"] != false) {
+        return None;
+    }
+    let least = tried.iter().filter_map(|advice| advice["peak_memory_bytes"].as_u64()).min();
+    let needs = least.map_or_else(|| "more than there is".to_owned(), size);
+    Some(format!("none of these settings is enough: the smallest needs {needs}"))
 }
 
 /// The table of `doctor --model`.
@@ -218,6 +234,38 @@ mod tests {
         ] {
             assert!(text.contains(words), "{words}\n{text}");
         }
+    }
+
+    #[test]
+    fn settings_of_which_none_fits_are_told_as_such_with_what_the_smallest_needs() {
+        let mut summary = json!({
+            "device": "cpu", "peak_memory_bytes": 9u64 << 30, "free_memory_bytes": 1u64 << 30, "fits": false,
+            "advice": [
+                {"change": "train.micro_batch_size=1", "peak_memory_bytes": 5u64 << 30, "fits": false},
+                {"change": "train.recompute=true", "peak_memory_bytes": 3u64 << 30, "fits": false},
+            ],
+        });
+        let text = training(&summary);
+        for words in [
+            "tried             --set train.micro_batch_size=1 needs 5.00 GiB\n",
+            "tried             and --set train.recompute=true needs 3.00 GiB\n",
+            "to make it fit    none of these settings is enough: the smallest needs 3.00 GiB\n",
+        ] {
+            assert!(text.contains(words), "{words}\n{text}");
+        }
+        for advice in summary["advice"].as_array_mut().unwrap() {
+            advice["peak_memory_bytes"] = Value::Null;
+        }
+        assert!(training(&summary).contains("the smallest needs more than there is\n"));
+        // It fits, or whether it does is not known.
+        for fits in [json!(true), Value::Null] {
+            summary["advice"][1]["fits"] = fits;
+            let text = training(&summary);
+            assert!(!text.contains("tried") && !text.contains("none of these"), "{text}");
+            assert!(text.contains("to make it fit    --set train.micro_batch_size=1"), "{text}");
+        }
+        summary["advice"] = json!([]);
+        assert!(!training(&summary).contains("to make it fit"));
     }
 
     #[test]

@@ -283,19 +283,7 @@ pub(in crate::recipes) mod tests {
 
     /// Questions that differ in nothing but their ids.
     pub(in crate::recipes) fn questions(count: usize) -> Vec<Sample> {
-        let sample = |number: usize| Sample {
-            id: format!("q{number:06}"),
-            dataset: "d".into(),
-            modality: "CT".into(),
-            modality_raw: "CT".into(),
-            question_type: "t".into(),
-            question: "what?".into(),
-            options: vec!["x".into(), "y".into()],
-            answer: 0,
-            image: format!("{number}.png").into(),
-            reasoning: None,
-        };
-        (0..count).map(sample).collect()
+        (0..count).map(Sample::for_test).collect()
     }
 
     /// The model from scratch.

@@ -36,6 +36,10 @@ pub(super) fn describe(
     put("frac_reward_zero_std", advantages.frac_reward_zero_std);
     put("groups_updated", outcome.num_groups_updated as f64);
     put("entropy", entropy(groups, &lesson.config.grpo));
+    if let Some(mean) = outcome.sampling_gap.mean() {
+        put("sampling/sampling_logp_difference/mean", mean);
+        put("sampling/sampling_logp_difference/max", outcome.sampling_gap.max);
+    }
     for (key, value) in figures_of(&outcome.stats, lesson.config.grpo.loss_type) {
         put(key, value);
     }
@@ -198,6 +202,7 @@ mod tests {
             ids: vec![1; entropies.len()],
             is_finished,
             entropies: entropies.to_vec(),
+            log_probs: Vec::new(),
         };
         let group = |completions: Vec<Completion>| Group {
             texts: vec![String::new(); completions.len()],

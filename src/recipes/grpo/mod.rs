@@ -181,19 +181,7 @@ mod tests {
     }
 
     fn judge(config: &RunConfig) -> Judge {
-        let sample = Sample {
-            id: "x".into(),
-            dataset: "d".into(),
-            modality: "CT".into(),
-            modality_raw: "CT".into(),
-            question_type: "Anatomy Identification".into(),
-            question: "Which?".into(),
-            options: vec!["liver".into(), "spleen".into()],
-            answer: 1,
-            image: "i.png".into(),
-            reasoning: None,
-        };
-        Judge::open(config, &sample).unwrap()
+        Judge::open(config, &Sample::for_test(0)).unwrap()
     }
 
     /// A group whose completions have these rewards for accuracy and for format.

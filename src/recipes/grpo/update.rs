@@ -36,6 +36,8 @@ pub(super) struct UpdateOutcome {
     pub(super) grad_norm: f64,
     pub(super) learning_rate: f64,
     pub(super) num_groups_updated: usize,
+    /// How far the log-probabilities of the first update are from those that the tokens were sampled with.
+    pub(super) sampling_gap: SamplingGap,
     /// Over all groups, of the last update.
     pub(super) stats: GrpoStats,
     /// Loss, gradient norm and statistics of each update.
@@ -44,6 +46,33 @@ pub(super) struct UpdateOutcome {
     pub(super) attacked: Option<Attacked>,
     /// Seconds of all of them.
     pub(super) refresh_seconds: f64,
+}
+
+/// Distances between two log-probabilities of the same tokens, those that take part in the loss.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub(super) struct SamplingGap {
+    sum: f64,
+    pub(super) max: f64,
+    count: usize,
+}
+
+impl SamplingGap {
+    /// Adds tokens; without a mask all of them take part.
+    fn add(&mut self, sampled: &[f32], scored: &[f64], mask: Option<&[bool]>) {
+        for (i, (sampled, scored)) in sampled.iter().zip(scored).enumerate() {
+            if mask.is_none_or(|mask| mask[i]) {
+                let gap = (f64::from(*sampled) - scored).abs();
+                self.sum += gap;
+                self.max = self.max.max(gap);
+                self.count += 1;
+            }
+        }
+    }
+
+    /// None where no token took part.
+    pub(super) fn mean(&self) -> Option<f64> {
+        (self.count > 0).then(|| self.sum / self.count as f64)
+    }
 }
 
 /// Groups of one forward and backward pass.
@@ -64,6 +93,8 @@ struct Pass {
     ref_log_probs: Option<Vec<f64>>,
     /// Under the policy that sampled, known after the first update.
     old_log_probs: Option<Vec<f64>>,
+    /// The same as the sampler had them, from its cache and row by row.
+    sampled_log_probs: Vec<f32>,
     /// What the loss of these groups alone counts for in the loss of the step.
     share: f64,
 }
@@ -139,6 +170,11 @@ fn passes_of(
                 grids,
                 ref_log_probs,
                 old_log_probs: None,
+                sampled_log_probs: part
+                    .iter()
+                    .flat_map(|&g| &groups[g].completions)
+                    .flat_map(|completion| completion.log_probs.iter().copied())
+                    .collect(),
                 share,
                 scoring,
             })
@@ -219,6 +255,7 @@ pub(super) fn update(
         grad_norm: 0.0,
         learning_rate: fit::learning_rate_at(lesson.config, fit.step),
         num_groups_updated: num_completions / settings.group_size,
+        sampling_gap: SamplingGap::default(),
         stats: GrpoStats::of_idle(idle),
         each: Vec::new(),
         attacked: None,
@@ -251,6 +288,9 @@ pub(super) fn update(
             gradients.add(own_gradients)?;
             loss += own.loss;
             stats.push(own.stats);
+            if let (0, Some(scored)) = (number, &pass.old_log_probs) {
+                outcome.sampling_gap.add(&pass.sampled_log_probs, scored, pass.mask.as_deref());
+            }
         }
         let stats = GrpoStats::joined(&stats);
         outcome.loss = loss;
@@ -301,4 +341,18 @@ pub(super) fn image_rows(prompts: &[Prompt], keep: &[usize]) -> Vec<u32> {
 
 fn to_f64(values: &[f32]) -> Vec<f64> {
     values.iter().map(|value| f64::from(*value)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_gap_of_sampling_is_over_the_tokens_in_the_loss() {
+        let mut gap = SamplingGap::default();
+        assert_eq!(gap.mean(), None);
+        gap.add(&[-1.0, -2.0, -9.0], &[-1.5, -1.75, -1.0], Some(&[true, true, false]));
+        gap.add(&[-0.25], &[-0.25], None);
+        assert_eq!((gap.mean(), gap.max), (Some(0.25), 0.5));
+    }
 }
