@@ -53,7 +53,8 @@ COMPILABLE = ("forward", "certify", "pgd", "generate", "sft_lora", "grpo")
 COMPILED_BF16 = ("forward", "certify", "pgd")
 # The PyTorch program holds a model already when it loads another: what it then takes is no figure of loading one.
 NO_MEMORY = ("load",)
-# Its rollouts draw from a model that was never trained: now and then an image placeholder, which ends the program.
+# Its rollouts draw from a model that was never trained, and what the last of them draws is what it updates on: where that is an
+# image placeholder the program ends. After another number of repeats it is something else.
 ATTEMPTS = 3
 OURS = {"ours": [], "ours_bf16": ["--bf16"]}
 SIDES = ["ours", "ours_bf16", "tuned", "tuned_compile", "stock", "torch_bf16"]
@@ -137,7 +138,7 @@ def repeats(a):
 
 def run(a, side, ours, work):
     """Lines by workload; none where the side has nothing to say."""
-    common = ["--checkpoint", a.checkpoint, "--data", a.data, "--repeats", str(repeats(a)), "--threads", str(a.threads)]
+    common = ["--checkpoint", a.checkpoint, "--data", a.data, "--threads", str(a.threads)]
     name, words, line_name = WORK[work]
     if side in OURS:
         if work == STARTUP:
@@ -149,15 +150,17 @@ def run(a, side, ours, work):
             return {}
         if work == STARTUP and a.memory:
             # Its own line would be about the process that starts the others.
-            seconds, peak = run_to_end([a.python, str(a.peer / "peer.py"), "first_answer", *common, *own])
+            command = [a.python, str(a.peer / "peer.py"), "first_answer", *common, "--repeats", "1", *own]
+            seconds, peak = run_to_end(command)
             return {line_name: {"workload": line_name, "all_s": [seconds], "median_s": seconds, "peak_rss_mb": peak}}
         command = [a.python, str(a.peer / "peer.py"), *words, *common, *own]
-    for _ in range(ATTEMPTS):
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for more in range(ATTEMPTS):
+        again = [*command, "--repeats", str(repeats(a) + more)]
+        done = subprocess.run(again, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         if not done.returncode:
             break
     else:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+        raise SystemExit(f"{' '.join(again)} failed:\n{done.stderr[-2000:]}")
     return {line["workload"]: line for line in map(json.loads, done.stdout.splitlines())}
 
 
