@@ -507,11 +507,16 @@ fn questions_about_damaged_images_are_left_out_where_they_may_be_and_shards_agre
     let image = image_of(&asked[7]["id"]);
     let left = asked.iter().filter(|record| image_of(&record["id"]) != image).count();
     fs::write(data.join(image.as_str().unwrap()), "no image").unwrap();
-    // It is refused before anything is opened or asked.
-    let absent = RunConfig { model: Some("no-such-model".into()), ..of(&whole) };
-    let error = evaluate_with(absent, false, Stop::default()).unwrap_err();
-    assert_eq!(error.status(), ExitStatus::Data, "{error}");
-    assert!(error.to_string().contains(image.as_str().unwrap()) && !whole.exists(), "{error}");
+    // It is refused before a model is opened, though not before one that cannot be there.
+    let unopened = dir.path().join("model");
+    fs::create_dir(&unopened).unwrap();
+    for (model, told) in [(unopened.as_path(), image.as_str().unwrap()), (Path::new("none"), "no such model")]
+    {
+        let config = RunConfig { model: Some(model.display().to_string()), ..of(&whole) };
+        let error = evaluate_with(config, false, Stop::default()).unwrap_err();
+        assert_eq!(error.status(), ExitStatus::Data, "{error}");
+        assert!(error.to_string().contains(told) && !whole.exists(), "{error}");
+    }
     let lenient = |out: &Path| {
         let mut config = of(out);
         config.data.skip_invalid = true;
@@ -527,6 +532,12 @@ fn questions_about_damaged_images_are_left_out_where_they_may_be_and_shards_agre
     let outcome = merge::merge(&parts, &Silent).unwrap();
     assert_eq!((&outcome.summary["pass"], outcome.check_failed), (&Value::from(true), None));
     check_same_results(&whole, &parts);
+    // Where nothing is left, what is wrong is told.
+    for question in &questions {
+        fs::write(data.join(question["image_path"].as_str().unwrap()), "no image").unwrap();
+    }
+    let error = evaluate_with(lenient(&dir.path().join("none")), false, Stop::default()).unwrap_err();
+    assert!(error.to_string().contains("problems in the data"), "{error}");
 }
 
 #[test]

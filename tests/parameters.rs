@@ -214,10 +214,10 @@ fn an_adapter_over_bfloat16_begins_where_float32_does_to_rounding_and_learns() {
 
 /// Asks for a stop behind so many steps.
 #[derive(Default)]
-struct Stopping {
-    after: usize,
-    steps: AtomicUsize,
-    stop: Stop,
+pub(crate) struct Stopping {
+    pub(crate) after: usize,
+    pub(crate) steps: AtomicUsize,
+    pub(crate) stop: Stop,
 }
 
 impl Progress for Stopping {

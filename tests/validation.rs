@@ -2,13 +2,17 @@
 //! changes a byte.
 
 use crate::failures::{go_on, signal, start, wait_until};
+use crate::parameters::Stopping;
 use crate::training::{check_same, job_of, lines, material, run_as, run_job, run_with_kills, settings};
 use safemed::backend::with_threads;
-use safemed::error::ExitStatus;
+use safemed::error::{Error, ExitStatus};
 use safemed::model::weights::TensorFile;
+use safemed::pixels::RgbImage8;
+use safemed::pixels::decode::encode_png;
 use safemed::recipes::config::Command::{self, Attack, Eval, Train};
 use safemed::recipes::eval;
-use safemed::recipes::progress::Kept;
+use safemed::recipes::job::Job;
+use safemed::recipes::progress::{Kept, Silent};
 use serde_json::{Value, json};
 use std::fs;
 use std::ops::Range;
@@ -315,6 +319,24 @@ fn examined_by(file: &str) -> Vec<(&str, &str)> {
     more.push(("train.validation.data", file));
     more.extend([("train.validation.num_steps", "0"), ("train.num_steps", "2")]);
     more
+}
+
+#[test]
+fn a_training_does_not_go_on_with_other_questions_to_examine_it_by() {
+    let dir = tempfile::tempdir().unwrap();
+    let own = dir.path().join("own");
+    let file = own_questions(&own, 40..48).display().to_string();
+    let settings = settings(&material().loud, &dir.path().join("out"), &examined_by(&file));
+    let listener = Stopping { after: 1, ..Stopping::default() };
+    let job = job_of(Train, &settings, &listener).unwrap();
+    let error = run_job(&Job { stop: listener.stop.clone(), ..job }, 2).unwrap_err();
+    assert_eq!(error.status(), ExitStatus::Stopped, "{error}");
+    let other = encode_png(&RgbImage8::filled(8, 8, [9; 3]).unwrap()).unwrap();
+    fs::write(own.join("beside-0.png"), other).unwrap();
+    let job = job_of(Train, &settings, &Silent).unwrap();
+    let error = run_job(&Job { resume: true, ..job }, 2).unwrap_err();
+    let is_told = matches!(&error, Error::Usage(text) if text.contains("`validation_images_sha256`"));
+    assert!(is_told, "{error}");
 }
 
 #[test]

@@ -1,8 +1,9 @@
 //! Questions about images: the one [`Sample`] type, the readers that make it, and what is done with a set of them.
 //!
 //! [`DatasetConfig::load`] is the way in for every command: it detects the format, collects every problem with its
-//! file and record before any expensive work, filters, and takes this process's shard. Nothing here decodes an
-//! image or knows tokens: images stay paths, and prompts stay text.
+//! file and record before any expensive work, filters, and takes this process's shard. Runs that may leave out damaged images
+//! take theirs themselves, after [`DatasetConfig::survey`]. Nothing here decodes an image or knows tokens: images stay paths, and
+//! prompts stay text.
 
 pub mod answer;
 pub mod choices;

@@ -83,16 +83,25 @@ pub type Listener<'a> = dyn Fn(Event<'_>) -> Result<()> + 'a;
 /// fetched: see [`fetch`].
 pub fn locate(model: &str, revision: Option<&str>, listener: &Listener<'_>) -> Result<Location> {
     check_revision(model, revision)?;
+    check_place(model)?;
     let path = Path::new(model);
     if path.is_dir() {
         return Ok(Location { dir: path.to_path_buf(), commit: None });
     }
-    if !is_hub_id(model) {
-        return Err(Error::data(format!(
-            "no such model directory\n  --> {model}\n   = help: `--model` takes a directory, or a hub id such as `Qwen/Qwen2.5-VL-3B-Instruct`"
-        )));
-    }
     fetch(model, revision.unwrap_or(DEFAULT_REVISION), &HubSettings::from_env()?, listener)
+}
+
+/// Refuses what is neither a directory nor can be a hub id; the hub is not asked.
+///
+/// # Errors
+/// A data error that says what `--model` takes.
+pub fn check_place(model: &str) -> Result<()> {
+    if Path::new(model).is_dir() || is_hub_id(model) {
+        return Ok(());
+    }
+    Err(Error::data(format!(
+        "no such model directory\n  --> {model}\n   = help: `--model` takes a directory, or a hub id such as `Qwen/Qwen2.5-VL-3B-Instruct`"
+    )))
 }
 
 /// The same without fetching weights: config.json, tokenizer and processors are enough to say what a model would cost.

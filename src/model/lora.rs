@@ -440,8 +440,8 @@ impl Adapter {
             file.names().into_iter().filter(|name| low_rank_name(name).is_none()).collect();
         let names = || names.iter().chain(self.whole.keys());
         let is_there = |module: &str| {
-            let inside = format!("{module}.");
-            names().any(|name| name.contains(&inside))
+            let (inside, below) = (format!("{module}."), format!(".{module}."));
+            names().any(|name| name.starts_with(&inside) || name.contains(&below))
         };
         let Some(module) = modules.iter().find(|module| !is_there(module)) else { return Ok(()) };
         Err(Error::data(format!(

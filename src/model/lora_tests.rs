@@ -233,6 +233,8 @@ fn modules_that_are_said_to_be_saved_and_are_not_are_an_error() {
     for (modules, whole, named) in [
         (json!(["lm_head", "embed_tokens"]), &["lm_head.weight"][..], "names `embed_tokens`"),
         (json!(["lm_head"]), &[], "names `lm_head`"),
+        // Part of another module's name.
+        (json!(["head"]), &["lm_head.weight"], "names `head`"),
         // What an adapter lies over is not saved whole.
         (json!(["q_proj"]), &[], "names `q_proj`"),
         (json!("lm_head"), &["lm_head.weight"], "must be a list of names"),

@@ -275,7 +275,7 @@ pub fn explain<L: Learner>(lesson: &Lesson<'_>, fit: &Fit<L>, run: &Path, part: 
         Err(reason) => error.at(&format!("the batch could not be written down: {reason}")),
     };
     let is_image = began.first().is_some_and(|what| what.starts_with("the image"));
-    let (advised, suspect) = advised(&error.to_string(), is_image, fit.updates);
+    let (advised, suspect) = advised(&error.to_string(), is_image, fit.updates, !began.is_empty());
     let then = begin_again(fit, &run.join("checkpoints"), suspect);
     Error::NonFinite(format!("{advised}; {then}"))
 }
@@ -307,7 +307,7 @@ impl Suspect {
 
 /// An error with what to do about it, and what is suspected: what it says itself, unless that sends one to the weights of the
 /// checkpoint and they are not what is suspected.
-fn advised(text: &str, is_image: bool, updates: u64) -> (String, Suspect) {
+fn advised(text: &str, is_image: bool, updates: u64, is_found: bool) -> (String, Suspect) {
     let (what, own) = match text.split_once("\n   = help: ") {
         Some((what, own)) => (what, Some(own)),
         None => (text, None),
@@ -321,6 +321,9 @@ fn advised(text: &str, is_image: bool, updates: u64) -> (String, Suspect) {
             "lower `train.learning_rate`, add `train.warmup_steps`, or set `train.max_grad_norm`"
         }
         (_, Some(own)) => own,
+        (_, None) if !is_found => {
+            "no update has moved the weights yet, and what they give is finite: look at what the loss makes of it, such as `train.adversary.trades_beta`, `train.noise_sigma` and rewards"
+        }
         (_, None) => {
             "no update has moved the weights yet: look at those that were loaded (`--model`, `--adapter`) and at what they are rounded to (`--dtype`, `--arithmetic`)"
         }
@@ -334,8 +337,10 @@ fn begin_again<L: Learner>(fit: &Fit<L>, root: &Path, suspect: Suspect) -> Strin
         return "then begin again with another `--out`".to_owned();
     }
     let is_update = suspect == Suspect::Update;
-    // A checkpoint of all the steps that are done holds what the last update made, which may be finite and far too large.
-    let most = if is_update { fit.step.saturating_sub(1) } else { fit.step };
+    // Unless the update is one of the step that failed, a checkpoint of all the steps that are done holds what it made, which may
+    // be finite and far too large.
+    let is_spoilt = is_update && fit.moved_in != Some(fit.step);
+    let most = if is_spoilt { fit.step.saturating_sub(1) } else { fit.step };
     match (newest_sound(&fit.learner, root, most), saved_steps(root).into_iter().max()) {
         (Some(step), _) if is_update => format!(
             "the last update is the suspect, so with other settings begin a new run from the checkpoint of step {step}, which is older than it (`--model` or `--adapter`, and another `--out`)"
@@ -524,26 +529,31 @@ mod tests {
             fit.learner.0.set(&Tensor::new(&[value, 1.0], &Device::Cpu).unwrap()).unwrap();
             fit.save(root).unwrap();
         }
-        let mut check = |done: u64, suspect: Suspect, words: &str| {
+        let check = |fit: &mut Fit<Toy>, done: u64, suspect: Suspect, words: &str| {
             fit.step = done;
-            let told = begin_again(&fit, root, suspect);
+            let told = begin_again(fit, root, suspect);
             assert!(told.contains(words), "{done} {suspect:?}: {told}");
         };
+        let fit = &mut fit;
         // Step 5 is under way, or an examination after step 4: that checkpoint holds what the last update made.
-        check(4, Suspect::Update, "from the checkpoint of step 2, which is older than it");
-        check(5, Suspect::Update, "from the checkpoint of step 4, which is older than it");
+        fit.moved_in = Some(3);
+        check(fit, 4, Suspect::Update, "from the checkpoint of step 2, which is older than it");
+        check(fit, 5, Suspect::Update, "from the checkpoint of step 4, which is older than it");
         for suspect in [Suspect::Image, Suspect::Named] {
-            check(4, suspect, "from the checkpoint of step 4 (");
+            check(fit, 4, suspect, "from the checkpoint of step 4 (");
             // The newest is not finite.
-            check(6, suspect, "from the checkpoint of step 4 (");
+            check(fit, 6, suspect, "from the checkpoint of step 4 (");
         }
-        check(7, Suspect::Update, "from the checkpoint of step 4, ");
-        check(2, Suspect::Update, "begin again from the start");
-        check(0, Suspect::Loaded, "then begin again with another `--out`");
+        check(fit, 7, Suspect::Update, "from the checkpoint of step 4, ");
+        check(fit, 2, Suspect::Update, "begin again from the start");
+        check(fit, 0, Suspect::Loaded, "then begin again with another `--out`");
+        // The update is one of the step under way.
+        fit.moved_in = Some(4);
+        check(fit, 4, Suspect::Update, "from the checkpoint of step 4, which is older than it");
         // What cannot be read is no place to begin from.
         std::fs::remove_file(root.join("step-4/toy.safetensors")).unwrap();
-        check(7, Suspect::Update, "from the checkpoint of step 2, ");
-        check(6, Suspect::Image, "from the checkpoint of step 2 (");
+        check(fit, 7, Suspect::Update, "from the checkpoint of step 2, ");
+        check(fit, 6, Suspect::Image, "from the checkpoint of step 2 (");
     }
 
     #[test]
@@ -566,7 +576,7 @@ mod tests {
             (plain, true, 0, "the image was no number"),
             (plain, true, 3, "the image was no number"),
         ] {
-            let (told, suspect) = advised(text, is_image, updates);
+            let (told, suspect) = advised(text, is_image, updates, true);
             let is_named = text == command;
             assert_eq!(suspect == Suspect::Named, is_named, "{text}");
             assert_eq!(suspect == Suspect::Image, is_image && !is_named, "{text}");
@@ -574,5 +584,7 @@ mod tests {
             assert!(told.starts_with(&format!("{what}\n   = help: {words}")), "{told}");
             assert_eq!(told.matches("= help: ").count(), 1, "{told}");
         }
+        let (told, _) = advised(plain, false, 0, false);
+        assert!(told.contains("what they give is finite: look at what the loss makes of it"), "{told}");
     }
 }

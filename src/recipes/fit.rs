@@ -279,6 +279,8 @@ pub struct Fit<L> {
     pub updates: u64,
     /// Steps done.
     pub step: u64,
+    /// Steps that were done when weights last moved in this process; none before.
+    pub moved_in: Option<u64>,
 }
 
 /// An exponential moving average of what trains.
@@ -323,6 +325,7 @@ impl<L: Learner> Fit<L> {
             is_examined: false,
             warning: None,
             updates: 0,
+            moved_in: None,
             step: 0,
         })
     }
@@ -370,6 +373,7 @@ impl<L: Learner> Fit<L> {
         let max_grad_norm = Some(config.max_grad_norm).filter(|norm| *norm > 0.0);
         let grad_norm = optimizer::clip_global_norm(&mut named, max_grad_norm)?;
         self.updates += 1;
+        self.moved_in = Some(self.step);
         let learning_rate = learning_rate_at(config, self.step);
         let adamw = AdamWConfig {
             beta1: config.beta1,

@@ -9,7 +9,7 @@ use super::job::Job;
 use super::progress::Progress;
 use super::run::{Run, Stop};
 use crate::data::prompt::PromptTemplate;
-use crate::data::{Dataset, DatasetConfig, Problem, Sample, problem};
+use crate::data::{Dataset, DatasetConfig, ImageCheck, Problem, Sample, problem};
 use crate::error::{Error, Result};
 use crate::model::assistant::Assistant;
 use crate::model::denoiser::{self, Denoiser};
@@ -201,18 +201,40 @@ pub fn within_limits(config: &RunConfig, own: ImageProcessorConfig) -> Result<Im
 /// out, or when nothing is left; when asked to stop.
 pub fn open_questions(job: &Job<'_>, ask: &str) -> Result<(Dataset, Option<Dataset>)> {
     let data = job.config.data.dataset();
-    // Shards pair their questions with images of all, and divide what is left of all: they must agree on what that is.
-    let mut dataset = items::survey(&DatasetConfig { shard: None, ..data.clone() }, &job.stop, job.progress)?;
-    if !data.skip_invalid {
-        problem::refuse(&dataset.skipped)?;
+    let mut dataset = DatasetConfig { shard: None, ..data.clone() }.survey(ImageCheck::Exist)?;
+    // A slip elsewhere is told before images are looked at, but for what is wrong with the records themselves.
+    let model = job.config.model.as_deref().unwrap_or_default();
+    let train = match hub::check_place(model).and_then(|()| data.load_train()) {
+        Err(error) if dataset.skipped.is_empty() => return Err(error),
+        found => found,
+    };
+    let take_shard =
+        |dataset: &mut Dataset| data.shard.into_iter().for_each(|shard| dataset.take_shard(shard));
+    // Shards divide what is left of all, and pair their questions with images of all: they must agree on what that is. Where
+    // nothing may be left out each looks at its own.
+    if data.skip_invalid {
+        items::leave_out_damaged(&mut [&mut dataset], &job.stop, job.progress)?;
+        take_shard(&mut dataset);
+    } else {
+        take_shard(&mut dataset);
+        items::leave_out_damaged(&mut [&mut dataset], &job.stop, job.progress)?;
     }
-    if let Some(shard) = data.shard {
-        dataset.take_shard(shard);
-    }
+    settle(&dataset, data.skip_invalid, job.progress)?;
     dataset.require_population()?;
     items::require_some(&dataset, ask)?;
-    note_left_out(&dataset.skipped, job.progress);
-    Ok((dataset, data.load_train()?))
+    Ok((dataset, train?))
+}
+
+/// Refuses what is wrong with the questions, or says how much of them is left out for it where it may be.
+///
+/// # Errors
+/// A data error that lists the problems, also where they leave nothing.
+fn settle(dataset: &Dataset, skip_invalid: bool, progress: &dyn Progress) -> Result<()> {
+    if !skip_invalid || dataset.population().is_empty() {
+        problem::refuse(&dataset.skipped)?;
+    }
+    note_left_out(&dataset.skipped, progress);
+    Ok(())
 }
 
 /// Says how much is wrong with the records that were left out: once in a run, by whoever opens the questions.
@@ -251,6 +273,15 @@ pub fn note_questions(
     }
     run.provenance("images_sha256", json!(images_sha256(dataset)?))?;
     run.provenance("prompt_sha256", json!(hex(&Sha256::digest(template.wording()))))
+}
+
+/// Notes the questions that a training is examined on: its best checkpoint is the best on these.
+///
+/// # Errors
+/// As [`note_questions`].
+pub fn note_examined(run: &mut Run, dataset: &Dataset) -> Result<()> {
+    run.provenance("validation_data_sha256", json!(questions_sha256(&dataset.samples)?))?;
+    run.provenance("validation_images_sha256", json!(images_sha256(dataset)?))
 }
 
 /// Notes the checkpoint: the commit on the hub, a hash of each of its files, and of the weights as a whole.

@@ -164,7 +164,8 @@ fn sound_questions(
     let own = problem::distinct(&dataset.skipped);
     let others = validation.iter().flat_map(|questions| &questions.skipped);
     let all = problem::distinct(dataset.skipped.iter().chain(others));
-    if !data.skip_invalid {
+    let is_empty = |set: &Dataset| set.samples.is_empty();
+    if !data.skip_invalid || is_empty(&dataset) || validation.as_ref().is_some_and(is_empty) {
         problem::refuse(&all)?;
     }
     items::require_some(&dataset, "train on")?;
@@ -191,6 +192,9 @@ pub fn run_training(config: &RunConfig, run: &mut Run, progress: &dyn Progress) 
 fn learn(material: Material, config: &RunConfig, run: &mut Run, progress: &dyn Progress) -> Result<Value> {
     let Material { dataset, model, chosen, judge, .. } = &material;
     inputs::note_questions(run, dataset, None, config.prompt.parse()?)?;
+    if let Some(questions) = &material.validation {
+        inputs::note_examined(run, questions)?;
+    }
     for (key, count) in items::Reasonings::of(config, &dataset.samples).counts() {
         run.provenance(key, json!(count))?;
     }

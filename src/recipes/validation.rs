@@ -18,6 +18,7 @@ use super::run::{Opening, Run};
 use crate::data::{Dataset, DatasetConfig, ImageCheck, Sample};
 use crate::error::{Error, Result};
 use crate::model::assistant::Assistant;
+use crate::pixels::decode;
 use rayon::prelude::*;
 use serde_json::{Value, json};
 use std::collections::{HashMap, HashSet};
@@ -145,9 +146,11 @@ fn length((_, image): &Shown<'_>) -> Option<u64> {
     fs::metadata(image).ok().map(|about| about.len())
 }
 
-/// The hash of the file; of one that cannot be read there is only the path to compare.
+/// The hash of the file. Of one that shows nothing there is only the path to compare: two ruined files may be alike, such as
+/// empty ones.
 fn content((_, image): &Shown<'_>) -> std::result::Result<String, PathBuf> {
-    inputs::file_sha256(image).map_err(|_| image.clone())
+    let is_picture = decode::decode_file(image).is_ok();
+    inputs::file_sha256(image).ok().filter(|_| is_picture).ok_or_else(|| image.clone())
 }
 
 /// `limit` of the questions at even distances in the order of their ids, so that no source or type is left out.
@@ -459,6 +462,8 @@ pub fn forget_after(run: &Run, step: u64) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::pixels::RgbImage8;
+    use crate::pixels::decode::encode_png;
 
     fn sample(id: usize) -> Sample {
         Sample { id: format!("q{id:02}"), ..Sample::for_test(id) }
@@ -519,18 +524,24 @@ mod tests {
     #[test]
     fn questions_of_another_source_are_compared_by_what_they_say_and_show() {
         let dir = tempfile::tempdir().unwrap();
+        let png =
+            |side: usize, value: u8| encode_png(&RgbImage8::filled(side, side, [value; 3]).unwrap()).unwrap();
+        let same_length =
+            (3..=u8::MAX).map(|value| png(8, value)).find(|other| other.len() == png(8, 1).len());
         let [here, there] = ["here", "there"].map(|name| dir.path().join(name));
         for (folder, name, bytes) in [
-            (&there, "0.png", "first"),
-            (&there, "1.png", "second"),
-            (&here, "0.png", "third"),
-            (&here, "copy.png", "first"),
-            (&here, "longer.png", "first and more"),
+            (&there, "0.png", png(8, 1)),
+            (&there, "1.png", png(8, 2)),
+            (&there, "3.png", Vec::new()),
+            (&here, "0.png", same_length.unwrap()),
+            (&here, "copy.png", png(8, 1)),
+            (&here, "longer.png", png(80, 1)),
+            (&here, "empty.png", Vec::new()),
         ] {
             fs::create_dir_all(folder).unwrap();
             fs::write(folder.join(name), bytes).unwrap();
         }
-        let trained = Dataset::new(&there, (0..3).map(sample).collect());
+        let trained = Dataset::new(&there, (0..4).map(sample).collect());
         let refused = |root: &PathBuf, own: Sample| {
             let dataset = Dataset::new(root, vec![sample(7), own]);
             refuse_overlap(&dataset, &trained, false).map_err(|error| error.to_string())
@@ -539,6 +550,8 @@ mod tests {
         // Made-up ids are the same by chance: another image has the length of the one that is trained on, or another length.
         assert_eq!(refused(&here, sample(0)), Ok(()));
         assert_eq!(refused(&here, Sample { image: "longer.png".into(), ..sample(0) }), Ok(()));
+        // Files of no picture are alike, and say nothing.
+        assert_eq!(refused(&here, Sample { image: "empty.png".into(), ..sample(3) }), Ok(()));
         // The image is known, the question is not.
         assert_eq!(refused(&here, Sample { question: "which?".into(), ..copy.clone() }), Ok(()));
         assert_eq!(refused(&here, Sample { options: vec!["x".into(), "z".into()], ..copy.clone() }), Ok(()));

@@ -193,6 +193,8 @@ impl RunConfig {
 
     fn idle_in_training(&self, notes: &mut Notes) {
         let (own, default) = (&self.train, TrainConfig::default());
+        let why = "training has no prior to count but its own questions";
+        notes.add(self.data.train_split.is_some(), "data.train_split", why);
         let is_constant = own.schedule == ScheduleName::Constant;
         let floor = own.min_learning_rate_ratio != default.min_learning_rate_ratio;
         let why = "`train.schedule` is `constant`";
@@ -584,6 +586,7 @@ mod tests {
         assert_eq!(all(&floor), [""; 0]);
         let constant = [&floor[..], &[("train.schedule", "constant")]].concat();
         assert_eq!(all(&constant), ["min_learning_rate_ratio"]);
+        assert_eq!(all(&[("data.train_split", "train.json")]), ["data.train_split"]);
         assert_eq!(all(&[("train.denoiser.width", "16")]), ["denoiser"]);
         let lora = [("train.lora_alpha", "8"), ("train.lora_use_rslora", "true")];
         assert_eq!(all(&lora), ["lora_alpha", "lora_use_rslora"]);

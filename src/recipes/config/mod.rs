@@ -266,12 +266,12 @@ section! {
         modality: Option<String> = None,
         /// Keep this question type only.
         question_type: Option<String> = None,
-        /// Keep the first so many items.
+        /// Keep the first so many items, damaged images counted, missing ones not.
         limit: Option<usize> = None => Range::at_least(1.0),
         /// `I/N`: every N-th item from the I-th on, I from 0; the parts are joined by `safemed merge`. Not for training.
         shard: Option<Shard> = None,
         /// Whether records with a problem are left out and counted, instead of refusing the data. Every image is decoded before
-        /// a run begins: a damaged one is a problem of its records too.
+        /// a run begins (not before a dry run): a damaged one is a problem of its records too.
         skip_invalid: bool = false,
         /// How gray deeper than eight bits is read, where no window is given.
         deep_gray: DeepGray = DeepGray::AsStored,

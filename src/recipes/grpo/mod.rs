@@ -11,6 +11,8 @@
 //! With `refresh = "each_update"` the attack is warmed up again before each further update on the same completions: old
 //! log-probabilities stay those of the image sampled on, so that a ratio is the weight of a sample for the new policy on the
 //! new image, and the clip bounds the two changes together.
+//! `sampling/sampling_logp_difference` is between what tokens were drawn with and what the first update makes of them. Image
+//! placeholders, which are never drawn, and `lora_dropout`, which sampling leaves out, set the two apart by right.
 //! Deviation: `entropy` is that of the distribution each token was sampled from, so of the policy before the update. Its mean
 //! goes over the tokens that take part in the loss.
 

@@ -162,13 +162,15 @@ fn a_fault_later_names_step_question_and_line() {
     }
     // More than was asked, seen before it can be taken for the next answer.
     let dir = tempfile::tempdir().unwrap();
-    let file = dir.path().join("said");
+    let (file, go) = (dir.path().join("said"), dir.path().join("go"));
     let script = format!(
-        "{answer} {answer} sleep 0.02; echo '{{\"reward\": 5}}'; echo so > {}; read -r l; read -r l",
+        "{answer} {answer} while [ ! -e {} ]; do sleep 0.01; done; echo '{{\"reward\": 5}}'; echo so > {}; read -r l; read -r l",
+        go.display(),
         file.display()
     );
     let mut command = shell(&script, LONG).unwrap();
     command.ask(&lines[..1]).unwrap();
+    std::fs::write(&go, "").unwrap();
     written(&file);
     thread::sleep(4 * SURPLUS);
     let error = command.ask(&lines[..1]).unwrap_err();
