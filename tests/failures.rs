@@ -393,22 +393,27 @@ fn by_turns(odd: &str, even: &str) -> String {
     json!(["sh", "-c", text]).to_string()
 }
 
-#[test]
-fn rewards_too_large_to_be_compared_end_the_run_with_their_group() {
-    let dir = tempfile::tempdir().unwrap();
-    let out = dir.path().join("run");
-    let command = by_turns(r#"{"reward": 1e300}"#, r#"{"reward": -1e300}"#);
+/// A few steps of GRPO in which that command alone gives rewards; how it ends.
+fn fails_paid_by(command: &str, out: &Path, more: &[(&str, &str)]) -> String {
     let own = [
         ("train.recipe", "grpo"),
         ("train.grpo.temperature", "2"),
         ("train.grpo.accuracy_weight", "0"),
         ("train.grpo.format_weight", "0"),
-        ("train.grpo.reward_command", command.as_str()),
+        ("train.grpo.reward_command", command),
     ];
-    let more = [&SHORT[..], &own].concat();
-    let error = run_as(Train, &settings(&material().loud, &out, &more), 2).unwrap_err();
+    let more = [&SHORT[..], &own, more].concat();
+    let error = run_as(Train, &settings(&material().loud, out, &more), 2).unwrap_err();
     assert_eq!(error.status(), ExitStatus::NonFinite, "{error}");
-    let text = error.to_string();
+    error.to_string()
+}
+
+#[test]
+fn rewards_too_large_to_be_compared_end_the_run_with_their_group() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    let command = by_turns(r#"{"reward": 1e300}"#, r#"{"reward": -1e300}"#);
+    let text = fails_paid_by(&command, &out, &[]);
     for part in
         ["the rewards of group 0 are too large", "step 1, questions `Phantom_", "= help: let `train.grpo.r"]
     {
@@ -426,18 +431,7 @@ fn a_policy_that_diverged_and_fails_in_its_rollout_is_told_to_learn_slower() {
     let out = dir.path().join("run");
     // Every other completion of a group is better, whatever it says: each step moves the weights.
     let command = by_turns(r#"{"reward": 1}"#, r#"{"reward": 0}"#);
-    let own = [
-        ("train.recipe", "grpo"),
-        ("train.learning_rate", "1e30"),
-        ("train.grpo.temperature", "2"),
-        ("train.grpo.accuracy_weight", "0"),
-        ("train.grpo.format_weight", "0"),
-        ("train.grpo.reward_command", command.as_str()),
-    ];
-    let more = [&SHORT[..], &own].concat();
-    let error = run_as(Train, &settings(&material().loud, &out, &more), 2).unwrap_err();
-    assert_eq!(error.status(), ExitStatus::NonFinite, "{error}");
-    let text = error.to_string();
+    let text = fails_paid_by(&command, &out, &[("train.learning_rate", "1e30")]);
     for part in
         ["while sampling", "step 2, questions `Phantom_", "first not finite: ", "= help: lower `train.l"]
     {

@@ -398,7 +398,7 @@ fn problems_of_validation_come_before_weights_or_are_told_once() {
         ];
         let out = dir.path().join(command.word());
         let notes = told(command, &settings(&material().loud, &out, &more));
-        assert_eq!(notes, ["1 problems: their records are left out"], "{command}");
+        assert_eq!(notes, ["1 problem: the records are left out"], "{command}");
         assert_eq!(lines(&out, "records.jsonl").len(), 7);
     }
     // Training decodes the images of validation too before it begins.
@@ -412,7 +412,7 @@ fn problems_of_validation_come_before_weights_or_are_told_once() {
     assert!(text.contains("(`own-0`): `gt_answer` is none of the options") && !out.exists(), "{text}");
     let more = [&examined_by(&file)[..], &[lenient]].concat();
     let notes = told(Train, &settings(&material().loud, &out, &more));
-    assert_eq!(notes, ["2 problems in the validation data: their records are left out"]);
+    assert_eq!(notes, ["2 problems in the validation data: the records are left out"]);
     for step in [0, 2] {
         assert_eq!(lines(&out, &format!("validation/step-{step}/records.jsonl")).len(), 6);
     }

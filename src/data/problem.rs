@@ -69,6 +69,11 @@ impl Place {
     }
 }
 
+/// `1 problem`, `2 problems`.
+pub fn counted(count: usize) -> String {
+    format!("{count} problem{}", if count == 1 { "" } else { "s" })
+}
+
 /// Refuses data that has problems, listing the first of them.
 ///
 /// # Errors
@@ -89,10 +94,7 @@ fn refuse_listing(problems: &[Problem], most: usize) -> Result<()> {
     if problems.is_empty() {
         return Ok(());
     }
-    let mut text = match problems.len() {
-        1 => "1 problem in the data".to_owned(),
-        n => format!("{n} problems in the data"),
-    };
+    let mut text = format!("{} in the data", counted(problems.len()));
     for problem in problems.iter().take(most) {
         let _ = write!(text, "\n  --> {problem}");
     }

@@ -49,7 +49,7 @@ pub fn doctor() -> Outcome {
     let summary = json!({
         "command": "doctor",
         "version": provenance::VERSION,
-        "git_commit": provenance::git_commit(),
+        "git_commit": provenance::GIT_COMMIT,
         "build": if cfg!(debug_assertions) { "debug" } else { "release" },
         "features": features,
         "system": std::env::consts::OS,

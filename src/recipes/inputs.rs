@@ -212,12 +212,12 @@ pub fn open_questions(job: &Job<'_>, ask: &str) -> Result<(Dataset, Option<Datas
         |dataset: &mut Dataset| data.shard.into_iter().for_each(|shard| dataset.take_shard(shard));
     // Shards divide what is left of all, and pair their questions with images of all: they must agree on what that is. Where
     // nothing may be left out each looks at its own.
+    if !data.skip_invalid {
+        take_shard(&mut dataset);
+    }
+    items::leave_out_damaged(&mut [&mut dataset], &job.stop, job.progress)?;
     if data.skip_invalid {
-        items::leave_out_damaged(&mut [&mut dataset], &job.stop, job.progress)?;
         take_shard(&mut dataset);
-    } else {
-        take_shard(&mut dataset);
-        items::leave_out_damaged(&mut [&mut dataset], &job.stop, job.progress)?;
     }
     settle(&dataset, data.skip_invalid, job.progress)?;
     dataset.require_population()?;
@@ -240,7 +240,7 @@ fn settle(dataset: &Dataset, skip_invalid: bool, progress: &dyn Progress) -> Res
 /// Says how much is wrong with the records that were left out: once in a run, by whoever opens the questions.
 pub fn note_left_out(skipped: &[Problem], progress: &dyn Progress) {
     if !skipped.is_empty() {
-        progress.note(&format!("{} problems: their records are left out", skipped.len()));
+        progress.note(&format!("{}: the records are left out", problem::counted(skipped.len())));
     }
 }
 

@@ -176,7 +176,8 @@ fn sound_questions(
     // Those of a file that both sets are in are told already.
     let more = all.len() - own.len();
     if more > 0 {
-        progress.note(&format!("{more} problems in the validation data: their records are left out"));
+        let more = problem::counted(more);
+        progress.note(&format!("{more} in the validation data: the records are left out"));
     }
     Ok((dataset, validation))
 }
@@ -638,8 +639,8 @@ mod tests {
         assert_eq!(
             notes,
             [
-                "2 problems: their records are left out",
-                "3 problems in the validation data: their records are left out"
+                "2 problems: the records are left out",
+                "3 problems in the validation data: the records are left out"
             ]
         );
     }
@@ -677,12 +678,12 @@ mod tests {
         let ([trained, asked], notes) = lenient(&config);
         assert_eq!((trained, asked), (vec!["a".to_owned()], vec!["c".to_owned()]));
         assert_eq!(notes.len(), 2, "{notes:?}");
-        assert_eq!(notes[1], "2 problems: their records are left out");
+        assert_eq!(notes[1], "2 problems: the records are left out");
         // Captions stand in for images, which nobody looks at.
         config.train.validation.every = 0;
         config.train.captions = true;
         let ([trained, asked], notes) = lenient(&config);
         assert_eq!((trained.len(), asked.len()), (2, 0));
-        assert_eq!(notes, ["1 problems: their records are left out"]);
+        assert_eq!(notes, ["1 problem: the records are left out"]);
     }
 }

@@ -21,9 +21,8 @@ use crate::model::assistant::Assistant;
 use crate::pixels::decode;
 use rayon::prelude::*;
 use serde_json::{Value, json};
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fs;
-use std::hash::Hash;
 use std::path::PathBuf;
 
 /// The questions that `[train.validation]` names, of those in the training's own source or in another; none without
@@ -95,62 +94,40 @@ fn same_ids<'a>(dataset: &'a Dataset, trained: &'a Dataset) -> Vec<(&'a str, &'a
 }
 
 /// The questions of `dataset` that are in `trained` too, by the ids that they have here and there. Ids of two sources say
-/// nothing, and may be made up: the questions must be in the same words, about images of the same bytes.
+/// nothing, and may be made up: the questions must be in the same words, about images of the same pixels.
 fn copies<'a>(dataset: &'a Dataset, trained: &'a Dataset) -> Vec<(&'a str, &'a str)> {
-    let shown = |set: &'a Dataset| -> Vec<Shown<'a>> {
-        set.samples.iter().map(|sample| (sample, set.image_path(sample))).collect()
+    // Words first: few images need be decoded.
+    let within = |set: &'a Dataset, words: &HashSet<Wording<'a>>| -> Vec<(&'a Sample, PathBuf)> {
+        let samples = set.samples.iter().filter(|sample| words.contains(&wording(sample)));
+        samples.map(|sample| (sample, set.image_path(sample))).collect()
     };
-    // Few images need be read: those of the same length that are shown with the same words.
-    let same: Vec<Alike<'a>> = narrowed([shown(dataset), shown(trained)], wording)
+    let words_of =
+        |samples: &[(&'a Sample, PathBuf)]| samples.iter().map(|(sample, _)| wording(sample)).collect();
+    let own = within(dataset, &trained.samples.iter().map(wording).collect());
+    let others = within(trained, &words_of(&own));
+    let images: BTreeSet<&PathBuf> = own.iter().chain(&others).map(|(_, image)| image).collect();
+    // Files that show nothing are none of one another, such as empty ones: of these there is only the path to compare.
+    let pixels: HashMap<&PathBuf, String> = images
         .into_par_iter()
-        .flat_map_iter(|alike| narrowed(alike, length))
-        .flat_map_iter(|alike| narrowed(alike, content))
+        .filter_map(|image| Some((image, decode::decode_file(image).ok()?.sha256())))
         .collect();
-    let mut known: HashMap<&str, &str> = HashMap::new();
-    for [own, others] in &same {
-        let pairs = own.iter().zip(others.iter().cycle());
-        known.extend(pairs.map(|((sample, _), (other, _))| (sample.id.as_str(), other.id.as_str())));
+    let key = |(sample, image): &'_ (&'a Sample, PathBuf)| {
+        (wording(sample), pixels.get(image).cloned().ok_or_else(|| image.clone()))
+    };
+    let mut known = HashMap::new();
+    for other in &others {
+        known.entry(key(other)).or_insert(other.0.id.as_str());
     }
-    let ids = dataset.samples.iter().map(|sample| sample.id.as_str());
-    ids.filter_map(|id| Some((id, *known.get(id)?))).collect()
+    own.iter().filter_map(|question| Some((question.0.id.as_str(), *known.get(&key(question))?))).collect()
 }
-
-/// A question, and where its image lies.
-type Shown<'a> = (&'a Sample, PathBuf);
-
-/// Questions to validate with and questions that are trained on, which may be the same.
-type Alike<'a> = [Vec<Shown<'a>>; 2];
 
 /// What a question says: its text, its options in an order that does not depend on theirs, the text of the right one.
 type Wording<'a> = (&'a str, Vec<&'a str>, &'a str);
 
-/// The parts of `alike` within which questions of both sides have the same `key`.
-fn narrowed<'a, K: Eq + Hash>(alike: Alike<'a>, key: fn(&Shown<'a>) -> K) -> Vec<Alike<'a>> {
-    let mut parts: HashMap<K, Alike<'a>> = HashMap::new();
-    for (side, questions) in alike.into_iter().enumerate() {
-        for question in questions {
-            parts.entry(key(&question)).or_default()[side].push(question);
-        }
-    }
-    parts.into_values().filter(|part| part.iter().all(|questions| !questions.is_empty())).collect()
-}
-
-fn wording<'a>(&(sample, _): &Shown<'a>) -> Wording<'a> {
+fn wording(sample: &Sample) -> Wording<'_> {
     let mut options: Vec<&str> = sample.options.iter().map(|text| text.trim()).collect();
     options.sort_unstable();
     (sample.question.trim(), options, sample.answer_text().trim())
-}
-
-/// Of the file, in bytes; none of one that is missing.
-fn length((_, image): &Shown<'_>) -> Option<u64> {
-    fs::metadata(image).ok().map(|about| about.len())
-}
-
-/// The hash of the file. Of one that shows nothing there is only the path to compare: two ruined files may be alike, such as
-/// empty ones.
-fn content((_, image): &Shown<'_>) -> std::result::Result<String, PathBuf> {
-    let is_picture = decode::decode_file(image).is_ok();
-    inputs::file_sha256(image).ok().filter(|_| is_picture).ok_or_else(|| image.clone())
 }
 
 /// `limit` of the questions at even distances in the order of their ids, so that no source or type is left out.
@@ -526,16 +503,16 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let png =
             |side: usize, value: u8| encode_png(&RgbImage8::filled(side, side, [value; 3]).unwrap()).unwrap();
-        let same_length =
-            (3..=u8::MAX).map(|value| png(8, value)).find(|other| other.len() == png(8, 1).len());
         let [here, there] = ["here", "there"].map(|name| dir.path().join(name));
         for (folder, name, bytes) in [
             (&there, "0.png", png(8, 1)),
             (&there, "1.png", png(8, 2)),
             (&there, "3.png", Vec::new()),
-            (&here, "0.png", same_length.unwrap()),
+            (&here, "0.png", png(8, 3)),
             (&here, "copy.png", png(8, 1)),
-            (&here, "longer.png", png(80, 1)),
+            (&here, "larger.png", png(80, 1)),
+            // Bytes behind the picture are none of it.
+            (&here, "again.png", [png(8, 1), vec![0; 9]].concat()),
             (&here, "empty.png", Vec::new()),
         ] {
             fs::create_dir_all(folder).unwrap();
@@ -547,9 +524,9 @@ mod tests {
             refuse_overlap(&dataset, &trained, false).map_err(|error| error.to_string())
         };
         let copy = Sample { id: "own".into(), image: "copy.png".into(), ..sample(0) };
-        // Made-up ids are the same by chance: another image has the length of the one that is trained on, or another length.
+        // Made-up ids are the same by chance.
         assert_eq!(refused(&here, sample(0)), Ok(()));
-        assert_eq!(refused(&here, Sample { image: "longer.png".into(), ..sample(0) }), Ok(()));
+        assert_eq!(refused(&here, Sample { image: "larger.png".into(), ..sample(0) }), Ok(()));
         // Files of no picture are alike, and say nothing.
         assert_eq!(refused(&here, Sample { image: "empty.png".into(), ..sample(3) }), Ok(()));
         // The image is known, the question is not.
@@ -557,7 +534,8 @@ mod tests {
         assert_eq!(refused(&here, Sample { options: vec!["x".into(), "z".into()], ..copy.clone() }), Ok(()));
         assert_eq!(refused(&here, Sample { answer: 1, ..copy.clone() }), Ok(()));
         let moved = Sample { options: vec![" y".into(), "x".into()], answer: 1, ..copy.clone() };
-        for own in [copy, moved] {
+        let again = Sample { image: "again.png".into(), ..copy.clone() };
+        for own in [copy, moved, again] {
             let text = refused(&here, own).unwrap_err();
             assert!(
                 text.starts_with("1 of 2 validation questions are trained on, among them `own`"),

@@ -284,8 +284,8 @@ section! {
         /// JSON list of the ids of its questions.
         split: Option<PathBuf> = None,
         /// A data set of its own, in any supported format, whose images lie beside it, or under `data.omnimedvqa` where training
-        /// has `data.data` too; absent: that of training. A question in the words of one that is trained on, about an image file of
-        /// the same bytes, is refused.
+        /// has `data.data` too; absent: that of training. A question in the words of one that is trained on, about an image of the
+        /// same pixels, is refused.
         data: Option<PathBuf> = None,
         /// Questions asked, at even distances in the order of their ids; 0: all.
         limit: usize = 128,

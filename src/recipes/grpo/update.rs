@@ -58,10 +58,10 @@ pub(super) struct SamplingGap {
 
 impl SamplingGap {
     /// Adds tokens; without a mask all of them take part.
-    fn add(&mut self, sampled: &[f32], scored: &[f64], mask: Option<&[bool]>) {
-        for (i, (sampled, scored)) in sampled.iter().zip(scored).enumerate() {
+    fn add(&mut self, sampled: impl Iterator<Item = f32>, scored: &[f64], mask: Option<&[bool]>) {
+        for (i, (sampled, scored)) in sampled.zip(scored).enumerate() {
             if mask.is_none_or(|mask| mask[i]) {
-                let gap = (f64::from(*sampled) - scored).abs();
+                let gap = (f64::from(sampled) - scored).abs();
                 self.sum += gap;
                 self.max = self.max.max(gap);
                 self.count += 1;
@@ -93,8 +93,6 @@ struct Pass {
     ref_log_probs: Option<Vec<f64>>,
     /// Under the policy that sampled, known after the first update.
     old_log_probs: Option<Vec<f64>>,
-    /// The same as the sampler had them, from its cache and row by row.
-    sampled_log_probs: Vec<f32>,
     /// What the loss of these groups alone counts for in the loss of the step.
     share: f64,
 }
@@ -170,11 +168,6 @@ fn passes_of(
                 grids,
                 ref_log_probs,
                 old_log_probs: None,
-                sampled_log_probs: part
-                    .iter()
-                    .flat_map(|&g| &groups[g].completions)
-                    .flat_map(|completion| completion.log_probs.iter().copied())
-                    .collect(),
                 share,
                 scoring,
             })
@@ -289,7 +282,9 @@ pub(super) fn update(
             loss += own.loss;
             stats.push(own.stats);
             if let (0, Some(scored)) = (number, &pass.old_log_probs) {
-                outcome.sampling_gap.add(&pass.sampled_log_probs, scored, pass.mask.as_deref());
+                let completions = pass.places.iter().flat_map(|&g| &groups[g].completions);
+                let sampled = completions.flat_map(|completion| completion.log_probs.iter().copied());
+                outcome.sampling_gap.add(sampled, scored, pass.mask.as_deref());
             }
         }
         let stats = GrpoStats::joined(&stats);
@@ -351,8 +346,8 @@ mod tests {
     fn the_gap_of_sampling_is_over_the_tokens_in_the_loss() {
         let mut gap = SamplingGap::default();
         assert_eq!(gap.mean(), None);
-        gap.add(&[-1.0, -2.0, -9.0], &[-1.5, -1.75, -1.0], Some(&[true, true, false]));
-        gap.add(&[-0.25], &[-0.25], None);
+        gap.add([-1.0, -2.0, -9.0].into_iter(), &[-1.5, -1.75, -1.0], Some(&[true, true, false]));
+        gap.add([-0.25].into_iter(), &[-0.25], None);
         assert_eq!((gap.mean(), gap.max), (Some(0.25), 0.5));
     }
 }

@@ -404,7 +404,7 @@ impl Run {
                 );
             }
             let part = json!({
-                "version": provenance::VERSION, "git_commit": provenance::git_commit(), "command_line": command_line,
+                "version": provenance::VERSION, "git_commit": provenance::GIT_COMMIT, "command_line": command_line,
                 "kernels": kernels,
             });
             let parts = self.provenance.entry("continued").or_insert_with(|| json!([]));
@@ -414,7 +414,7 @@ impl Run {
         } else {
             let facts = json!({
                 "version": provenance::VERSION,
-                "git_commit": provenance::git_commit(),
+                "git_commit": provenance::GIT_COMMIT,
                 "command": self.command.word(),
                 "command_line": command_line,
                 "seed": config.seed,

@@ -2,8 +2,6 @@
 
 use crate::backend::Backend;
 use serde_json::{Map, Value, json};
-use std::path::Path;
-use std::process::Command;
 
 /// The crates whose versions can change a number.
 const CRATES: [&str; 9] = [
@@ -21,6 +19,9 @@ const CRATES: [&str; 9] = [
 /// Version of this program.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 
+/// Commit that this program was built from, with `-dirty` when its sources were changed; "unknown" outside of a checkout.
+pub const GIT_COMMIT: &str = env!("SAFEMED_GIT_COMMIT");
+
 /// Versions of the crates that compute, as built.
 pub fn crate_versions() -> Map<String, Value> {
     let lock: toml::Table = include_str!("../../../Cargo.lock").parse().unwrap_or_default();
@@ -37,32 +38,6 @@ pub fn crate_versions() -> Map<String, Value> {
         }
     }
     versions
-}
-
-/// Commit of the checkout that the program is run in, with `-dirty` when it is changed; "unknown" elsewhere.
-pub fn git_commit() -> String {
-    let git = |arguments: &[&str]| {
-        let output =
-            Command::new("git").args(arguments).output().ok().filter(|output| output.status.success())?;
-        String::from_utf8(output.stdout).ok().map(|text| text.trim().to_owned())
-    };
-    // A data directory may lie in a repository of its own, whose commit says nothing about this program.
-    let is_ours = |root: &str| {
-        std::fs::read_to_string(Path::new(root).join("Cargo.toml"))
-            .is_ok_and(|manifest| manifest.contains("name = \"safemed\""))
-    };
-    let commit = git(&["rev-parse", "--show-toplevel"])
-        .filter(|root| is_ours(root))
-        .and_then(|_| git(&["rev-parse", "HEAD"]));
-    match commit {
-        Some(commit)
-            if git(&["status", "--porcelain", "--untracked-files=no"]).is_some_and(|t| !t.is_empty()) =>
-        {
-            format!("{commit}-dirty")
-        }
-        Some(commit) => commit,
-        None => "unknown".to_owned(),
-    }
 }
 
 /// The device that `backend` stands for on this machine.
@@ -92,6 +67,13 @@ pub fn instruction_sets() -> Vec<&'static str> {
 
 #[cfg(test)]
 mod tests {
+    #[test]
+    fn the_commit_is_a_hash_or_not_known() {
+        let commit = super::GIT_COMMIT.strip_suffix("-dirty").unwrap_or(super::GIT_COMMIT);
+        let is_hash = commit.len() == 40 && commit.bytes().all(|byte| byte.is_ascii_hexdigit());
+        assert!(is_hash || commit == "unknown", "{commit}");
+    }
+
     #[test]
     fn the_versions_of_the_tensor_crates_are_known() {
         let versions = super::crate_versions();
