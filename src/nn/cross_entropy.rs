@@ -8,8 +8,10 @@ use super::plain;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-/// Logits held at a time: rows are taken in chunks of about this many.
+/// Logits held at a time: rows are taken in chunks of about this many,
 const CHUNK_LOGITS: usize = 2 * 1024 * 1024;
+/// but not of fewer rows than this: each chunk reads the whole head, twice.
+const CHUNK_ROWS: usize = 64;
 
 /// Log-probability in nats of `targets[r]` under `softmax(head(hidden[r]) / temperature)`, row by row.
 ///
@@ -25,7 +27,7 @@ pub fn log_probs_of(hidden: &Tensor, head: &Linear, targets: &[u32], temperature
     let (rows, _) = hidden.dims2()?;
     let (frozen, weight, bias) = head.parts();
     let vocab = match (frozen, weight) {
-        (Some(frozen), _) => frozen.forward().n,
+        (Some(packed), _) => packed.n,
         (None, Some(weight)) => weight.dims2()?.0,
         (None, None) => 0,
     };
@@ -79,7 +81,7 @@ for_each_isa! {
 
 /// Rows of `logits` logits each that are held at a time.
 pub(super) fn chunk_rows(logits: usize) -> usize {
-    (CHUNK_LOGITS / logits.max(1)).clamp(1, 4096)
+    (CHUNK_LOGITS / logits.max(1)).clamp(CHUNK_ROWS, 4096)
 }
 
 impl LogProbs {

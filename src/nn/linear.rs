@@ -1,7 +1,7 @@
 //! The linear layer: frozen (input gradient only) or trainable, with or without bias and a low-rank adapter.
 //!
 //! On the CPU a frozen weight is rearranged once into the panels that the matrix product reads, which serves one row
-//! of decoding as well as a thousand of prefill; its backward never computes a weight gradient.
+//! of decoding as well as a thousand of prefill. Its backward reads the same panels, and never computes a weight gradient.
 
 use super::dropout::LayerDropout;
 use super::kernel::gemm::{
@@ -15,7 +15,7 @@ use candle_core::{
 };
 use half::bf16;
 use std::ops::Range;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 /// A matrix that multiplies from the right, transposed: `y = x · weightᵀ + bias`.
 #[derive(Debug, Clone)]
@@ -99,27 +99,9 @@ impl LowRank {
 
 #[derive(Debug, Clone)]
 enum Weight {
-    Panels(Arc<FrozenWeight>),
+    /// Frozen: panels of the transposed weight, `[in, out]`, which the way back turns as it goes.
+    Panels(Arc<Packed>),
     Tensor(Tensor),
-}
-
-/// A frozen weight in the layout of the CPU's matrix product.
-#[derive(Debug)]
-pub(crate) struct FrozenWeight {
-    forward: Packed,
-    backward: OnceLock<Packed>,
-}
-
-impl FrozenWeight {
-    /// Panels of the transposed weight, `[in, out]`.
-    pub(crate) fn forward(&self) -> &Packed {
-        &self.forward
-    }
-
-    /// Panels of the weight itself, `[out, in]`, made when a gradient is first asked for.
-    pub(crate) fn backward(&self) -> &Packed {
-        self.backward.get_or_init(|| self.forward.transposed())
-    }
 }
 
 impl Linear {
@@ -175,12 +157,11 @@ impl Linear {
             };
             return Ok(Self::of_parts(Weight::Tensor(tensor), bias));
         }
-        let forward = match weight {
+        let panels = match weight {
             Values::Single(values) => Packed::of_rows(values, out, input, reader),
             Values::Half(values) => Packed::half_of_rows(values, out, input, reader),
         };
-        let weight = Arc::new(FrozenWeight { forward, backward: OnceLock::new() });
-        Ok(Self::of_parts(Weight::Panels(weight), bias))
+        Ok(Self::of_parts(Weight::Panels(Arc::new(panels)), bias))
     }
 
     /// A layer whose weight and bias are trained.
@@ -263,7 +244,7 @@ impl Linear {
         }
     }
 
-    fn frozen_op(&self, weight: &Arc<FrozenWeight>) -> FrozenLinear {
+    fn frozen_op(&self, weight: &Arc<Packed>) -> FrozenLinear {
         FrozenLinear { weight: weight.clone(), bias: self.bias.clone(), arithmetic: self.arithmetic }
     }
 
@@ -277,8 +258,7 @@ impl Linear {
     pub fn weight_rows(&self, rows: &[u32]) -> Result<Tensor> {
         match &self.weight {
             Weight::Tensor(weight) => rows::select(weight, rows)?.to_dtype(DType::F32),
-            Weight::Panels(weight) => {
-                let packed = weight.forward();
+            Weight::Panels(packed) => {
                 rows::check(rows, packed.n)?;
                 Tensor::from_vec(packed.gather(rows), (rows.len(), packed.k), &Device::Cpu)
             }
@@ -288,7 +268,7 @@ impl Linear {
     /// Whether its frozen weight is held in bfloat16.
     pub fn is_half(&self) -> bool {
         match &self.weight {
-            Weight::Panels(weight) => weight.forward().is_half(),
+            Weight::Panels(packed) => packed.is_half(),
             Weight::Tensor(weight) => weight.dtype() == DType::BF16,
         }
     }
@@ -312,8 +292,7 @@ impl Linear {
     /// The weight as a tensor `[out, in]` without its low-rank update, for export.
     pub fn weight(&self) -> Result<Tensor> {
         match &self.weight {
-            Weight::Panels(weight) => {
-                let packed = weight.forward();
+            Weight::Panels(packed) => {
                 let shape = (packed.n, packed.k);
                 Tensor::from_vec(packed.unpack_transposed(), shape, &Device::Cpu)
             }
@@ -322,7 +301,7 @@ impl Linear {
     }
 
     /// The frozen panels, or the tensor that may be trained.
-    pub(crate) fn parts(&self) -> (Option<&Arc<FrozenWeight>>, Option<&Tensor>, Option<&Tensor>) {
+    pub(crate) fn parts(&self) -> (Option<&Packed>, Option<&Tensor>, Option<&Tensor>) {
         match &self.weight {
             Weight::Panels(weight) => (Some(weight), None, self.bias.as_ref()),
             Weight::Tensor(weight) => (None, Some(weight), self.bias.as_ref()),
@@ -370,7 +349,7 @@ impl CustomOp3 for AddScaled {
 }
 
 struct FrozenLinear {
-    weight: Arc<FrozenWeight>,
+    weight: Arc<Packed>,
     bias: Option<Tensor>,
     arithmetic: Arithmetic,
 }
@@ -392,11 +371,11 @@ impl CustomOp1 for FrozenLinear {
 impl FrozenLinear {
     fn compute(&self, x: &CpuStorage, layout: &Layout, added: Option<&[f32]>) -> Result<(CpuStorage, Shape)> {
         let (rows, _) = layout.shape().dims2()?;
-        let packed = self.weight.forward();
+        let packed = &*self.weight;
         let x = View::new(slice(x, layout)?, rows, packed.k);
         let product = |bias: Option<&[f32]>| {
             let start = added.map_or(Start::bias(bias), |added| Start::Added(added, bias));
-            self.product(x, packed, start)
+            self.product(x, Right::Packed(packed), start)
         };
         let y = match &self.bias {
             Some(bias) => with_slice(bias, |bias| product(Some(bias)))?,
@@ -407,14 +386,16 @@ impl FrozenLinear {
 
     fn input_gradient(&self, x: &Tensor, grad: &Tensor) -> Result<Tensor> {
         let (rows, width) = x.dims2()?;
-        let packed = self.weight.backward();
-        let dx = with_slice(grad, |grad| self.product(View::new(grad, rows, packed.k), packed, Start::Zero))?;
+        let packed = &*self.weight;
+        let dx = with_slice(grad, |grad| {
+            self.product(View::new(grad, rows, packed.n), Right::Transposed(packed), Start::Zero)
+        })?;
         Tensor::from_vec(dx, (rows, width), x.device())
     }
 
-    fn product(&self, a: View<'_>, b: &Packed, start: Start<'_>) -> Vec<f32> {
+    fn product(&self, a: View<'_>, b: Right<'_>, start: Start<'_>) -> Vec<f32> {
         match self.arithmetic {
-            Arithmetic::Single => product_new(a, Right::Packed(b), start),
+            Arithmetic::Single => product_new(a, b, start),
             Arithmetic::Half => half_product_new(a, b, start),
         }
     }
@@ -432,7 +413,7 @@ impl CustomOp2 for FrozenLinear {
         residual: &CpuStorage,
         residual_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let (rows, wanted) = (layout.shape().dims2()?.0, self.weight.forward().n);
+        let (rows, wanted) = (layout.shape().dims2()?.0, self.weight.n);
         if residual_layout.shape().dims() != [rows, wanted] {
             candle_core::bail!("a residual of {:?} for [{rows}, {wanted}]", residual_layout.shape());
         }
@@ -563,9 +544,9 @@ impl CustomOp3 for TrainedLinear {
 /// `dx = grad · weight` for whichever form `head` has; for the chunked cross-entropy.
 pub(crate) fn input_gradient(head: &Linear, grad: &[f32], rows: usize, dx: &mut [f32]) -> Result<()> {
     match head.parts() {
-        (Some(frozen), _, _) => {
-            let packed = frozen.backward();
-            product(View::new(grad, rows, packed.k), Right::Packed(packed), dx, packed.n, false, true);
+        (Some(packed), _, _) => {
+            let grad = View::new(grad, rows, packed.n);
+            product(grad, Right::Transposed(packed), dx, packed.k, false, true);
             Ok(())
         }
         (None, Some(weight), _) => {
@@ -581,7 +562,7 @@ pub(crate) fn input_gradient(head: &Linear, grad: &[f32], rows: usize, dx: &mut 
 /// Right-hand side for `x · weightᵀ`, packed now if it is not already.
 pub(crate) fn with_forward_panels<R>(head: &Linear, f: impl FnOnce(&Packed) -> R) -> Result<R> {
     match head.parts() {
-        (Some(frozen), _, _) => Ok(f(frozen.forward())),
+        (Some(packed), _, _) => Ok(f(packed)),
         (None, Some(weight), _) => {
             let (out, input) = weight.dims2()?;
             let packed = with_slice(weight, |w| Packed::new(View::new(w, out, input).transposed()))?;

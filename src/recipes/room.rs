@@ -193,12 +193,6 @@ impl Plan {
         4 * FLOAT * self.trained
     }
 
-    /// Frozen weights are laid out a second time when a gradient first passes them.
-    fn frozen_bytes(&self) -> u64 {
-        let frozen = if self.is_adapter { self.all } else { self.all - self.trained };
-        frozen * if self.is_single { FLOAT } else { FLOAT / 2 }
-    }
-
     /// What the gradient of the heaviest pass keeps: the longest question and others of median length.
     fn activation_bytes(&self, model: &VlmConfig) -> u64 {
         let (Some(most), Some(median)) = (self.items.last(), self.items.get(self.items.len() / 2)) else {
@@ -223,7 +217,7 @@ impl Plan {
     }
 
     fn bytes(&self, model: &VlmConfig) -> u64 {
-        self.optimizer_bytes() + self.frozen_bytes() + self.activation_bytes(model)
+        self.optimizer_bytes() + self.activation_bytes(model)
     }
 
     /// What to say when `free` bytes are not enough, with the changes, each on top of those before, that would make it fit.
@@ -233,10 +227,9 @@ impl Plan {
             return None;
         }
         let mut text = format!(
-            "warning: the heaviest step takes about {} more memory (optimiser and gradients {}, frozen weights on the way back {}, activations {}), and {} are free: the system would end this process without a word.",
+            "warning: the heaviest step takes about {} more memory (optimiser and gradients {}, activations {}), and {} are free: the system would end this process without a word.",
             size(need),
             size(self.optimizer_bytes()),
-            size(self.frozen_bytes()),
             size(self.activation_bytes(model)),
             size(free)
         );
@@ -373,11 +366,7 @@ mod tests {
         let blind = Plan { items, micro_batch_size: 1, is_recomputed: true, ..plan() };
         let again = 100 * ((text.num_layers + 1) * text.hidden_size + row);
         assert_eq!(blind.activation_bytes(&model), 4 * again as u64);
-        let adapter = Plan { trained: 10, is_adapter: true, ..plan() };
-        assert_eq!(
-            (plan().optimizer_bytes(), adapter.frozen_bytes(), plan().frozen_bytes()),
-            (16_000, 4000, 0)
-        );
+        assert_eq!(plan().optimizer_bytes(), 16_000);
     }
 
     #[test]
@@ -395,7 +384,7 @@ mod tests {
         let adapter = Plan { trained: 10, is_adapter: true, ..low };
         let bytes = adapter.bytes(&model);
         assert!(said(bytes - 1).contains("dtype=bf16 it"), "{}", said(bytes - 1));
-        assert!(said(bytes - 4001).contains("No setting makes it fit"));
+        assert!(said(bytes - 2001).contains("No setting makes it fit"));
     }
 
     #[test]

@@ -10,6 +10,7 @@ use super::math::for_each_isa;
 use super::{Isa, isa};
 use half::bf16;
 use rayon::prelude::*;
+use std::cell::RefCell;
 use std::ops::Range;
 
 /// Columns of a packed panel.
@@ -22,6 +23,9 @@ const TILE_ROWS: usize = 8;
 const DEPTH: usize = 1024;
 /// Most rows of a block: with its panel it stays in the second-level cache.
 const BLOCK_ROWS: usize = 128;
+
+/// Panels turned at once: with a block of rows they stay near, and as often as they are passed those of the rows are read.
+const TURNED_PANELS: usize = 8;
 
 /// Rows of a register tile: sixteen sums of 512 bits, or twelve of 256.
 fn tile_rows() -> usize {
@@ -183,13 +187,45 @@ impl Packed {
         self.gather(&all)
     }
 
-    /// The packing of the transposed matrix (`[n, k]`).
-    pub(crate) fn transposed(&self) -> Self {
-        let data = match &self.data {
-            Panels::Single(data) => Panels::Single(transposed_panels(data, self.k, self.n)),
-            Panels::Half(data) => Panels::Half(transposed_pairs(data, self.k, self.n)),
+    /// Panels `panels` of the transpose (`[n, k]`) from depth `depth.start`, a multiple of [`PANEL`], to `depth.end`, one
+    /// after another in the memory of `turned`, each as long as the first number returned says.
+    ///
+    /// Both sides consist of squares of [`PANEL`] by [`PANEL`] numbers, contiguous on either.
+    fn turn(&self, panels: Range<usize>, depth: Range<usize>, turned: &mut Vec<u32>) -> usize {
+        let square_len = |depth: usize| match &self.data {
+            Panels::Single(_) => depth * PANEL,
+            Panels::Half(_) => depth.div_ceil(2) * PANEL,
         };
-        Self { k: self.n, n: self.k, data }
+        let (len, whole) = (square_len(depth.len()), square_len(PANEL));
+        if turned.len() < panels.len() * len {
+            turned.resize(panels.len() * len, 0);
+        }
+        // The squares of adjacent panels are adjacent in memory.
+        for (square, start) in (depth.start / PANEL..).zip((0..len).step_by(whole)) {
+            for (panel, out) in panels.clone().zip(turned.chunks_exact_mut(len)) {
+                let out = &mut out[start..len.min(start + whole)];
+                let width = PANEL.min(self.k - panel * PANEL);
+                match &self.data {
+                    Panels::Single(data) => {
+                        let source = &data[(square * self.k + panel * PANEL) * PANEL..];
+                        turn_square(source, width, bytemuck::cast_slice_mut(out));
+                    }
+                    Panels::Half(data) => {
+                        let source = &data[(square * self.k.div_ceil(2) + panel * PANEL / 2) * PANEL..];
+                        turn_woven_square(source, width.div_ceil(2), out);
+                    }
+                }
+            }
+        }
+        len
+    }
+
+    /// What is at `words`, which holds numbers as the panels do.
+    fn elements(&self, words: *const u32) -> Elements {
+        match self.data {
+            Panels::Single(_) => Elements::Single(words.cast()),
+            Panels::Half(_) => Elements::Half(words),
+        }
     }
 
     /// Where panel `panel` begins at depth `p0`, which is even.
@@ -247,46 +283,26 @@ fn panels_of_rows<T: Copy + Default + Send + Sync>(
     data
 }
 
-fn transposed_panels<T: Copy + Default + Send + Sync>(source: &[T], k: usize, n: usize) -> Vec<T> {
-    let panel_len = n * PANEL;
-    let mut data = vec![T::default(); k.div_ceil(PANEL) * panel_len];
-    if panel_len > 0 {
-        data.par_chunks_mut(panel_len).enumerate().for_each(|(panel, out)| {
-            let first = panel * PANEL;
-            let width = PANEL.min(k - first);
-            for (j, row) in out.chunks_exact_mut(PANEL).enumerate() {
-                let source = &source[(j / PANEL) * k * PANEL + first * PANEL + j % PANEL..];
-                for (p, value) in row[..width].iter_mut().enumerate() {
-                    *value = source[p * PANEL];
-                }
-            }
-        });
-    }
-    data
+for_each_isa! {
+/// The transpose of the first `width` rows of `source`, [`PANEL`] apart, as rows of [`PANEL`], as many as `out` has.
+fn turn_square(source: &[f32], width: usize, out: &mut [f32]) {
+    transpose::<f32, PANEL>(source, PANEL, width, out);
+}
 }
 
-/// As [`transposed_panels`] for woven ones.
-fn transposed_pairs(source: &[u32], k: usize, n: usize) -> Vec<u32> {
-    let panel_len = n.div_ceil(2) * PANEL;
-    let mut data = vec![0; k.div_ceil(PANEL) * panel_len];
-    if panel_len > 0 {
-        data.par_chunks_mut(panel_len).enumerate().for_each(|(panel, out)| {
-            let first = panel * PANEL;
-            let width = PANEL.min(k - first);
-            // Rows of a column of `source`, from the panel's first on.
-            let column =
-                |j: usize| &source[j / PANEL * k.div_ceil(2) * PANEL + first / 2 * PANEL + j % PANEL..];
-            for (j, row) in out.chunks_exact_mut(PANEL).enumerate() {
-                let low = column(2 * j);
-                let high = (2 * j + 1 < n).then(|| column(2 * j + 1));
-                for (p, value) in row[..width].iter_mut().enumerate() {
-                    let second = high.map_or(bf16::ZERO, |high| of_pair(high[p / 2 * PANEL], p));
-                    *value = pair(of_pair(low[p / 2 * PANEL], p), second);
-                }
-            }
-        });
+for_each_isa! {
+/// As [`turn_square`] for woven rows: `width` of them, each of two rows.
+///
+/// Two numbers below one another and two beside them become two beside one another and two below: a transpose of pairs of
+/// pairs, and of the four numbers in each the two in the middle change places.
+fn turn_woven_square(source: &[u32], width: usize, out: &mut [u32]) {
+    let fours = source.as_chunks::<2>().0;
+    let turned = out.as_chunks_mut::<2>().0;
+    transpose::<[u32; 2], { PANEL / 2 }>(fours, PANEL / 2, width, turned);
+    for [first, second] in turned {
+        (*first, *second) = (*first & 0xffff | *second << 16, *first >> 16 | *second & 0xffff_0000);
     }
-    data
+}
 }
 
 /// Rows of `k` numbers each as rows of pairs.
@@ -366,15 +382,16 @@ impl Elements {
     }
 }
 
-/// A panel of `width` rows of `source`, `stride` apart, each as long as the panel is deep.
-fn transpose_panel<T: Copy>(source: &[T], stride: usize, width: usize, out: &mut [T]) {
+/// The transpose of `width` rows of `source`, `stride` apart, each as long as there are rows of `ROW` elements in `out`.
+#[inline(always)]
+fn transpose<T: Copy, const ROW: usize>(source: &[T], stride: usize, width: usize, out: &mut [T]) {
     // Tiles keep both sides within the cache; blocks of four by four become shuffles of vectors.
     const DEEP: usize = 64;
     const BLOCK: usize = 4;
-    for (tile, out) in out.chunks_mut(DEEP * PANEL).enumerate() {
-        let out = out.as_chunks_mut::<PANEL>().0;
+    for (tile, out) in out.chunks_mut(DEEP * ROW).enumerate() {
+        let out = out.as_chunks_mut::<ROW>().0;
         let source = &source[tile * DEEP..];
-        let blocks = if width == PANEL { PANEL } else { 0 };
+        let blocks = if width == ROW { ROW } else { 0 };
         for j in (0..blocks).step_by(BLOCK) {
             let rows: [&[T]; BLOCK] = std::array::from_fn(|row| &source[(j + row) * stride..][..out.len()]);
             let (whole, rest) = out.as_chunks_mut::<BLOCK>();
@@ -412,7 +429,7 @@ fn pack_panel<T: Copy + Default>(b: View<'_, T>, column: usize, out: &mut [T]) {
         out.fill(T::default());
     }
     if b.row_stride == 1 {
-        transpose_panel(&b.data[column * b.column_stride..], b.column_stride, width, out);
+        transpose::<T, PANEL>(&b.data[column * b.column_stride..], b.column_stride, width, out);
         return;
     }
     for (p, row) in out.chunks_exact_mut(PANEL).enumerate() {
@@ -469,14 +486,26 @@ impl<'a> Start<'a> {
 pub(crate) enum Right<'a> {
     /// In panels.
     Packed(&'a Packed),
+    /// The transpose of what is in panels (`[n, k]`): turned a few panels at a time on the way, in the order of the sums that
+    /// panels of the transpose itself would give. For a second layout there need not be memory.
+    Transposed(&'a Packed),
     /// Rows read in place: columns adjacent, their number a multiple of 16.
     Direct(View<'a>),
 }
 
 impl Right<'_> {
+    /// Whether it is held in bfloat16.
+    fn is_half(&self) -> bool {
+        match self {
+            Self::Packed(packed) | Self::Transposed(packed) => packed.is_half(),
+            Self::Direct(_) => false,
+        }
+    }
+
     fn dims(&self) -> (usize, usize) {
         match self {
             Self::Packed(packed) => (packed.k, packed.n),
+            Self::Transposed(packed) => (packed.n, packed.k),
             Self::Direct(view) => (view.rows, view.columns),
         }
     }
@@ -545,16 +574,17 @@ pub(crate) fn product_new(a: View<'_>, b: Right<'_>, start: Start<'_>) -> Vec<f3
 
 /// As [`product_new`] with the rows of `a` rounded to bfloat16, which `b` is in: each product is exact, and is added in
 /// float32, for every two of them along `k` the second first (the order of the instruction there is for it).
-pub(crate) fn half_product_new(a: View<'_>, b: &Packed, start: Start<'_>) -> Vec<f32> {
-    assert!(b.is_half() && a.columns == b.k, "a product of bfloat16 needs bfloat16 of the same depth");
+pub(crate) fn half_product_new(a: View<'_>, b: Right<'_>, start: Start<'_>) -> Vec<f32> {
+    let (depth, columns) = b.dims();
+    assert!(b.is_half() && a.columns == depth, "a product of bfloat16 needs bfloat16 of the same depth");
     assert!(!matches!(start, Start::Result), "new memory holds nothing to start from");
     let pairs = rounded_rows(a);
     let a = Left::Pairs(View::new(&pairs, a.rows, a.columns.div_ceil(2)));
-    let len = a.rows() * b.n;
+    let len = a.rows() * columns;
     let mut c = Vec::with_capacity(len);
     let out = Output::of_spare(&mut c, len);
     // SAFETY: nothing else knows the new memory; it has room for `len` elements.
-    unsafe { product_into(a, Right::Packed(b), out, b.n, start, true) };
+    unsafe { product_into(a, b, out, columns, start, true) };
     // SAFETY: the product wrote every element.
     unsafe { c.set_len(len) };
     c
@@ -694,7 +724,7 @@ unsafe fn product_into(
         }
         Left::Pairs(a) => {
             assert_eq!(a.columns, k.div_ceil(2), "inner dimensions of a matrix product differ");
-            assert!(matches!(b, Right::Packed(b) if b.is_half()), "pairs meet something else");
+            assert!(b.is_half(), "pairs meet something else");
             a.check();
         }
     }
@@ -720,9 +750,16 @@ unsafe fn product_into(
         block(a, b, out, row_stride, start, 0..m, 0..panels);
         return;
     }
-    // A few tasks for each thread; rows are split first, for then every thread reads each panel once.
-    let row_tasks = m.div_ceil(BLOCK_ROWS).min(4 * threads);
-    let panel_tasks = (4 * threads).div_ceil(row_tasks).min(panels);
+    // A few tasks for each thread; rows are split first, for then every thread reads each panel once. Panels that are turned
+    // are split first: none is turned twice.
+    let (row_blocks, tasks) = (m.div_ceil(BLOCK_ROWS), 4 * threads);
+    let (row_tasks, panel_tasks) = if let Right::Transposed(_) = b {
+        let panel_tasks = tasks.min(panels);
+        (tasks.div_ceil(panel_tasks).min(row_blocks), panel_tasks)
+    } else {
+        let row_tasks = row_blocks.min(tasks);
+        (row_tasks, tasks.div_ceil(row_tasks).min(panels))
+    };
     let rows_per = m.div_ceil(row_tasks).next_multiple_of(tile_rows());
     let panels_per = panels.div_ceil(panel_tasks);
     let row_tasks = m.div_ceil(rows_per);
@@ -731,6 +768,11 @@ unsafe fn product_into(
         let (r, p) = (task / panel_tasks * rows_per, task % panel_tasks * panels_per);
         block(a, b, out, row_stride, start, r..(r + rows_per).min(m), p..(p + panels_per).min(panels));
     });
+}
+
+thread_local! {
+    /// Panels that a thread has turned.
+    static TURNED: RefCell<Vec<u32>> = const { RefCell::new(Vec::new()) };
 }
 
 /// One thread's share: `rows` x `panels`, blocked for the caches.
@@ -750,58 +792,76 @@ fn block(
         Left::Single(_) => DEPTH,
         Left::Pairs(_) => 2 * DEPTH,
     };
+    let (mut turned, panels_at_once) = match b {
+        Right::Transposed(_) => (TURNED.take(), TURNED_PANELS),
+        _ => (Vec::new(), panels.len()),
+    };
     for p0 in (0..k).step_by(depth) {
         let depth = depth.min(k - p0);
-        for r0 in rows.clone().step_by(block_rows) {
-            let r1 = (r0 + block_rows).min(rows.end);
-            for panel in panels.clone() {
-                let column = panel * PANEL;
-                let (b_start, b_stride) = match b {
-                    Right::Packed(packed) => (packed.start(panel, p0), PANEL),
-                    Right::Direct(view) => {
-                        let start = view.data[p0 * view.row_stride + column..].as_ptr();
-                        (Elements::Single(start), view.row_stride)
-                    }
-                };
-                let mut r = r0;
-                while r < r1 {
-                    let count = tile_rows.min(r1 - r);
-                    let c = out.data.wrapping_add(r * row_stride + column);
-                    let null = std::ptr::null();
-                    let (from, from_row, bias) = match start {
-                        // Later blocks along `k` go on from what is there.
-                        _ if p0 > 0 => (c.cast_const(), row_stride, null),
-                        Start::Zero => (null, 0, null),
-                        Start::Result => (c.cast_const(), row_stride, null),
-                        Start::Bias(bias) => (bias[column..].as_ptr(), 0, null),
-                        Start::Added(matrix, bias) => {
-                            let bias = bias.map_or(null, |bias| bias[column..].as_ptr());
-                            (matrix[r * n + column..].as_ptr(), n, bias)
+        for first in panels.clone().step_by(panels_at_once) {
+            let panels = first..(first + panels_at_once).min(panels.end);
+            let turned_len = match b {
+                Right::Transposed(packed) => packed.turn(panels.clone(), p0..p0 + depth, &mut turned),
+                _ => 0,
+            };
+            for r0 in rows.clone().step_by(block_rows) {
+                let r1 = (r0 + block_rows).min(rows.end);
+                for panel in panels.clone() {
+                    let column = panel * PANEL;
+                    let (b_start, b_stride) = match b {
+                        Right::Packed(packed) => (packed.start(panel, p0), PANEL),
+                        Right::Transposed(packed) => {
+                            let start = turned[(panel - panels.start) * turned_len..].as_ptr();
+                            (packed.elements(start), PANEL)
+                        }
+                        Right::Direct(view) => {
+                            let start = view.data[p0 * view.row_stride + column..].as_ptr();
+                            (Elements::Single(start), view.row_stride)
                         }
                     };
-                    let (a_start, a_row, a_column) = a.start(r, p0);
-                    let tile = Tile {
-                        k: depth,
-                        a: a_start,
-                        a_row,
-                        a_column,
-                        pairs: matches!(a, Left::Pairs(_)),
-                        b: b_start,
-                        b_row: b_stride,
-                        c,
-                        c_row: row_stride,
-                        columns: PANEL.min(n - column),
-                        from,
-                        from_row,
-                        bias,
-                    };
-                    // SAFETY: `product` checked that `a`, `b` and `c` hold every element of this tile, tasks have
-                    // disjoint tiles, and `isa` found the instructions on this processor.
-                    unsafe { tile.run(count) };
-                    r += count;
+                    let mut r = r0;
+                    while r < r1 {
+                        let count = tile_rows.min(r1 - r);
+                        let c = out.data.wrapping_add(r * row_stride + column);
+                        let null = std::ptr::null();
+                        let (from, from_row, bias) = match start {
+                            // Later blocks along `k` go on from what is there.
+                            _ if p0 > 0 => (c.cast_const(), row_stride, null),
+                            Start::Zero => (null, 0, null),
+                            Start::Result => (c.cast_const(), row_stride, null),
+                            Start::Bias(bias) => (bias[column..].as_ptr(), 0, null),
+                            Start::Added(matrix, bias) => {
+                                let bias = bias.map_or(null, |bias| bias[column..].as_ptr());
+                                (matrix[r * n + column..].as_ptr(), n, bias)
+                            }
+                        };
+                        let (a_start, a_row, a_column) = a.start(r, p0);
+                        let tile = Tile {
+                            k: depth,
+                            a: a_start,
+                            a_row,
+                            a_column,
+                            pairs: matches!(a, Left::Pairs(_)),
+                            b: b_start,
+                            b_row: b_stride,
+                            c,
+                            c_row: row_stride,
+                            columns: PANEL.min(n - column),
+                            from,
+                            from_row,
+                            bias,
+                        };
+                        // SAFETY: `product` checked that `a`, `b` and `c` hold every element of this tile, tasks have
+                        // disjoint tiles, and `isa` found the instructions on this processor.
+                        unsafe { tile.run(count) };
+                        r += count;
+                    }
                 }
             }
         }
+    }
+    if !turned.is_empty() {
+        TURNED.set(turned);
     }
 }
 
@@ -1413,8 +1473,6 @@ mod tests {
         let weight = random(n * k, 5);
         let packed = Packed::new(View::new(&weight, n, k).transposed());
         assert_eq!(packed.unpack_transposed(), weight);
-        let direct = Packed::new(View::new(&weight, n, k));
-        assert_eq!(packed.transposed().unpack_transposed(), direct.unpack_transposed());
         assert_eq!(
             packed.gather(&[69, 3, 3]),
             [&weight[69 * k..], &weight[3 * k..4 * k], &weight[3 * k..4 * k]].concat()
@@ -1449,12 +1507,35 @@ mod tests {
                 product_new(a, Right::Packed(&half), Start::Zero),
                 product_new(a, Right::Packed(&single), Start::Zero)
             );
-            let back = View::new(a.data, m, k);
-            let dy = gemm_new(back, View::new(&widened, n, k).transposed(), Start::Zero);
-            assert_eq!(
-                product_new(View::new(&dy, m, n), Right::Packed(&half.transposed()), Start::Zero),
-                product_new(View::new(&dy, m, n), Right::Packed(&single.transposed()), Start::Zero)
-            );
+        }
+    }
+
+    #[test]
+    fn panels_turned_on_the_way_give_the_bytes_of_panels_of_the_transpose() {
+        // More panels than are turned at once, more rows than a block has, more depth than a block has.
+        for (index, &(m, n, k)) in SHAPES.iter().chain([&(131, 2051, 321)]).enumerate() {
+            let grad = random(m * n, index as u64);
+            let rows: Vec<bf16> = random(n * k, 70 + index as u64).into_iter().map(bf16::from_f32).collect();
+            let widened: Vec<f32> = rows.iter().map(|value| value.to_f32()).collect();
+            let columns: Vec<bf16> = (0..k).flat_map(|p| rows[p..].iter().step_by(k).copied()).collect();
+            let single = Packed::of_rows(&widened, n, k, Reader::NONE);
+            let half = Packed::half_of_rows(&rows, n, k, Reader::NONE);
+            let of_transpose = Packed::new(View::new(&widened, n, k));
+            let half_of_transpose = Packed::half_of_rows(&columns, k, n, Reader::NONE);
+            let (grad, start) = (View::new(&grad, m, n), random(m * k, 71));
+            let start = Start::Added(&start, None);
+            let expected = product_new(grad, Right::Packed(&of_transpose), start);
+            for threads in [1, 2, 5] {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                pool.install(|| {
+                    assert_eq!(product_new(grad, Right::Transposed(&single), start), expected);
+                    assert_eq!(product_new(grad, Right::Transposed(&half), start), expected);
+                    assert_eq!(
+                        half_product_new(grad, Right::Transposed(&half), start),
+                        half_product_new(grad, Right::Packed(&half_of_transpose), start)
+                    );
+                });
+            }
         }
     }
 
@@ -1464,8 +1545,8 @@ mod tests {
             let a = random(m * k, index as u64);
             let rows: Vec<bf16> = random(n * k, 60 + index as u64).into_iter().map(bf16::from_f32).collect();
             let packed = Packed::half_of_rows(&rows, n, k, Reader::NONE);
-            let matrix = random(m * n, 61);
-            let ours = half_product_new(View::new(&a, m, k), &packed, Start::Added(&matrix, None));
+            let (right, matrix) = (Right::Packed(&packed), random(m * n, 61));
+            let ours = half_product_new(View::new(&a, m, k), right, Start::Added(&matrix, None));
             let rounded: Vec<f32> = a.iter().map(|&value| bf16::from_f32(value).to_f32()).collect();
             for (i, j) in (0..m).step_by(3).flat_map(|i| (0..n).step_by(5).map(move |j| (i, j))) {
                 let term = |sum: f32, p: usize| {
@@ -1475,8 +1556,8 @@ mod tests {
                 let expected = (0..k).step_by(2).fold(start, |sum, p| term(term(sum, p + 1), p));
                 assert_eq!(ours[i * n + j], expected, "{m} x {n} x {k} at {i}, {j}");
             }
-            let rest = half_product_new(View::new(&a[(m - 1) * k..], 1, k), &packed, Start::Zero);
-            let whole = half_product_new(View::new(&a, m, k), &packed, Start::Zero);
+            let rest = half_product_new(View::new(&a[(m - 1) * k..], 1, k), right, Start::Zero);
+            let whole = half_product_new(View::new(&a, m, k), right, Start::Zero);
             assert_eq!(rest, whole[(m - 1) * n..]);
         }
     }
@@ -1510,7 +1591,7 @@ mod tests {
         for (packed, of_pairs) in wholes {
             let left = View::new(&a, m, k);
             let expected = if of_pairs {
-                half_product_new(left, packed, Start::Zero)
+                half_product_new(left, Right::Packed(packed), Start::Zero)
             } else {
                 product_new(left, Right::Packed(packed), Start::Zero)
             };
