@@ -81,6 +81,9 @@ struct Args {
     /// One point, in a process of its own: the law and its place.
     #[arg(long, num_args = 2, hide = true)]
     point: Vec<String>,
+    /// Makes a model of so many decoder layers in a directory, and ends: what that takes is no part of a point's memory.
+    #[arg(long, num_args = 2, value_names = ["LAYERS", "DIR"], hide = true)]
+    make: Vec<String>,
     /// What `cargo bench` passes.
     #[arg(long, hide = true)]
     bench: bool,
@@ -100,6 +103,11 @@ struct Point {
 fn main() -> Result<()> {
     process::prepare();
     let args = Args::parse();
+    if let [layers, dir] = args.make.as_slice() {
+        let scratch = Scratch { sizes: sizes(layers.parse()?), ..Scratch::tiny() };
+        let made = scratch.build(&[], &[PromptTemplate::default()], 0, &|_| false, &Device::Cpu)?;
+        return Ok(made.save(Path::new(dir))?);
+    }
     match args.point.as_slice() {
         [law, at] => {
             let at: usize = at.parse()?;
@@ -141,11 +149,15 @@ fn run(args: &Args) -> Result<()> {
 }
 
 fn child(law: &str, at: usize, repeats: usize) -> Result<Point> {
-    let program = std::env::current_exe()?;
-    let words = ["--point", law, &at.to_string(), "--repeats", &repeats.to_string()].map(str::to_owned);
-    let done = Command::new(program).args(words).output()?;
-    ensure!(done.status.success(), "{law} at {at}: {}", String::from_utf8_lossy(&done.stderr));
-    serde_json::from_slice(&done.stdout).with_context(|| format!("{law} at {at}"))
+    let said = of_itself(&["--point", law, &at.to_string(), "--repeats", &repeats.to_string()])?;
+    serde_json::from_slice(&said).with_context(|| format!("{law} at {at}"))
+}
+
+/// What this program says when it is run with these words.
+fn of_itself(words: &[&str]) -> Result<Vec<u8>> {
+    let done = Command::new(std::env::current_exe()?).args(words).output()?;
+    ensure!(done.status.success(), "{words:?}: {}", String::from_utf8_lossy(&done.stderr));
+    Ok(done.stdout)
 }
 
 /// Slope of a straight line through the logarithms of the larger half of the points, where constants matter least.
@@ -186,8 +198,7 @@ fn sizes(num_layers: usize) -> ModelSizes {
 }
 
 fn model(dir: &Path, num_layers: usize, adapted: bool) -> Result<Assistant> {
-    let scratch = Scratch { sizes: sizes(num_layers), ..Scratch::tiny() };
-    scratch.build(&[], &[PromptTemplate::default()], 0, &|_| false, &Device::Cpu)?.save(dir)?;
+    of_itself(&["--make", &num_layers.to_string(), dir.to_str().context("a directory with an odd name")?])?;
     let config = adapter();
     let adaptation = if adapted { Adaptation::New { config: &config, seed: 0 } } else { Adaptation::None };
     let trains = |name: &str| name.contains(".lora_");

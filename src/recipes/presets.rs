@@ -31,6 +31,7 @@ const PRESETS: &[(&str, &str)] = &[
     ("minimed_at_sft", include_str!("../../configs/minimed_at_sft.toml")),
     ("minimed_grpo", include_str!("../../configs/minimed_grpo.toml")),
     ("minimed_at_grpo", include_str!("../../configs/minimed_at_grpo.toml")),
+    ("minimed_at_grpo_kl", include_str!("../../configs/minimed_at_grpo_kl.toml")),
     ("qwen2_vl_2b_sft", include_str!("../../configs/qwen2_vl_2b_sft.toml")),
     ("qwen2_vl_2b_grpo", include_str!("../../configs/qwen2_vl_2b_grpo.toml")),
     ("qwen2_vl_2b_at_grpo", include_str!("../../configs/qwen2_vl_2b_at_grpo.toml")),

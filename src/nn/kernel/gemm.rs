@@ -24,7 +24,7 @@ const DEPTH: usize = 1024;
 /// Most rows of a block: with its panel it stays in the second-level cache.
 const BLOCK_ROWS: usize = 128;
 
-/// Panels turned at once: with a block of rows they stay near, and as often as they are passed those of the rows are read.
+/// Panels turned at once: few enough to stay in a cache, enough that rows are not read anew for every one of them.
 const TURNED_PANELS: usize = 8;
 
 /// Rows of a register tile: sixteen sums of 512 bits, or twelve of 256.
@@ -188,7 +188,7 @@ impl Packed {
     }
 
     /// Panels `panels` of the transpose (`[n, k]`) from depth `depth.start`, a multiple of [`PANEL`], to `depth.end`, one
-    /// after another in the memory of `turned`, each as long as the first number returned says.
+    /// after another in the memory of `turned`, each as long as the number returned.
     ///
     /// Both sides consist of squares of [`PANEL`] by [`PANEL`] numbers, contiguous on either.
     fn turn(&self, panels: Range<usize>, depth: Range<usize>, turned: &mut Vec<u32>) -> usize {
@@ -486,8 +486,8 @@ impl<'a> Start<'a> {
 pub(crate) enum Right<'a> {
     /// In panels.
     Packed(&'a Packed),
-    /// The transpose of what is in panels (`[n, k]`): turned a few panels at a time on the way, in the order of the sums that
-    /// panels of the transpose itself would give. For a second layout there need not be memory.
+    /// The transpose of what is in panels (`[n, k]`): turned a few panels at a time on the way, with the
+    /// bytes that panels of the transpose itself would give. So no second layout takes memory.
     Transposed(&'a Packed),
     /// Rows read in place: columns adjacent, their number a multiple of 16.
     Direct(View<'a>),
