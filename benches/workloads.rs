@@ -31,7 +31,7 @@ use safemed::recipes::config::{AdversaryConfig, RampName, RecipeName, TrainConfi
 use safemed::recipes::failure::Evidence;
 use safemed::recipes::fit::{Fit, Student};
 use safemed::recipes::items::Images;
-use safemed::recipes::lesson::Lesson;
+use safemed::recipes::lesson::{Exit, Lesson};
 use safemed::recipes::scratch::Scratch;
 use safemed::recipes::{sft, trades};
 use safemed::roles::classifier::{QuestionClassifier, Reading};
@@ -464,6 +464,7 @@ impl Bench<'_> {
             seed: 0,
             features: None,
             evidence: Evidence::default(),
+            exit: Exit::default(),
         };
         self.measure(recipe.word(), "optimiser step", 1, &mut || {
             let report = if recipe == RecipeName::Trades {

@@ -56,6 +56,9 @@ ABLATIONS = {
     "at_grpo+steps_x3": ("at_grpo", "sft_cot", "train.num_steps=x3"),
     "at_sft+quarter_rate": ("at_sft", "sft_cot", "train.learning_rate=2.5e-4"),
     "at_sft+steps_x3": ("at_sft", "sft_cot", "train.num_steps=x3"),
+    "at_grpo_kl+resampled": ("at_grpo_kl", "sft_cot", "train.grpo.max_resamples=3"),
+    "at_grpo_kl+two_updates": ("at_grpo_kl", "sft_cot", "train.grpo.num_updates=2"),
+    "at_sft_at_grpo_kl": ("at_grpo_kl", "at_sft"),
     "trades": ("at_sft", "sft_cot", "train.recipe=trades"),
 }
 EPSILON = "8/255"
@@ -231,7 +234,8 @@ def flat_groups(board, name):
     """The mean share of groups that taught nothing, for their rewards were all equal; none of a training without groups."""
     path = board.dir / name / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
-    shares = [json.loads(line).get("frac_reward_zero_std") for line in lines]
+    metrics = map(json.loads, lines)
+    shares = [line.get("frac_groups_zero_std", line.get("frac_reward_zero_std")) for line in metrics]
     return statistics.mean(shares) if shares and None not in shares else None
 
 

@@ -9,7 +9,7 @@ use safemed::error::ExitStatus;
 use safemed::model::weights::{TensorFile, save_file};
 use safemed::pixels::RgbImage8;
 use safemed::pixels::decode::decode_file;
-use safemed::recipes::config::Command::Train;
+use safemed::recipes::config::Command::{Attack, Train};
 use safemed::recipes::failure::{Noted, walk};
 use safemed::roles::policy::Scoring;
 use serde_json::{Value, json};
@@ -578,7 +578,8 @@ fn an_image_that_cannot_be_read_is_found_before_weights_are_looked_for_or_left_o
     fs::OpenOptions::new().write(true).open(&damaged).unwrap().set_len(length / 2).unwrap();
     let (data, split) = (data.display().to_string(), split.display().to_string());
     let more = [&SHORT[..], &[("data.omnimedvqa", data.as_str()), ("data.split", split.as_str())]].concat();
-    let (absent, out) = (dir.path().join("no-such-model"), dir.path().join("out"));
+    let (absent, out) = (dir.path().join("no-weights"), dir.path().join("out"));
+    fs::create_dir(&absent).unwrap();
     let error = run_as(Train, &settings(&absent, &out, &more), 1).unwrap_err();
     let text = error.to_string();
     assert_eq!(error.status(), ExitStatus::Data, "{text}");
@@ -593,4 +594,104 @@ fn an_image_that_cannot_be_read_is_found_before_weights_are_looked_for_or_left_o
     assert_eq!(summary["n"], left.count());
     let run: Value = serde_json::from_slice(&fs::read(out.join("run.json")).unwrap()).unwrap();
     assert!(run.to_string().contains("\"skipped_problems\":1"), "{run}");
+}
+
+#[cfg(unix)]
+#[test]
+fn an_attack_stops_within_its_batch_when_asked() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("attack");
+    let more = [
+        ("scoring", "likelihood"),
+        // Hours of it.
+        ("attack.num_steps", "10000000"),
+        ("attack.early_stop", "false"),
+    ];
+    let words = arguments(Attack, &settings(&material().loud, &out, &more));
+    let mut child =
+        safemed(dir.path()).args(words).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    assert!(wait_until(&mut child, || out.join("run.json").exists()), "it ended by itself");
+    std::thread::sleep(Duration::from_millis(500));
+    signal(&child, "TERM");
+    if wait_until(&mut child, || false) {
+        child.kill().unwrap();
+    }
+    assert_eq!(child.wait().unwrap().code(), Some(75));
+    // Items that are wrong anyway are not attacked: there may be records.
+    assert!(!out.join("summary.json").exists());
+}
+
+/// A step may take minutes: an attack is left, and a program that does not answer.
+#[cfg(unix)]
+#[test]
+fn a_step_is_left_before_its_update_and_begun_anew() {
+    let dir = tempfile::tempdir().unwrap();
+    let (script, hangs) = (dir.path().join("reward.sh"), dir.path().join("hangs"));
+    // As long as there is such a file it does not answer in step 3.
+    let text = format!(
+        "while IFS= read -r line; do\n  case \"$line\" in *'\"step\":3,'*) while [ -e '{}' ]; do sleep 0.05; done;; esac\n  \
+         case \"$line\" in *'\"index\":1,'*) echo '{{\"reward\": 1}}';; *) echo '{{\"reward\": 0}}';; esac\ndone\n",
+        hangs.display()
+    );
+    fs::write(&script, text).unwrap();
+    let command = format!("[\"sh\", \"{}\"]", script.display());
+    let own = [
+        ("train.recipe", "at_grpo"),
+        ("train.grpo.group_size", "4"),
+        ("train.grpo.reward_command", command.as_str()),
+        ("train.grpo.reward_command_timeout", "600"),
+        ("train.adversary.num_steps", "2"),
+        ("train.save_every", "100"),
+    ];
+    let more = [&SHORT[..], &own].concat();
+    let (whole, out) = (dir.path().join("whole"), dir.path().join("left"));
+    run_as(Train, &settings(&material().loud, &whole, &more), 2).unwrap();
+    fs::write(&hangs, "").unwrap();
+    let mut child = start(&out, &more);
+    assert!(wait_until(&mut child, || steps_logged(&out) == 2));
+    std::thread::sleep(Duration::from_millis(300));
+    signal(&child, "TERM");
+    wait_until(&mut child, || false);
+    assert_eq!(child.wait().unwrap().code(), Some(75));
+    assert_eq!(steps_logged(&out), 2);
+    assert!(out.join("checkpoints/step-2/files.json").exists());
+    fs::remove_file(&hangs).unwrap();
+    let (status, err) = go_on(&out, &more);
+    assert_eq!(status, 0, "{err}");
+    check_same(&whole, &out);
+
+    let out = dir.path().join("attack");
+    let endless = [("train.recipe", "at_sft"), ("train.adversary.num_steps", "1000000")];
+    let mut child = start(&out, &[&SHORT[..], &endless].concat());
+    assert!(wait_until(&mut child, || out.join("run.json").exists()));
+    std::thread::sleep(Duration::from_millis(500));
+    signal(&child, "TERM");
+    if wait_until(&mut child, || false) {
+        child.kill().unwrap();
+    }
+    assert_eq!(child.wait().unwrap().code(), Some(75));
+    assert_eq!(steps_logged(&out), 0);
+}
+
+#[test]
+fn a_training_does_not_go_on_from_another_model() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = dir.path().join("model");
+    copy(&material().loud, &model);
+    let out = dir.path().join("out");
+    let config = settings(&model, &out, &[&SHORT[..], &[("train.num_steps", "2")]].concat());
+    run_as(Train, &config, 2).unwrap();
+    for name in ["config.json", "tokenizer.json", "preprocessor_config.json"] {
+        let path = model.join(name);
+        let before = fs::read(&path).unwrap();
+        // As much JSON as before, and other bytes.
+        fs::write(&path, [&before[..], b"\n"].concat()).unwrap();
+        let job = crate::training::job_of(Train, &config, &safemed::recipes::progress::Silent).unwrap();
+        let job = safemed::recipes::job::Job { resume: true, ..job };
+        let error = crate::training::run_job(&job, 2).unwrap_err();
+        assert_eq!(error.status(), ExitStatus::Usage, "{name}: {error}");
+        let text = error.to_string();
+        assert!(text.contains("`model_files`") && text.contains("begin a new run"), "{name}: {text}");
+        fs::write(&path, before).unwrap();
+    }
 }

@@ -233,6 +233,7 @@ fn a_command_that_does_not_work_is_found_before_weights_are_read() {
     let out = dir.path().join("out");
     // The weights are not even there.
     let absent = dir.path().join("absent");
+    fs::create_dir(&absent).unwrap();
     for (command, status, words) in [
         ("[\"no-such-program\"]", ExitStatus::Usage, "cannot start the reward command"),
         ("[\"sh\", \"-c\", \"echo broken >&2; exit 4\"]", ExitStatus::Usage, "   |  broken\n"),

@@ -386,6 +386,20 @@ fn a_denoiser_learns_and_is_part_of_what_is_attacked_and_certified() {
     assert_eq!(refused(Certify, &[("denoiser", &model)], "this is no denoiser"), ExitStatus::Data);
 }
 
+/// Whether `docs/training.md` says what a metric is, by its name or as `/` with the last part of it.
+fn is_explained(key: &str) -> bool {
+    const GLOSSARY: &str = include_str!("../docs/training.md");
+    let parts: Vec<&str> = key.split('/').collect();
+    let name = match parts.as_slice() {
+        ["rewards", "accuracy_clean" | "accuracy_adversarial", _] => key.to_owned(),
+        ["rewards", _, last] => format!("rewards/NAME/{last}"),
+        ["completions", last] if last.ends_with("_terminated_length") => "…_terminated_length".to_owned(),
+        _ => key.to_owned(),
+    };
+    let short = format!("`/{}`", parts.last().unwrap());
+    GLOSSARY.contains(&format!("`{name}`")) || parts.len() > 1 && GLOSSARY.contains(&short)
+}
+
 #[test]
 fn every_recipe_logs_its_numbers() {
     let dir = tempfile::tempdir().unwrap();
@@ -447,6 +461,9 @@ fn every_recipe_logs_its_numbers() {
         assert_eq!(updates, wanted, "{recipe}");
         for (step, key) in steps.iter().flat_map(|step| keys.iter().map(move |key| (step, key))) {
             assert!(step[*key].is_number(), "{recipe} {key}: {step}");
+        }
+        for key in steps.iter().flat_map(|step| step.as_object().unwrap().keys()) {
+            assert!(is_explained(key), "docs/training.md does not say what `{key}` is");
         }
         // Time stands in `timings.jsonl` and nowhere else.
         let is_time = |key: &str| key.contains("time") || key.contains("second");

@@ -356,7 +356,9 @@ fn copies_of_questions_that_are_trained_on_are_refused_whatever_their_ids() {
     // Sixteen questions are trained on: two of these four.
     let file = own_questions(&dir.path().join("own"), 14..18).display().to_string();
     let out = dir.path().join("out");
-    let absent = dir.path().join("no-such-model");
+    // Before weights: none are there.
+    let absent = dir.path().join("no-weights");
+    fs::create_dir(&absent).unwrap();
     let error = run_as(Train, &settings(&absent, &out, &examined_by(&file)), 1).unwrap_err();
     assert_eq!(error.status(), ExitStatus::Data);
     let text = error.to_string();

@@ -41,6 +41,37 @@ pub trait Objective {
     fn is_broken(&self, pixels: &Tensor, items: &[usize]) -> Result<Vec<bool>>;
 }
 
+/// An objective that ends the attack with the error of `check`, as when someone asks to stop: an attack may take many minutes.
+pub struct Checked<'a> {
+    /// What is driven up.
+    pub objective: &'a dyn Objective,
+    /// Asked before each look at the model.
+    pub check: &'a dyn Fn() -> Result<()>,
+}
+
+impl Objective for Checked<'_> {
+    fn loss_and_gradient(&self, pixels: &Tensor, items: &[usize]) -> Result<(Vec<f32>, Tensor)> {
+        (self.check)()?;
+        self.objective.loss_and_gradient(pixels, items)
+    }
+
+    fn loss(&self, pixels: &Tensor, items: &[usize]) -> Result<Vec<f32>> {
+        (self.check)()?;
+        self.objective.loss(pixels, items)
+    }
+
+    fn is_broken(&self, pixels: &Tensor, items: &[usize]) -> Result<Vec<bool>> {
+        (self.check)()?;
+        self.objective.is_broken(pixels, items)
+    }
+}
+
+impl std::fmt::Debug for Checked<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Checked").finish_non_exhaustive()
+    }
+}
+
 /// Attacks all rows of `problem` by the method that `config` names.
 ///
 /// # Errors

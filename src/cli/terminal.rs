@@ -122,9 +122,9 @@ impl Terminal {
 
     fn plain(&self, done: usize, figures: &[String]) {
         let total = self.total.get();
-        let seconds = self.started.get().elapsed().as_secs_f64();
-        let rate = done.saturating_sub(self.begun.get()) as f64 / seconds.max(1e-9);
-        let eta = clock((total.saturating_sub(done)) as f64 / rate.max(1e-9));
+        let elapsed = self.started.get().elapsed();
+        let Pace { rate, left } = Pace::of(self.begun.get(), done as u64, Some(total as u64), elapsed);
+        let eta = left.map_or_else(|| "-".to_owned(), clock);
         let phase = self.phase.lock();
         if self.in_bytes.get() {
             let [done, total, rate] = [done as u64, total as u64, rate as u64].map(BinaryBytes);
@@ -153,13 +153,21 @@ impl Terminal {
         if self.loudness == Loudness::Normal && std::io::stderr().is_terminal() {
             let bar = ProgressBar::new(total as u64).with_position(done as u64);
             if let Ok(style) = ProgressStyle::with_template(template) {
-                let pace = |state: &ProgressState, text: &mut dyn std::fmt::Write| {
-                    let _ = text.write_str(&pace_text(state.per_sec()));
+                // The pace is that of this phase in this process: what was done before took it no time.
+                let of =
+                    move |state: &ProgressState| Pace::of(done, state.pos(), state.len(), state.elapsed());
+                let pace = move |state: &ProgressState, text: &mut dyn std::fmt::Write| {
+                    let _ = text.write_str(&pace_text(of(state).rate));
                 };
-                bar.set_style(style.progress_chars("━╸─").with_key("pace", pace));
+                let byte_pace = move |state: &ProgressState, text: &mut dyn std::fmt::Write| {
+                    let _ = write!(text, "{}/s", BinaryBytes(of(state).rate as u64));
+                };
+                let left = move |state: &ProgressState, text: &mut dyn std::fmt::Write| {
+                    let _ = text.write_str(&of(state).left.map_or_else(|| "-".to_owned(), clock));
+                };
+                let style = style.with_key("pace", pace).with_key("byte_pace", byte_pace);
+                bar.set_style(style.with_key("left", left).progress_chars("━╸─"));
             }
-            // The pace is that of this process.
-            bar.reset_eta();
             bar.set_prefix(what.to_owned());
             bar.enable_steady_tick(Duration::from_millis(250));
             *self.bar.lock() = Some(bar);
@@ -170,6 +178,24 @@ impl Terminal {
 /// A line on standard error. Whoever closed it does not want to read it: the work goes on.
 fn say(text: &str) {
     let _ = writeln!(std::io::stderr(), "{text}");
+}
+
+/// How fast a phase goes.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Pace {
+    /// Units a second, of those that this phase has done itself.
+    rate: f64,
+    /// Seconds that the rest takes; none as long as nothing is known.
+    left: Option<f64>,
+}
+
+impl Pace {
+    /// After `elapsed` of a phase that began with `begun` units done, when `done` of `total` are.
+    fn of(begun: usize, done: u64, total: Option<u64>, elapsed: Duration) -> Self {
+        let rate = done.saturating_sub(begun as u64) as f64 / elapsed.as_secs_f64().max(1e-9);
+        let rest = total.map(|total| total.saturating_sub(done) as f64);
+        Self { rate, left: rest.filter(|_| rate > 0.0).map(|rest| rest / rate) }
+    }
 }
 
 /// `h:mm:ss`, or `m:ss` below an hour.
@@ -240,7 +266,7 @@ fn lines_of(texts: &[String]) -> String {
 impl Progress for Terminal {
     fn start(&self, total: usize, done: usize, what: &str) {
         self.in_bytes.set(false);
-        let template = "{prefix} {wide_bar:.cyan/black.bright} {pos}/{len} {pace:.dim} eta {eta:.dim}{msg}";
+        let template = "{prefix} {wide_bar:.cyan/black.bright} {pos}/{len} {pace:.dim} eta {left:.dim}{msg}";
         self.begin(what, total, done, template);
         if self.bar.lock().is_none() && self.loudness != Loudness::Quiet {
             self.plain(done, &[]);
@@ -251,7 +277,7 @@ impl Progress for Terminal {
     fn start_transfer(&self, file: &str, total: u64, done: u64) {
         self.in_bytes.set(true);
         let template = "{prefix:<34} {bar:24.cyan/black.bright} {binary_bytes}/{binary_total_bytes} \
-            {binary_bytes_per_sec:.dim} eta {eta:.dim}";
+            {byte_pace:.dim} eta {left:.dim}";
         self.begin(file, total as usize, done as usize, template);
     }
 
@@ -383,6 +409,15 @@ mod tests {
             ["accuracy 0.930", "kl 1.20e-5", "loss 0.000"]
         );
         assert_eq!([12.34, 0.4, 0.01, 0.0].map(pace_text), ["12.3/s", "2.5 s each", "1:40 each", "-/s"]);
+    }
+
+    #[test]
+    fn what_was_done_before_a_phase_is_no_speed_of_it() {
+        let pace = |done| Pace::of(18, done, Some(40), Duration::from_secs(4));
+        assert_eq!(pace(18), Pace { rate: 0.0, left: None });
+        assert_eq!(pace(20), Pace { rate: 0.5, left: Some(40.0) });
+        assert_eq!(pace(40), Pace { rate: 5.5, left: Some(0.0) });
+        assert_eq!(Pace::of(0, 8, None, Duration::from_secs(4)), Pace { rate: 2.0, left: None });
     }
 
     #[test]

@@ -6,7 +6,16 @@ use super::choices;
 use super::problem::optional_text;
 
 /// The fields that may hold a reasoning, the first that is there counts.
-const REASONING_KEYS: [&str; 4] = ["reasoning", "think", "thinking", "cot"];
+const REASONING_KEYS: [&str; 8] = [
+    "reasoning",
+    "think",
+    "thinking",
+    "cot",
+    "reasoning_content",
+    "chain_of_thought",
+    "rationale",
+    "explanation",
+];
 
 /// Tags that a completion is built of: within a reasoning they would break it.
 const TAGS: [&str; 4] = ["<think>", "</think>", "<answer>", "</answer>"];
@@ -36,7 +45,7 @@ fn around<'a>(text: &'a str, name: &str) -> Result<Option<(&'a str, &'a str, &'a
     }
 }
 
-/// The reasoning of a record: of the fields `reasoning`, `think`, `thinking` and `cot` the first that says something, else what
+/// The reasoning of a record: of the fields of `REASONING_KEYS` the first that says something, else what
 /// `<think>...</think>` holds in one of the `completions`, each with the name of its place; where none of them has such tags,
 /// what one says in whole sentences before `<answer>`.
 ///

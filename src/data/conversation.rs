@@ -44,6 +44,8 @@ struct Turn {
     role: Role,
     text: String,
     images: Vec<String>,
+    /// What it says apart from its text.
+    reasoning: Option<String>,
 }
 
 /// One record, or everything that is wrong with it.
@@ -69,7 +71,11 @@ fn parse(record: &Value, index: usize, name: &FileName) -> std::result::Result<S
     };
     let solution = record.get("solution").and_then(Value::as_str);
     let completions = [("`solution`", solution), ("the assistant's turn", assistant)];
-    let reasoning = answer::reasoning_of(record, &completions).map_err(&mut keep).ok();
+    // A turn may say what it thought beside what it says, as some chat servers write it.
+    let of_turn =
+        turns.iter().rfind(|turn| turn.role == Role::Assistant).and_then(|turn| turn.reasoning.clone());
+    let of_record = answer::reasoning_of(record, &completions);
+    let reasoning = of_record.map(|found| of_turn.or(found)).map_err(&mut keep).ok();
     let mut optional = |keys: &[&str]| {
         let found =
             keys.iter().map(|key| optional_text(record, key)).find(|found| !matches!(found, Ok(None)));
@@ -125,7 +131,9 @@ fn turns(record: &Value) -> Told<Vec<Turn>> {
     let mut turns = Vec::new();
     for (key, role) in [("prompt", Role::User), ("completion", Role::Assistant)] {
         match record.get(key) {
-            Some(Value::String(text)) => turns.push(Turn { role, text: text.clone(), images: Vec::new() }),
+            Some(Value::String(text)) => {
+                turns.push(Turn { role, text: text.clone(), images: Vec::new(), reasoning: None });
+            }
             Some(Value::Array(own)) => {
                 for (place, turn) in own.iter().enumerate() {
                     turns.push(turn_of(turn).map_err(|why| format!("`{key}`, turn {}: {why}", place + 1))?);
@@ -163,14 +171,15 @@ fn turn_of(turn: &Value) -> Told<Turn> {
         None => return Err("nobody speaks: `from` or `role` is missing".into()),
     };
     let content = turn.get("value").or_else(|| turn.get("content"));
+    let reasoning = answer::reasoning_of(turn, &[])?;
     match content {
-        Some(Value::String(text)) => Ok(Turn { role, text: text.clone(), images: Vec::new() }),
+        Some(Value::String(text)) => Ok(Turn { role, text: text.clone(), images: Vec::new(), reasoning }),
         Some(Value::Array(parts)) => {
             let (mut texts, mut images) = (Vec::new(), Vec::new());
             for part in parts {
                 texts.push(part_of(part, &mut images)?);
             }
-            Ok(Turn { role, text: texts.join("\n"), images })
+            Ok(Turn { role, text: texts.join("\n"), images, reasoning })
         }
         Some(other) => {
             Err(format!("its content is {}, a text or a list of parts was expected", problem::kind(other)))

@@ -3,7 +3,7 @@
 //! The files' known dirt is accepted where its meaning is plain (a doubled root folder, `modality` for
 //! `modality_type`, absent or null options, odd spellings of modalities, an answer that differs from its option in
 //! case or outer blanks) and a located problem where it is not. The restricted-access part has no images and is
-//! only counted. A chain of thought is no part of it: a column `reasoning` (or `think`, `thinking`, `cot`), or a `solution` of
+//! only counted. A chain of thought is no part of it: a column `reasoning` (or another of the names that [`answer::reasoning_of`] knows), or a `solution` of
 //! `<think>...</think><answer>...</answer>`, is taken where it is there. The format is described in arXiv 2402.09181.
 
 use std::path::{Path, PathBuf};
@@ -12,10 +12,13 @@ use serde_json::Value;
 
 use super::answer;
 use super::problem::{self, Collector, Problem, image_field, optional_text, text_field};
-use super::{Reading, Records, Sample, choices, letter, records, sample};
+use super::{MOST_OPTIONS, Reading, Records, Sample, choices, letter, records, sample};
 use crate::error::Result;
 
-const OPTION_KEYS: [&str; 5] = ["option_A", "option_B", "option_C", "option_D", "option_E"];
+/// `option_A` and so on: five in the published files, as many as there are letters elsewhere.
+fn option_keys() -> impl Iterator<Item = String> {
+    (0..MOST_OPTIONS).map(|index| format!("option_{}", letter(index)))
+}
 
 /// The folder that holds `QA_information`: `path` itself, an `OmniMedVQA` folder inside it (unpacking the archive
 /// often doubles the name), or the one around when `path` is the `QA_information` folder.
@@ -116,7 +119,7 @@ fn parse(record: &Value, file_stem: &str) -> std::result::Result<Sample, Vec<Str
     });
     // Letters count the options as they stand in the file, which is known here only without a gap.
     let is_gapless =
-        OPTION_KEYS[..options.len()].iter().all(|key| matches!(optional_text(record, key), Ok(Some(_))));
+        option_keys().take(options.len()).all(|key| matches!(optional_text(record, &key), Ok(Some(_))));
     if let (Some(right), Some(Ok(stated))) = (answer, solution.map(|text| answer::stated(text, &options)))
         && stated != right
         && is_gapless
@@ -149,8 +152,8 @@ fn parse(record: &Value, file_stem: &str) -> std::result::Result<Sample, Vec<Str
 fn options_of(record: &Value, problems: &mut Vec<String>) -> Vec<String> {
     let problems_before = problems.len();
     let mut options = Vec::new();
-    for key in OPTION_KEYS {
-        match optional_text(record, key) {
+    for key in option_keys() {
+        match optional_text(record, &key) {
             Ok(Some(text)) => options.push(text.to_owned()),
             Ok(None) => {}
             Err(problem) => problems.push(problem),

@@ -3,7 +3,7 @@
 //! A template is words only. Chat roles, image tokens and special tokens belong to the checkpoint's processor.
 //! The wording of the `med_r1` templates is that of Med-R1 (arXiv 2503.13939, its public code), to the letter, because
 //! checkpoints trained with it expect it: `med_r1_think` and `med_r1_no_think` are those it evaluates with,
-//! `med_r1_train` the one its reinforcement learning asks with. That of `medvlm_r1` is MedVLM-R1's (arXiv 2502.19634),
+//! `med_r1_train` and `med_r1_train_no_think` those its reinforcement learning asks with. That of `medvlm_r1` is MedVLM-R1's (arXiv 2502.19634),
 //! white space included, as its evaluation and its demonstration ask the published checkpoint; its training script
 //! has the same words behind eight spaces instead of four.
 
@@ -26,6 +26,8 @@ pub enum PromptTemplate {
     MedR1NoThink,
     /// As `med_r1_think`, in the words of Med-R1's training: three numbered demands.
     MedR1Train,
+    /// The letter in `<answer>` and nothing else, in the words of Med-R1's training without thinking: two numbered demands.
+    MedR1TrainNoThink,
     /// The same demands as MedVLM-R1 makes them, one a line, options one a line too.
     MedVlmR1,
     /// The letter first, then the reasoning.
@@ -39,10 +41,11 @@ pub enum PromptTemplate {
 }
 
 /// Every template with its name.
-const NAMES: [(&str, PromptTemplate); 8] = [
+const NAMES: [(&str, PromptTemplate); 9] = [
     ("med_r1_think", PromptTemplate::MedR1Think),
     ("med_r1_no_think", PromptTemplate::MedR1NoThink),
     ("med_r1_train", PromptTemplate::MedR1Train),
+    ("med_r1_train_no_think", PromptTemplate::MedR1TrainNoThink),
     ("medvlm_r1", PromptTemplate::MedVlmR1),
     ("think_after", PromptTemplate::ThinkAfter),
     ("plain", PromptTemplate::Plain),
@@ -115,6 +118,9 @@ impl PromptTemplate {
             Self::MedR1Train => {
                 "{question}{options} Your task: 1. Think through the question step by step, enclose your reasoning process in <think>...</think> tags. 2. Then provide the correct single-letter choice (A, B, C, D,...) inside <answer>...</answer> tags. 3. No extra information or text outside of these tags."
             }
+            Self::MedR1TrainNoThink => {
+                "{question}{options} Your task: 1. Provide the correct single-letter choice (A, B, C, D,...) inside <answer>...</answer> tags. 2. No extra information or text outside of this tag."
+            }
             Self::MedVlmR1 => {
                 "\n    {question}{options} \n    Your task: \n    1. Think through the question step by step, enclose your reasoning process in <think>...</think> tags. \n    2. Then provide the correct single-letter choice (A, B, C, D,...) inside <answer>...</answer> tags.\n    3. No extra information or text outside of these tags.\n    "
             }
@@ -164,7 +170,11 @@ impl PromptTemplate {
     fn options_text(self, sample: &Sample) -> String {
         let lettered = sample.options.iter().enumerate().map(|(index, option)| (letter(index), option));
         match self {
-            Self::MedR1Think | Self::MedR1NoThink | Self::MedR1Train | Self::ThinkAfter => {
+            Self::MedR1Think
+            | Self::MedR1NoThink
+            | Self::MedR1Train
+            | Self::MedR1TrainNoThink
+            | Self::ThinkAfter => {
                 let parts: Vec<String> =
                     lettered.map(|(letter, option)| format!("{letter}){option}")).collect();
                 format!(" {}", parts.join(", "))
@@ -213,6 +223,12 @@ mod tests {
         assert_eq!(
             text(PromptTemplate::MedR1Train),
             format!("{inline}Your task: 1. {first} 2. {second} 3. {third}")
+        );
+        assert_eq!(
+            text(PromptTemplate::MedR1TrainNoThink),
+            format!(
+                "{inline}Your task: 1. Provide the correct single-letter choice (A, B, C, D,...) inside <answer>...</answer> tags. 2. No extra information or text outside of this tag."
+            )
         );
         // Line for line, with the spaces at the ends of some.
         let medvlm_r1 = [

@@ -67,17 +67,62 @@ impl Records {
 /// [`Error::Io`] when the file cannot be read at all.
 pub fn read(file: &Path, problems: &mut Vec<Problem>) -> Result<Option<Records>> {
     let bytes = files::read(file, "cannot read the questions")?;
+    let bytes = match String::from_utf8(bytes) {
+        Ok(text) => return of_text(file, text, problems),
+        Err(error) => error.into_bytes(),
+    };
+    // What is no text spoils the records that hold it, not the file.
+    let mut own = Vec::new();
+    let found = of_text(file, marked(&bytes), &mut own)?;
+    let Some(mut records) = found.filter(|records| records.iter().any(|(_, record)| is_marked(record)))
+    else {
+        let good = bytes.utf8_chunks().next().map_or(0, |chunk| chunk.valid().len());
+        let line = bytes[..good].split(|byte| *byte == b'\n').count();
+        problems.push(Problem { line: Some(line), ..Problem::of_file(file, NO_TEXT) });
+        return Ok(None);
+    };
+    problems.append(&mut own);
+    let lines = records.lines();
+    let spoilt: Vec<usize> = records.iter().filter(|(_, record)| is_marked(record)).map(|(i, _)| i).collect();
+    for index in spoilt {
+        let (record, line) = (Some(index + 1), lines.get(index).copied());
+        problems.push(Problem { record, line, ..Problem::of_file(file, NO_TEXT) });
+        records.unreadable.insert(index);
+    }
+    Ok(Some(records))
+}
+
+const NO_TEXT: &str = "not UTF-8 text";
+
+/// Stands for bytes that are no text: a code point that no text holds.
+const MARK: char = '\u{fdd0}';
+
+/// The text of `bytes`, with the mark in the place of whatever is none.
+fn marked(bytes: &[u8]) -> String {
+    let mut text = String::with_capacity(bytes.len());
+    for chunk in bytes.utf8_chunks() {
+        text.push_str(chunk.valid());
+        if !chunk.invalid().is_empty() {
+            text.push(MARK);
+        }
+    }
+    text
+}
+
+fn is_marked(value: &Value) -> bool {
+    match value {
+        Value::String(text) => text.contains(MARK),
+        Value::Array(values) => values.iter().any(is_marked),
+        Value::Object(fields) => fields.iter().any(|(key, value)| key.contains(MARK) || is_marked(value)),
+        _ => false,
+    }
+}
+
+/// As [`read`], of the text of the file.
+fn of_text(file: &Path, text: String, problems: &mut Vec<Problem>) -> Result<Option<Records>> {
     let mut refuse = |message: String, line: Option<usize>| {
         problems.push(Problem { line, ..Problem::of_file(file, message) });
         Ok(None)
-    };
-    let text = match String::from_utf8(bytes) {
-        Ok(text) => text,
-        Err(error) => {
-            let good = &error.as_bytes()[..error.utf8_error().valid_up_to()];
-            let line = good.split(|byte| *byte == b'\n').count();
-            return refuse("not UTF-8 text".into(), Some(line));
-        }
     };
     let text = text.strip_prefix('\u{feff}').map(str::to_owned).unwrap_or(text);
     let start = text.trim_start();
@@ -269,8 +314,39 @@ mod tests {
         let file = folder.path().join("q.json");
         std::fs::write(&file, b"{\"a\": 1}\n{\"a\": \"\xff\"}\n").unwrap();
         let mut problems = Vec::new();
-        assert!(read(&file, &mut problems).unwrap().is_none());
-        assert!(problems[0].to_string().ends_with("q.json:2: not UTF-8 text"), "{problems:?}");
+        let records = read(&file, &mut problems).unwrap().unwrap();
+        assert_eq!(records.iter().map(|(index, _)| index).collect::<Vec<_>>(), [0]);
+        assert!(problems[0].to_string().ends_with("q.json:2: record 2: not UTF-8 text"), "{problems:?}");
+    }
+
+    #[test]
+    fn what_is_no_text_spoils_the_records_that_hold_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("q.json");
+        let told = |bytes: &[u8]| -> (Vec<usize>, Vec<String>) {
+            std::fs::write(&file, bytes).unwrap();
+            let mut problems = Vec::new();
+            let records = read(&file, &mut problems).unwrap();
+            let left = records.iter().flat_map(|records| records.iter().map(|(index, _)| index)).collect();
+            let name = file.display().to_string();
+            (left, problems.iter().map(|problem| problem.to_string().replace(&name, "")).collect())
+        };
+        let [text, wrong] = ["not UTF-8 text", "not JSON: "];
+        // In an array: in a value, in a key, in two records of one line; what is not JSON is told beside it.
+        let (left, problems) =
+            told(b"[{\"a\": 1},\n{\"a\": [\"\xe9\"]}, {\"\xff\": 2},\n{\"a\": \"\xef\xbf\xbd\"}]");
+        assert_eq!(left, [0, 3]);
+        assert_eq!(problems, [format!(":2: record 2: {text}"), format!(":2: record 3: {text}")]);
+        let (left, problems) = told(b"{\"a\": \"\xe9\xe8\"}\n{\"a\": 1}\n{torn\n");
+        assert_eq!(left, [1]);
+        assert!(problems[0].starts_with(&format!(":3: record 3: {wrong}")), "{problems:?}");
+        assert_eq!(problems[1..], [format!(":1: record 1: {text}")]);
+        // Where nothing can be read, that it is no text is the reason.
+        for bytes in [&b"\xff\xfe{\0}\0"[..], b"[{\"a\": 1},\n \xe9]", b"\n\xe9"] {
+            let (left, problems) = told(bytes);
+            assert_eq!((left.len(), problems.len()), (0, 1), "{problems:?}");
+            assert!(problems[0].ends_with(text), "{problems:?}");
+        }
     }
 
     #[test]

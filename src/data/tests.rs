@@ -378,12 +378,18 @@ fn reasonings_are_read_from_columns_and_solutions() {
     let base = record("D_0", "Images/a.png");
     let med_r1 =
         |solution: &str| json!({"image": "i.png", "problem": "Which? A)x, B)y", "solution": solution});
+    let spoken = |turn: Value| json!({"image": "i.png", "messages": [{"role": "user", "content": "Which? A)x, B)y"}, turn]});
     let solved =
         |letter: &str| json!(format!("<think> Round: option {letter}. </think><answer> {letter} </answer>"));
     for (records, expected) in [
         (with(base.clone(), &[("cot", json!("Round."))]), Some("Round.")),
         (with(base.clone(), &[("think", json!("<think>Round.</think>"))]), Some("Round.")),
         (with(base.clone(), &[("solution", solved("B"))]), Some("Round: option {answer}.")),
+        (with(base.clone(), &[("chain_of_thought", json!("Round."))]), Some("Round.")),
+        (with(base.clone(), &[("rationale", json!("Round.")), ("cot", json!("Oval."))]), Some("Oval.")),
+        (with(base.clone(), &[("explanation", json!("Round."))]), Some("Round.")),
+        (spoken(json!({"role": "assistant", "content": "B", "reasoning_content": "Round."})), Some("Round.")),
+        (spoken(json!({"role": "assistant", "content": "B"})), None),
         (with(base.clone(), &[("reasoning", Value::Null), ("cot", json!(" "))]), None),
         // With a gap before the right option its letter in the file is another than here.
         (
@@ -418,6 +424,15 @@ fn reasonings_are_read_from_columns_and_solutions() {
         let error = load(&folder.path().join("x.json")).unwrap_err().to_string();
         assert!(error.contains(words), "{records}: {error}");
     }
+}
+
+#[test]
+fn omnimedvqa_may_have_as_many_options_as_there_are_letters() {
+    let own = [("option_E", json!("five")), ("option_F", json!("six")), ("gt_answer", json!("six"))];
+    let records = json!([with(record("D_0", "Images/a.png"), &own)]).to_string();
+    let folder = root_with(&[("x.json", records)]);
+    let dataset = load(&folder.path().join("x.json")).unwrap();
+    assert_eq!((dataset.samples[0].options.len(), dataset.samples[0].answer_letter()), (6, 'F'));
 }
 
 #[test]

@@ -22,6 +22,9 @@ use std::path::Path;
 
 /// The file of weights in a denoiser's directory.
 pub const TENSOR_FILE: &str = "model.safetensors";
+
+/// The file of a denoiser's shape and noise.
+pub const CONFIG_FILE: &str = "config.json";
 /// What `config.json` calls such a directory.
 const MODEL_TYPE: &str = "safemed_denoiser";
 /// Values of a block of 2 x 2 pixels.
@@ -116,7 +119,7 @@ impl Denoiser {
     /// # Errors
     /// A data error for what is missing or damaged.
     pub fn load(dir: &Path, device: &Device) -> Result<Self> {
-        let path = dir.join("config.json");
+        let path = dir.join(CONFIG_FILE);
         let text = files::read_text(&path, "cannot read the denoiser's")?;
         let at = |what: String| Error::data(format!("{what}\n  --> {}", path.display()));
         let config: DenoiserConfig = serde_json::from_str(&text).map_err(|error| {
@@ -148,7 +151,7 @@ impl Denoiser {
         tensors.sort_by(|a, b| a.0.cmp(&b.0));
         weights::save_file(&dir.join(TENSOR_FILE), &tensors, &[("format", "pt")])?;
         let text = serde_json::to_string_pretty(&self.config).map_err(anyhow::Error::from)?;
-        write_text(&dir.join("config.json"), &(text + "\n"))
+        write_text(&dir.join(CONFIG_FILE), &(text + "\n"))
     }
 
     /// Shape and noise.

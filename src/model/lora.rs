@@ -17,7 +17,8 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-const CONFIG_FILE: &str = "adapter_config.json";
+/// Name of the file with the settings.
+pub const CONFIG_FILE: &str = "adapter_config.json";
 /// Name of the file with the tensors.
 pub const TENSOR_FILE: &str = "adapter_model.safetensors";
 /// What PEFT puts before the base model's own names.

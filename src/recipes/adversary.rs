@@ -5,7 +5,7 @@ use super::config::{AdversaryObjective, ObjectiveName, RecipeName};
 use super::grpo::{Sampling, rewards_of};
 use super::items;
 use super::lesson::{Lesson, Questions, norm_of};
-use crate::attack::{self, Adversarial, Fraction, NoiseBank, Objective, PgdOutput, Problem, pgd};
+use crate::attack::{self, Adversarial, Checked, Fraction, NoiseBank, Objective, PgdOutput, Problem, pgd};
 use crate::error::Result;
 use crate::model::assistant::Assistant;
 use crate::model::generate::Completion;
@@ -182,7 +182,10 @@ impl Adversary<'_> {
             draws: settings.eot_samples,
             seed: lesson.seed,
         });
-        let ascend = |objective: &dyn Objective| pgd(objective, &problem, &config, &mut |_| Ok(()));
+        let ascend = |objective: &dyn Objective| {
+            let objective = Checked { objective, check: &|| lesson.exit.check() };
+            pgd(&objective, &problem, &config, &mut |_| Ok(()))
+        };
         let ascend_mean = |objective: &dyn Objective| match &bank {
             Some(bank) => ascend(&Noisy { of_draw: &|_| objective, bank, keys: &pass.keys }),
             None => ascend(objective),

@@ -155,7 +155,7 @@ impl Asking {
         let completions = policy::answers(assistant, prompts, Some(features), &decoding, &seeds)?;
         let answer = |(tokens, sample): (Completion, &&Sample)| {
             let completion = assistant.text_of(&tokens)?;
-            let prediction = parse_answer(&completion, sample.options.len());
+            let prediction = parse_answer(&completion, sample.options.as_slice());
             Ok(Answer { prediction, completion, tokens: Some(tokens), probabilities: None })
         };
         completions.into_iter().zip(samples).map(answer).collect()

@@ -17,9 +17,11 @@ use super::lesson::{norm_of, objectives_of};
 use super::progress::Progress;
 use super::records::{self, AttackRecord, Controls};
 use super::report::{self, ReportOptions};
-use super::run::Run;
+use super::run::{Run, Stop};
 use super::verdict::{self, Probe};
-use crate::attack::{self, Adversarial, Fraction, NoiseBank, Norm, PgdOutput, Problem, Rounding, lattice};
+use crate::attack::{
+    self, Adversarial, Checked, Fraction, NoiseBank, Norm, PgdOutput, Problem, Rounding, lattice,
+};
 use crate::data::prompt::PromptTemplate;
 use crate::data::{Dataset, Sample};
 use crate::error::{Error, Result};
@@ -349,7 +351,7 @@ fn attack_batch(
             probe: None,
         });
     }
-    let attacker = Attacker { assistant, setting };
+    let attacker = Attacker { assistant, setting, stop: run.stop() };
     let most_options = samples.iter().map(|sample| sample.options.len()).max().unwrap_or(0);
     for (number, stage) in setting.stages(most_options).into_iter().enumerate() {
         let alive: Vec<usize> =
@@ -385,6 +387,7 @@ struct Seen {
 struct Attacker<'a> {
     assistant: &'a Assistant,
     setting: &'a Setting<'a>,
+    stop: &'a Stop,
 }
 
 impl Attacker<'_> {
@@ -472,6 +475,7 @@ impl Attacker<'_> {
         let indices: Vec<usize> = (0..items.len()).collect();
         let problem =
             Problem { clean: &clean, items: &indices, keys: &keys, start: start.as_ref(), judge_8bit: true };
+        let target = Checked { objective: &target, check: &|| self.stop.check() };
         let found = attack::attack(&target, &problem, &self.config(stage.method, epsilon))?;
         let norm = norm_of(self.setting.attack.norm);
         let images = items
@@ -633,6 +637,7 @@ impl Attacker<'_> {
         let target = self.target(&[item], stage, &answers)?;
         let config = self.config(Method::Pgd, self.setting.attack.epsilon);
         let key = rng::key_of(&format!("verdict/{}", item.sample.id));
+        let target = Checked { objective: &target, check: &|| self.stop.check() };
         verdict::examine(&target, &self.clean(&[item])?, key, &config, !item.is_right())
     }
 
@@ -889,7 +894,7 @@ fn check_finished(
     if setting.asking.scoring == Scoring::Generate && setting.score.is_none() {
         let said = |key: &str| {
             let completion = record.more.get(key).and_then(Value::as_str).unwrap_or_default();
-            records::letter(parse_answer(completion, sample.options.len()))
+            records::letter(parse_answer(completion, sample.options.as_slice()))
         };
         let letters = [said("clean_completion"), said("adversarial_completion")];
         if letters != [record.clean_prediction.clone(), record.adversarial_prediction.clone()] {

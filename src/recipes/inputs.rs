@@ -215,7 +215,7 @@ pub fn open_questions(job: &Job<'_>, ask: &str) -> Result<(Dataset, Option<Datas
     if !data.skip_invalid {
         take_shard(&mut dataset);
     }
-    items::leave_out_damaged(&mut [&mut dataset], &job.stop, job.progress)?;
+    items::leave_out_damaged(&mut [&mut dataset], |_| (), &job.stop, job.progress)?;
     if data.skip_invalid {
         take_shard(&mut dataset);
     }
@@ -294,7 +294,7 @@ pub fn note_model(run: &mut Run, model: &OpenModel) -> Result<()> {
     if let Some(adapter) = &model.adapter_sha256 {
         run.provenance("adapter_sha256", json!(adapter))?;
     }
-    run.provenance("model_files", Value::Object(model_files(&model.dir)?))?;
+    note_files(run, "model_files", &model.dir, &MODEL_FILES)?;
     run.provenance("chat_template_sha256", json!(hex(&Sha256::digest(model.assistant.chat.source()))))
 }
 
@@ -347,7 +347,8 @@ pub fn denoiser_sha256(dir: &Path) -> Result<String> {
 /// As [`note_questions`].
 pub fn note_denoiser(run: &mut Run, config: &RunConfig) -> Result<()> {
     let Some(dir) = &config.denoiser else { return Ok(()) };
-    run.provenance("denoiser_sha256", json!(denoiser_sha256(dir)?))
+    run.provenance("denoiser_sha256", json!(denoiser_sha256(dir)?))?;
+    note_files(run, "denoiser_files", dir, &[denoiser::CONFIG_FILE])
 }
 
 /// Notes the reward command: its words, the names of its rewards, and a hash of each file among its arguments.
@@ -366,20 +367,43 @@ pub fn note_reward_command(run: &mut Run, config: &RunConfig, judge: &Judge) -> 
     run.provenance("reward_command_files", Value::Object(hashes))
 }
 
-/// The hashes of the small files that decide what a checkpoint says.
-fn model_files(dir: &Path) -> Result<Map<String, Value>> {
-    const FILES: [&str; 8] = [
-        "chat_template.jinja",
-        "chat_template.json",
-        "config.json",
-        "generation_config.json",
-        "preprocessor_config.json",
-        "processor_config.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    ];
-    let present = FILES.into_iter().filter(|name| dir.join(name).is_file());
-    present.map(|name| Ok((name.to_owned(), json!(file_sha256(&dir.join(name))?)))).collect()
+/// The small files that decide, beside the weights, what a checkpoint says.
+const MODEL_FILES: [&str; 8] = [
+    "chat_template.jinja",
+    "chat_template.json",
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+];
+
+/// Notes the hashes of those of the files `names` that are in `dir`.
+fn note_files(run: &mut Run, key: &str, dir: &Path, names: &[&str]) -> Result<()> {
+    let present = names.iter().filter(|name| dir.join(name).is_file());
+    let hashes: Map<String, Value> = present
+        .map(|name| Ok(((*name).to_owned(), json!(file_sha256(&dir.join(name))?))))
+        .collect::<Result<_>>()?;
+    run.provenance(key, Value::Object(hashes))
+}
+
+/// Notes what a training starts from: the checkpoint's weights and the files beside them that decide what it says, and the
+/// adapter with its settings.
+///
+/// # Errors
+/// As [`note_questions`].
+pub fn note_start(run: &mut Run, model: Option<&Location>, adapter: Option<&Path>) -> Result<()> {
+    if let Some(model) = model {
+        note_revision(run, model.commit.as_deref())?;
+        run.provenance("model_sha256", json!(model_sha256(&model.dir)?))?;
+        note_files(run, "model_files", &model.dir, &MODEL_FILES)?;
+    }
+    if let Some(dir) = adapter {
+        run.provenance("adapter_sha256", json!(adapter_sha256(dir)?))?;
+        note_files(run, "adapter_files", dir, &[lora::CONFIG_FILE])?;
+    }
+    Ok(())
 }
 
 /// Hash of the questions as records, in the order of their ids.

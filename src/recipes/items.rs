@@ -136,42 +136,74 @@ impl Images {
 /// Those of [`DatasetConfig::survey`]; when asked to stop.
 pub fn survey(config: &DatasetConfig, stop: &Stop, progress: &dyn Progress) -> Result<Dataset> {
     let mut dataset = config.survey(ImageCheck::Exist)?;
-    leave_out_damaged(&mut [&mut dataset], stop, progress)?;
+    leave_out_damaged(&mut [&mut dataset], |_| (), stop, progress)?;
     Ok(dataset)
 }
 
+/// Image files that were decoded, by what came of it.
+#[derive(Debug)]
+pub struct Decoded<T> {
+    /// What was seen in those that show something.
+    pub seen: BTreeMap<PathBuf, T>,
+    /// Those that cannot be read.
+    pub damaged: BTreeSet<PathBuf>,
+}
+
 /// Leaves out the questions whose images cannot be read, each image with its problem: a run of days must not find them on its
-/// way. An image that several of the sets show is decoded once.
+/// way. An image that several of the sets show is decoded once; `look` is shown it.
 ///
 /// # Errors
 /// When asked to stop.
-pub fn leave_out_damaged(datasets: &mut [&mut Dataset], stop: &Stop, progress: &dyn Progress) -> Result<()> {
-    let damaged = damaged(datasets, stop, progress)?;
+pub fn leave_out_damaged<T: Send>(
+    datasets: &mut [&mut Dataset],
+    look: impl Fn(&RgbImage8) -> T + Sync,
+    stop: &Stop,
+    progress: &dyn Progress,
+) -> Result<Decoded<T>> {
+    let mut seen = BTreeMap::new();
+    let mut damaged = BTreeMap::new();
+    for (image, found) in decode_all(datasets, look, stop, progress)? {
+        match found {
+            Ok(what) => drop(seen.insert(image, what)),
+            Err(problem) => drop(damaged.insert(image, problem)),
+        }
+    }
     for dataset in datasets {
-        let mut gone = BTreeSet::new();
-        let root = dataset.root.clone();
-        dataset.samples.retain(|sample| {
-            let image = root.join(&sample.image);
-            let is_damaged = damaged.contains_key(&image);
-            if is_damaged {
-                gone.insert(image);
-            }
-            !is_damaged
-        });
+        let gone = leave_out(dataset, |image| damaged.contains_key(image));
         dataset.skipped.extend(gone.iter().filter_map(|image| damaged.get(image)).cloned());
     }
-    Ok(())
+    Ok(Decoded { seen, damaged: damaged.into_keys().collect() })
+}
+
+/// Leaves out the questions about image files that `is_gone` names; gives those files.
+pub fn leave_out(dataset: &mut Dataset, is_gone: impl Fn(&PathBuf) -> bool) -> BTreeSet<PathBuf> {
+    let mut gone = BTreeSet::new();
+    let root = dataset.root.clone();
+    dataset.samples.retain(|sample| {
+        let image = root.join(&sample.image);
+        let stays = !is_gone(&image);
+        if !stays {
+            gone.insert(image);
+        }
+        stays
+    });
+    gone
 }
 
 /// The first question about an image, of its data set, and how many there are.
 type Shown<'a> = (&'a Dataset, &'a Sample, usize);
 
-/// Image files of the sets that cannot be read, each decoded once to see, at the place of the first question about it.
-fn damaged(
+/// What was seen in an image file, or why nothing was.
+type Looked<T> = std::result::Result<T, Problem>;
+
+/// The image files of the sets, each decoded once: what `look` sees in it, or the problem of one that cannot be read, at the
+/// place of the first question about it.
+fn decode_all<T: Send>(
     datasets: &[&mut Dataset],
+    look: impl Fn(&RgbImage8) -> T + Sync,
     stop: &Stop,
     progress: &dyn Progress,
-) -> Result<BTreeMap<PathBuf, Problem>> {
+) -> Result<Vec<(PathBuf, Looked<T>)>> {
     let mut files: BTreeMap<PathBuf, Shown<'_>> = BTreeMap::new();
     for dataset in datasets {
         let dataset: &Dataset = dataset;
@@ -179,28 +211,31 @@ fn damaged(
             files.entry(dataset.image_path(sample)).or_insert((dataset, sample, 0)).2 += 1;
         }
     }
-    let mut problems = BTreeMap::new();
+    let mut found = Vec::with_capacity(files.len());
     if files.is_empty() {
-        return Ok(problems);
+        return Ok(found);
     }
     let files: Vec<_> = files.into_iter().collect();
-    let damage = |(file, (dataset, first, count)): &(PathBuf, Shown<'_>)| -> Option<(PathBuf, Problem)> {
-        let text = decode::decode_file(file).err()?.to_string();
-        let what = text.lines().next().unwrap_or_default();
-        let more = match *count {
-            1 => String::new(),
-            n => format!(", the image of {n} questions"),
-        };
-        Some((file.clone(), dataset.problem(first, format!("{what} ({}{more})", file.display()))))
+    let decode = |(file, (dataset, first, count)): &(PathBuf, Shown<'_>)| {
+        let seen = decode::decode_file(file).map(|image| look(&image)).map_err(|error| {
+            let text = error.to_string();
+            let what = text.lines().next().unwrap_or_default();
+            let more = match *count {
+                1 => String::new(),
+                n => format!(", the image of {n} questions"),
+            };
+            dataset.problem(first, format!("{what} ({}{more})", file.display()))
+        });
+        (file.clone(), seen)
     };
     progress.start(files.len(), 0, "decode images");
     for (done, chunk) in files.chunks(256).enumerate() {
         stop.check()?;
-        problems.par_extend(chunk.par_iter().filter_map(damage));
+        found.par_extend(chunk.par_iter().map(decode));
         progress.tick((256 * done + chunk.len()).min(files.len()), &[]);
     }
     progress.finish();
-    Ok(problems)
+    Ok(found)
 }
 
 /// Pixels of images in order, neighbours of one size in one tensor `[n, 3, height, width]` in [0, 1].
@@ -424,8 +459,14 @@ mod tests {
         let [mut trained, mut asked] =
             [[0, 1], [1, 0]].map(|of| Dataset::new(dir.path(), of.map(Sample::for_test).to_vec()));
         let bars = Bars::default();
-        leave_out_damaged(&mut [&mut trained, &mut asked], &Stop::default(), &bars).unwrap();
+        let decoded =
+            leave_out_damaged(&mut [&mut trained, &mut asked], |image| image.width, &Stop::default(), &bars);
+        let Decoded { seen, damaged } = decoded.unwrap();
         assert_eq!(*bars.0.lock().unwrap(), [2]);
+        assert_eq!(
+            (seen, damaged),
+            ([(dir.path().join("1.png"), 8)].into(), [dir.path().join("0.png")].into())
+        );
         for left in [&trained, &asked] {
             assert_eq!(left.samples, [Sample::for_test(1)]);
             let [problem] = left.skipped.as_slice() else { panic!("{:?}", left.skipped) };

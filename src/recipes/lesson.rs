@@ -4,6 +4,7 @@ use super::config::{NormName, ObjectiveName, TargetName, TrainConfig};
 use super::failure::{Evidence, Noted};
 use super::fit::{Fit, Student};
 use super::items::{self, Images};
+use super::run::Stop;
 use crate::attack::{NoiseBank, Norm};
 use crate::data::Sample;
 use crate::data::prompt::PromptTemplate;
@@ -19,6 +20,7 @@ use crate::roles::features::FeatureCache;
 use crate::roles::policy::{self, Scoring};
 use candle_core::Tensor;
 use rand::seq::SliceRandom;
+use std::cell::Cell;
 use std::sync::Arc;
 
 /// A training run's material.
@@ -38,6 +40,43 @@ pub struct Lesson<'a> {
     pub features: Option<FeatureCache>,
     /// What the present step works on, for the report of its failure.
     pub evidence: Evidence,
+    /// Whether the present step may be left.
+    pub exit: Exit,
+}
+
+/// The way out of a step that someone asks to stop: open until its first update, for nothing has moved until then, and a step
+/// that is left begins anew when the run goes on.
+#[derive(Debug, Default)]
+pub struct Exit {
+    stop: Stop,
+    is_closed: Cell<bool>,
+}
+
+impl Exit {
+    /// An open one.
+    pub fn new(stop: Stop) -> Self {
+        Self { stop, is_closed: Cell::new(false) }
+    }
+
+    /// Nothing has moved.
+    pub fn open(&self) {
+        self.is_closed.set(false);
+    }
+
+    /// From here on the step goes on to its end.
+    pub fn close(&self) {
+        self.is_closed.set(true);
+    }
+
+    /// Whether the step is to be left now.
+    pub fn is_wanted(&self) -> bool {
+        self.stop.requested() && !self.is_closed.get()
+    }
+
+    /// [`Error::Stopped`] when the step is to be left now.
+    pub fn check(&self) -> Result<()> {
+        if self.is_wanted() { Err(Error::Stopped) } else { Ok(()) }
+    }
 }
 
 /// The questions of one step.
@@ -282,6 +321,7 @@ mod tests {
                 seed: 5,
                 features: None,
                 evidence: Evidence::default(),
+                exit: Exit::default(),
             };
             let alone: Vec<Vec<usize>> = (0..30).map(|step| lesson.picked(step)).collect();
             assert_eq!(lesson.picked_in_all(30).collect::<Vec<_>>(), alone, "{batch_size}");

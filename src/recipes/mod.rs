@@ -36,6 +36,7 @@ pub mod pictures;
 pub mod predict;
 pub mod presets;
 pub mod progress;
+pub mod questions;
 pub mod radius;
 pub mod records;
 pub mod report;

@@ -38,6 +38,7 @@ const PRESETS: &[(&str, &str)] = &[
     ("qwen2_vl_2b_medvlm_r1", include_str!("../../configs/qwen2_vl_2b_medvlm_r1.toml")),
     ("qwen2_5_vl_3b_sft", include_str!("../../configs/qwen2_5_vl_3b_sft.toml")),
     ("qwen2_5_vl_3b_grpo", include_str!("../../configs/qwen2_5_vl_3b_grpo.toml")),
+    ("qwen2_5_vl_3b_grpo_no_think", include_str!("../../configs/qwen2_5_vl_3b_grpo_no_think.toml")),
     ("qwen2_5_vl_3b_at_grpo", include_str!("../../configs/qwen2_5_vl_3b_at_grpo.toml")),
     ("qwen3_vl_4b_sft", include_str!("../../configs/qwen3_vl_4b_sft.toml")),
     ("qwen3_vl_4b_grpo", include_str!("../../configs/qwen3_vl_4b_grpo.toml")),
@@ -130,6 +131,7 @@ mod tests {
                 let train = &config.train;
                 assert_eq!((config.model.as_deref(), train.recipe), (Some(model), recipe), "{name}");
                 assert!(config.dtype == Dtype::Bf16 && train.recompute && train.lora_rank > 0, "{name}");
+                assert_eq!(config.max_pixels, Some(401_408), "{name}");
                 assert!(!train.parts.vision && !train.parts.merger, "{name}");
                 assert_eq!(config.without_effect(Command::Train), Vec::<String>::new(), "{name}");
                 if recipe == RecipeName::Sft {
@@ -146,7 +148,15 @@ mod tests {
                 );
             }
         }
+        // The published command answers without thinking; all else is the same.
+        let [think, no_think] =
+            ["qwen2_5_vl_3b_grpo", "qwen2_5_vl_3b_grpo_no_think"].map(|name| load(find(name)));
+        assert_eq!(no_think.prompt, "med_r1_train_no_think");
+        let mut same = no_think.clone();
+        (same.prompt, same.train.target) = (think.prompt.clone(), TargetName::Cot);
+        assert_eq!((no_think.train.target, same), (TargetName::Instruct, think));
         let config = load(find("qwen2_vl_2b_medvlm_r1"));
+        assert_eq!(config.max_pixels, Some(401_408));
         assert!(config.train.grpo.graded && config.prompt == "medvlm_r1");
         assert_eq!(
             (config.max_new_tokens, config.train.grpo.group_size, config.data.limit),

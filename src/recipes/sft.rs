@@ -75,6 +75,7 @@ fn loss_of(
     let (mut total, mut gradients) = (0.0, Gradients::default());
     let all: Vec<usize> = (0..questions.prompts.len()).collect();
     for part in all.chunks(lesson.micro_batch_size()) {
+        lesson.exit.check()?;
         let pixels = if part.len() == all.len() { pixels.to_vec() } else { items::pick(pixels, part)? };
         let completions: Vec<Vec<Vec<u32>>> =
             part.iter().map(|&i| vec![questions.targets[i].clone()]).collect();

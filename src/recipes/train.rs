@@ -8,8 +8,9 @@ use super::grpo::{self, Assumed, Judge, Sampling};
 use super::inputs;
 use super::items::{self, Images};
 use super::job::{Job, Outcome};
-use super::lesson::Lesson;
+use super::lesson::{Exit, Lesson};
 use super::progress::Progress;
+use super::questions::Questions;
 use super::report::{self, ReportOptions};
 use super::room;
 use super::run::{Run, Stop};
@@ -19,7 +20,7 @@ use super::validation::{self, Best, Exam};
 use super::watch::{self, Watch};
 use super::{denoise, sft, trades};
 use crate::backend::peak_memory_bytes;
-use crate::data::{Dataset, ImageCheck, problem};
+use crate::data::Dataset;
 use crate::error::{Error, Result};
 use crate::model::assistant::Assistant;
 use crate::model::denoiser::{Denoiser, DenoiserConfig};
@@ -29,6 +30,7 @@ use crate::model::truncate::Depths;
 use crate::roles::features::FeatureCache;
 use candle_core::Var;
 use serde_json::{Value, json};
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::path::PathBuf;
 use std::time::Instant;
@@ -78,21 +80,23 @@ pub(super) struct Material {
     validation: Option<Dataset>,
     /// What GRPO's completions are worth.
     judge: Judge,
+    /// What asks to stop.
+    stop: Stop,
 }
 
 /// How much of a training is to come.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Extent {
+pub(super) enum Extent<'a> {
     /// All of it: whatever could stop it on its way is looked for first.
     Whole,
-    /// A few steps, of the first blocks of each kind where they are told.
-    Steps(Option<Depths>),
+    /// A few steps, of the first blocks of each kind where they are told; the image files that cannot be read are known.
+    Steps(Option<Depths>, &'a BTreeSet<PathBuf>),
 }
 
 /// Everything a configuration names, loaded; what costs little is looked at first.
 pub(super) fn material(
     config: &RunConfig,
-    extent: Extent,
+    extent: Extent<'_>,
     stop: &Stop,
     progress: &dyn Progress,
 ) -> Result<Material> {
@@ -104,19 +108,16 @@ pub(super) fn material(
             "the recipe `denoiser` trains no model: an adapter or another denoiser has no effect\n   = help: leave `--adapter`, `train.lora_rank` and `--denoiser` out",
         ));
     }
-    let (dataset, validation) = match extent {
-        Extent::Whole => sound_questions(config, stop, progress)?,
-        Extent::Steps(_) => {
-            let dataset = config.data.dataset().load(ImageCheck::Exist)?;
-            let validation = validation::questions(config, &dataset, progress)?;
-            (dataset, validation)
-        }
+    let model = config.model.as_deref().unwrap_or_default();
+    let questions = match extent {
+        Extent::Whole => Questions::sound(config, stop, progress)?,
+        Extent::Steps(_, damaged) => Questions::again(config, damaged)?,
     };
+    let Questions { trained: dataset, examined: validation, .. } = questions;
     for note in items::Reasonings::of(config, &dataset.samples).notes(&dataset.samples) {
         progress.note(&note);
     }
     let needs_reference = config.train.recipe.is_grpo() && config.train.grpo.kl_coef > 0.0;
-    let model = config.model.as_deref().unwrap_or_default();
     let parts = &config.train.parts;
     let trains = |name: &str| trains(name, parts.vision, parts.merger, parts.text);
     let trains = |name: &str| !is_denoiser && trains(name);
@@ -134,7 +135,7 @@ pub(super) fn material(
         let model = inputs::locate_model(model, config.revision.as_deref(), stop, progress)?;
         let trains = |name: &str| chosen.trains(name, trains);
         let (adaptation, precision) = (chosen.adaptation(config.seed), config.precision());
-        let depths = if let Extent::Steps(depths) = extent { depths } else { None };
+        let depths = if let Extent::Steps(depths, _) = extent { depths } else { None };
         let assistant = Assistant::load_part(&model.dir, depths, adaptation, precision, &trains, &device)?;
         (Some(model), assistant)
     };
@@ -142,44 +143,8 @@ pub(super) fn material(
     // The policy as it is before the first step: a new adapter changes nothing, so this is its base.
     let reference = if needs_reference { Some(assistant.frozen_copy()?) } else { None };
     let adapter = chosen.settings(&assistant, config.train.lora_dropout)?;
-    Ok(Material { dataset, model, assistant, chosen, adapter, reference, validation, judge })
-}
-
-/// The questions to train on and those of validation, none of which stops a run on its way: whatever is wrong with records and
-/// images of both is refused in one list, or left out where `config` allows it.
-fn sound_questions(
-    config: &RunConfig,
-    stop: &Stop,
-    progress: &dyn Progress,
-) -> Result<(Dataset, Option<Dataset>)> {
-    let data = config.data.dataset();
-    let mut dataset = data.survey(ImageCheck::Exist)?;
-    let mut validation = validation::survey(config, &dataset, progress)?;
-    let mut shown = Vec::new();
-    if !config.train.captions {
-        shown.push(&mut dataset);
-    }
-    shown.extend(&mut validation);
-    items::leave_out_damaged(&mut shown, stop, progress)?;
-    let own = problem::distinct(&dataset.skipped);
-    let others = validation.iter().flat_map(|questions| &questions.skipped);
-    let all = problem::distinct(dataset.skipped.iter().chain(others));
-    let is_empty = |set: &Dataset| set.samples.is_empty();
-    if !data.skip_invalid || is_empty(&dataset) || validation.as_ref().is_some_and(is_empty) {
-        problem::refuse(&all)?;
-    }
-    items::require_some(&dataset, "train on")?;
-    if let Some(questions) = &validation {
-        items::require_some(questions, "validate on")?;
-    }
-    inputs::note_left_out(&own, progress);
-    // Those of a file that both sets are in are told already.
-    let more = all.len() - own.len();
-    if more > 0 {
-        let more = problem::counted(more);
-        progress.note(&format!("{more} in the validation data: the records are left out"));
-    }
-    Ok((dataset, validation))
+    let stop = stop.clone();
+    Ok(Material { dataset, model, assistant, chosen, adapter, reference, validation, judge, stop })
 }
 
 /// Trains in an open run directory and leaves the summary there.
@@ -199,13 +164,8 @@ fn learn(material: Material, config: &RunConfig, run: &mut Run, progress: &dyn P
     for (key, count) in items::Reasonings::of(config, &dataset.samples).counts() {
         run.provenance(key, json!(count))?;
     }
-    if let Some(model) = model {
-        inputs::note_revision(run, model.commit.as_deref())?;
-        run.provenance("model_sha256", json!(inputs::model_sha256(&model.dir)?))?;
-    }
-    if let Chosen::Given(adapter) = chosen {
-        run.provenance("adapter_sha256", json!(inputs::adapter_sha256(&adapter.dir)?))?;
-    }
+    let adapter = if let Chosen::Given(adapter) = chosen { Some(adapter.dir.as_path()) } else { None };
+    inputs::note_start(run, model.as_ref(), adapter)?;
     inputs::note_denoiser(run, config)?;
     room::check_memory(model.as_ref(), &material.assistant, dataset, config, run, progress);
     inputs::note_reward_command(run, config, judge)?;
@@ -273,7 +233,7 @@ pub(super) fn follow<C: Course>(
     course: &mut C,
     progress: &dyn Progress,
 ) -> Result<C::Output> {
-    let Material { dataset, assistant, chosen, adapter, reference, validation, judge, .. } = material;
+    let Material { dataset, assistant, chosen, adapter, reference, validation, judge, stop, .. } = material;
     let settings = &config.train;
     let images = Images::new(&dataset);
     let is_visual = |(name, _): &(String, Var)| name.starts_with(VISION);
@@ -286,6 +246,7 @@ pub(super) fn follow<C: Course>(
         seed: config.seed,
         features: sees_alike.then(|| FeatureCache::new(config.feature_bytes())),
         evidence: Evidence::default(),
+        exit: Exit::new(stop),
     };
     let own = validation::own_config(config);
     let exam = match &validation {
@@ -392,8 +353,14 @@ impl Course for Whole<'_> {
                 keeper.rotate()?;
                 return Err(Error::Stopped);
             }
-            let report = step(&mut fit, Assumed::default())
-                .map_err(|error| failure::explain(lesson, &fit, self.run.dir(), Part::Step, error))?;
+            let stepped = step(&mut fit, Assumed::default());
+            lesson.exit.open();
+            let report = match stepped {
+                // Nothing has moved yet: the step begins anew when the run goes on.
+                Err(Error::Stopped) if fit.moved_in != Some(fit.step) => continue,
+                stepped => stepped
+                    .map_err(|error| failure::explain(lesson, &fit, self.run.dir(), Part::Step, error))?,
+            };
             fit.step += 1;
             if let Some(warning) = fit.take_warning() {
                 self.progress.note(&warning);
@@ -554,136 +521,7 @@ const SHOWN: [(&str, &str); 7] = [
     ("reward", "reward"),
     ("rewards/accuracy_adversarial/mean", "adv"),
     ("rewards/accuracy_clean/mean", "clean"),
-    ("frac_reward_zero_std", "zero-var"),
+    ("frac_groups_zero_std", "zero-var"),
     ("pgd_gain", "pgd gain"),
     ("psnr", "psnr"),
 ];
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::pixels::RgbImage8;
-    use crate::pixels::decode::encode_png;
-    use crate::recipes::progress::Kept;
-    use std::fs;
-    use std::path::Path;
-
-    /// A folder with an image that is sound and two that cannot be read.
-    fn images() -> tempfile::TempDir {
-        let dir = tempfile::tempdir().unwrap();
-        let png = encode_png(&RgbImage8::filled(8, 8, [9; 3]).unwrap()).unwrap();
-        fs::write(dir.path().join("sound.png"), &png).unwrap();
-        fs::write(dir.path().join("torn.png"), &png[..png.len() / 2]).unwrap();
-        fs::write(dir.path().join("ruined.png"), "no image").unwrap();
-        dir
-    }
-
-    /// Writes a question in each line, with its id, image and right option, which may be none of them.
-    fn write(file: &Path, question: &str, records: &[[&str; 3]]) {
-        let lines = records.iter().map(|[id, image, answer]| {
-            let record = json!({
-                "question_id": id, "question": question, "question_type": "Disease Diagnosis",
-                "modality_type": "CT", "image_path": image, "gt_answer": answer, "option_A": "cyst",
-                "option_B": "None",
-            });
-            record.to_string()
-        });
-        fs::write(file, lines.collect::<Vec<_>>().join("\n")).unwrap();
-    }
-
-    /// The ids of both sets and what was noted about them, or why they are refused.
-    fn looked_at(config: &RunConfig) -> std::result::Result<([Vec<String>; 2], Vec<String>), String> {
-        let kept = Kept::default();
-        let found = sound_questions(config, &Stop::default(), &kept);
-        let (dataset, validation) = found.map_err(|error| error.to_string())?;
-        let ids = [Some(dataset), validation].map(|set| {
-            let samples = set.map(|set| set.samples).unwrap_or_default();
-            samples.into_iter().map(|sample| sample.id).collect()
-        });
-        Ok((ids, kept.notes.into_inner().unwrap()))
-    }
-
-    #[test]
-    fn what_is_wrong_with_the_data_of_training_and_of_validation_is_one_list() {
-        let dir = images();
-        let [own, other] = ["t.jsonl", "v.jsonl"].map(|name| dir.path().join(name));
-        let records = [["a", "sound.png", "cyst"], ["b", "torn.png", "cyst"], ["c", "sound.png", "mass"]];
-        write(&own, "What?", &records);
-        let records = [
-            ["d", "sound.png", "cyst"],
-            ["e", "torn.png", "cyst"],
-            ["f", "gone.png", "cyst"],
-            ["g", "ruined.png", "None"],
-            ["h", "sound.png", "mass"],
-        ];
-        write(&other, "Where?", &records);
-        let mut config = RunConfig::default();
-        config.data.data = Some(own);
-        config.train.validation.every = 1;
-        config.train.validation.data = Some(other);
-        let text = looked_at(&config).unwrap_err();
-        assert!(text.starts_with("5 problems in the data"), "{text}");
-        for words in [
-            "t.jsonl:3: record 3 (`c`): `gt_answer` is none of the options",
-            "t.jsonl:2: record 2 (`b`): the image cannot be decoded",
-            "torn.png, the image of 2 questions)",
-            "v.jsonl:5: record 5 (`h`): `gt_answer` is none of the options",
-            "v.jsonl:3: record 3 (`f`): image file is missing",
-            "v.jsonl:4: record 4 (`g`): ",
-        ] {
-            assert!(text.contains(words), "{words}\n---\n{text}");
-        }
-        config.data.skip_invalid = true;
-        let ([trained, asked], notes) = looked_at(&config).unwrap();
-        assert_eq!((trained, asked), (vec!["a".to_owned()], vec!["d".to_owned()]));
-        assert_eq!(
-            notes,
-            [
-                "2 problems: the records are left out",
-                "3 problems in the validation data: the records are left out"
-            ]
-        );
-    }
-
-    #[test]
-    fn what_is_wrong_with_a_file_of_both_is_told_once() {
-        let dir = images();
-        let file = dir.path().join("q.jsonl");
-        let records = [
-            ["a", "sound.png", "cyst"],
-            ["b", "torn.png", "cyst"],
-            ["c", "sound.png", "cyst"],
-            ["d", "torn.png", "cyst"],
-            ["e", "sound.png", "mass"],
-        ];
-        write(&file, "What?", &records);
-        let split = |name: &str, ids: [&str; 2]| {
-            let file = dir.path().join(name);
-            fs::write(&file, json!(ids).to_string()).unwrap();
-            Some(file)
-        };
-        let mut config = RunConfig::default();
-        config.data.data = Some(file);
-        config.data.split = split("t.json", ["a", "b"]);
-        config.train.validation.every = 1;
-        config.train.validation.split = split("v.json", ["c", "d"]);
-        let text = looked_at(&config).unwrap_err();
-        assert!(text.starts_with("2 problems in the data"), "{text}");
-        assert!(text.contains("record 5 (`e`)") && text.contains("record 2 (`b`)"), "{text}");
-        let lenient = |config: &RunConfig| {
-            let mut config = config.clone();
-            config.data.skip_invalid = true;
-            looked_at(&config).unwrap()
-        };
-        let ([trained, asked], notes) = lenient(&config);
-        assert_eq!((trained, asked), (vec!["a".to_owned()], vec!["c".to_owned()]));
-        assert_eq!(notes.len(), 2, "{notes:?}");
-        assert_eq!(notes[1], "2 problems: the records are left out");
-        // Captions stand in for images, which nobody looks at.
-        config.train.validation.every = 0;
-        config.train.captions = true;
-        let ([trained, asked], notes) = lenient(&config);
-        assert_eq!((trained.len(), asked.len()), (2, 0));
-        assert_eq!(notes, ["1 problem: the records are left out"]);
-    }
-}

@@ -15,127 +15,12 @@ use super::items::{self, Images};
 use super::lesson::Lesson;
 use super::progress::Progress;
 use super::run::{Opening, Run};
-use crate::data::{Dataset, DatasetConfig, ImageCheck, Sample};
+use crate::data::{Dataset, Sample};
 use crate::error::{Error, Result};
 use crate::model::assistant::Assistant;
-use crate::pixels::decode;
-use rayon::prelude::*;
 use serde_json::{Value, json};
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::HashMap;
 use std::fs;
-use std::path::PathBuf;
-
-/// The questions that `[train.validation]` names, of those in the training's own source or in another; none without
-/// validation.
-///
-/// # Errors
-/// Whatever is wrong with them, and when `trained` holds one of them.
-pub fn questions(config: &RunConfig, trained: &Dataset, progress: &dyn Progress) -> Result<Option<Dataset>> {
-    chosen(config, trained, progress, |data| data.load(ImageCheck::Exist))
-}
-
-/// As [`questions`], but what is wrong with them is only left out and told in `skipped`, and no question need be left: for
-/// callers that look for more before they refuse.
-///
-/// # Errors
-/// Those of [`DatasetConfig::survey`], and when `trained` holds one of them.
-pub fn survey(config: &RunConfig, trained: &Dataset, progress: &dyn Progress) -> Result<Option<Dataset>> {
-    chosen(config, trained, progress, |data| data.survey(ImageCheck::Exist))
-}
-
-fn chosen(
-    config: &RunConfig,
-    trained: &Dataset,
-    progress: &dyn Progress,
-    read: fn(&DatasetConfig) -> Result<Dataset>,
-) -> Result<Option<Dataset>> {
-    let settings = &config.train.validation;
-    if settings.every == 0 {
-        return Ok(None);
-    }
-    let mut dataset = read(&own_config(config).data.dataset())?;
-    let is_same_source = settings.data.is_none();
-    refuse_overlap(&dataset, trained, is_same_source)?;
-    let seen: HashSet<_> = trained.samples.iter().map(|sample| &sample.image).collect();
-    let shared = dataset.samples.iter().filter(|sample| seen.contains(&sample.image)).count();
-    if is_same_source && shared > 0 {
-        progress.note(&format!(
-            "{shared} of {} validation questions are about images that are trained on with other questions",
-            dataset.samples.len()
-        ));
-    }
-    if settings.limit > 0 {
-        dataset.samples = spread(&dataset.samples, settings.limit);
-    }
-    Ok(Some(dataset))
-}
-
-fn refuse_overlap(dataset: &Dataset, trained: &Dataset, is_same_source: bool) -> Result<()> {
-    let common = if is_same_source { same_ids(dataset, trained) } else { copies(dataset, trained) };
-    let Some((first, other)) = common.first() else { return Ok(()) };
-    let name = if first == other { String::new() } else { format!(" (in training `{other}`)") };
-    let help = if is_same_source {
-        "keep them apart with `--split` for training and `train.validation.split`; `safemed data split` makes both"
-    } else {
-        "leave them out of training with `--split`, or of validation with `train.validation.split`"
-    };
-    Err(Error::data(format!(
-        "{} of {} validation questions are trained on, among them `{first}`{name}\n   = help: {help}",
-        common.len(),
-        dataset.samples.len()
-    )))
-}
-
-/// The ids that both sets have, each twice as [`copies`] tells them. Of one source they name the same questions.
-fn same_ids<'a>(dataset: &'a Dataset, trained: &'a Dataset) -> Vec<(&'a str, &'a str)> {
-    let known: HashSet<&str> = trained.samples.iter().map(|sample| sample.id.as_str()).collect();
-    let ids = dataset.samples.iter().map(|sample| sample.id.as_str());
-    ids.filter(|id| known.contains(id)).map(|id| (id, id)).collect()
-}
-
-/// The questions of `dataset` that are in `trained` too, by the ids that they have here and there. Ids of two sources say
-/// nothing, and may be made up: the questions must be in the same words, about images of the same pixels.
-fn copies<'a>(dataset: &'a Dataset, trained: &'a Dataset) -> Vec<(&'a str, &'a str)> {
-    // Words first: few images need be decoded.
-    let within = |set: &'a Dataset, words: &HashSet<Wording<'a>>| -> Vec<(&'a Sample, PathBuf)> {
-        let samples = set.samples.iter().filter(|sample| words.contains(&wording(sample)));
-        samples.map(|sample| (sample, set.image_path(sample))).collect()
-    };
-    let words_of =
-        |samples: &[(&'a Sample, PathBuf)]| samples.iter().map(|(sample, _)| wording(sample)).collect();
-    let own = within(dataset, &trained.samples.iter().map(wording).collect());
-    let others = within(trained, &words_of(&own));
-    let images: BTreeSet<&PathBuf> = own.iter().chain(&others).map(|(_, image)| image).collect();
-    // Files that show nothing are none of one another, such as empty ones: of these there is only the path to compare.
-    let pixels: HashMap<&PathBuf, String> = images
-        .into_par_iter()
-        .filter_map(|image| Some((image, decode::decode_file(image).ok()?.sha256())))
-        .collect();
-    let key = |(sample, image): &'_ (&'a Sample, PathBuf)| {
-        (wording(sample), pixels.get(image).cloned().ok_or_else(|| image.clone()))
-    };
-    let mut known = HashMap::new();
-    for other in &others {
-        known.entry(key(other)).or_insert(other.0.id.as_str());
-    }
-    own.iter().filter_map(|question| Some((question.0.id.as_str(), *known.get(&key(question))?))).collect()
-}
-
-/// What a question says: its text, its options in an order that does not depend on theirs, the text of the right one.
-type Wording<'a> = (&'a str, Vec<&'a str>, &'a str);
-
-fn wording(sample: &Sample) -> Wording<'_> {
-    let mut options: Vec<&str> = sample.options.iter().map(|text| text.trim()).collect();
-    options.sort_unstable();
-    (sample.question.trim(), options, sample.answer_text().trim())
-}
-
-/// `limit` of the questions at even distances in the order of their ids, so that no source or type is left out.
-fn spread(samples: &[Sample], limit: usize) -> Vec<Sample> {
-    let sorted = inputs::in_item_order(samples);
-    let count = sorted.len().min(limit);
-    (0..count).map(|i| sorted[i * sorted.len() / count].clone()).collect()
-}
 
 /// The configuration of the runs in `validation/`.
 pub fn own_config(config: &RunConfig) -> RunConfig {
@@ -439,22 +324,6 @@ pub fn forget_after(run: &Run, step: u64) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::pixels::RgbImage8;
-    use crate::pixels::decode::encode_png;
-
-    fn sample(id: usize) -> Sample {
-        Sample { id: format!("q{id:02}"), ..Sample::for_test(id) }
-    }
-
-    #[test]
-    fn a_limit_takes_questions_at_even_distances() {
-        let samples: Vec<Sample> = (0..10).rev().map(sample).collect();
-        let ids = |limit| -> Vec<String> { spread(&samples, limit).into_iter().map(|s| s.id).collect() };
-        assert_eq!(ids(4), ["q00", "q02", "q05", "q07"]);
-        assert_eq!(ids(1), ["q00"]);
-        assert_eq!(ids(10), ids(99));
-        assert_eq!(ids(10).len(), 10);
-    }
 
     #[test]
     fn the_best_is_the_first_of_the_highest_after_training_began() {
@@ -485,66 +354,5 @@ mod tests {
             let own = own_config(&config).data;
             assert_eq!((own.omnimedvqa, own.data), (expected.0.and_then(path), expected.1.and_then(path)));
         }
-    }
-
-    #[test]
-    fn questions_that_are_trained_on_are_refused_by_name() {
-        let trained = Dataset::new("r", (0..5).map(sample).collect());
-        let apart = Dataset::new("r", (5..9).map(sample).collect());
-        assert!(refuse_overlap(&apart, &trained, true).is_ok());
-        let other = Dataset::new("r", vec![Sample { question: "another?".into(), ..sample(3) }]);
-        let error = refuse_overlap(&other, &trained, true).unwrap_err();
-        assert!(error.to_string().starts_with("1 of 1 validation questions are trained on"), "{error}");
-        assert!(error.to_string().contains("among them `q03`\n   = help: keep them apart"), "{error}");
-    }
-
-    #[test]
-    fn questions_of_another_source_are_compared_by_what_they_say_and_show() {
-        let dir = tempfile::tempdir().unwrap();
-        let png =
-            |side: usize, value: u8| encode_png(&RgbImage8::filled(side, side, [value; 3]).unwrap()).unwrap();
-        let [here, there] = ["here", "there"].map(|name| dir.path().join(name));
-        for (folder, name, bytes) in [
-            (&there, "0.png", png(8, 1)),
-            (&there, "1.png", png(8, 2)),
-            (&there, "3.png", Vec::new()),
-            (&here, "0.png", png(8, 3)),
-            (&here, "copy.png", png(8, 1)),
-            (&here, "larger.png", png(80, 1)),
-            // Bytes behind the picture are none of it.
-            (&here, "again.png", [png(8, 1), vec![0; 9]].concat()),
-            (&here, "empty.png", Vec::new()),
-        ] {
-            fs::create_dir_all(folder).unwrap();
-            fs::write(folder.join(name), bytes).unwrap();
-        }
-        let trained = Dataset::new(&there, (0..4).map(sample).collect());
-        let refused = |root: &PathBuf, own: Sample| {
-            let dataset = Dataset::new(root, vec![sample(7), own]);
-            refuse_overlap(&dataset, &trained, false).map_err(|error| error.to_string())
-        };
-        let copy = Sample { id: "own".into(), image: "copy.png".into(), ..sample(0) };
-        // Made-up ids are the same by chance.
-        assert_eq!(refused(&here, sample(0)), Ok(()));
-        assert_eq!(refused(&here, Sample { image: "larger.png".into(), ..sample(0) }), Ok(()));
-        // Files of no picture are alike, and say nothing.
-        assert_eq!(refused(&here, Sample { image: "empty.png".into(), ..sample(3) }), Ok(()));
-        // The image is known, the question is not.
-        assert_eq!(refused(&here, Sample { question: "which?".into(), ..copy.clone() }), Ok(()));
-        assert_eq!(refused(&here, Sample { options: vec!["x".into(), "z".into()], ..copy.clone() }), Ok(()));
-        assert_eq!(refused(&here, Sample { answer: 1, ..copy.clone() }), Ok(()));
-        let moved = Sample { options: vec![" y".into(), "x".into()], answer: 1, ..copy.clone() };
-        let again = Sample { image: "again.png".into(), ..copy.clone() };
-        for own in [copy, moved, again] {
-            let text = refused(&here, own).unwrap_err();
-            assert!(
-                text.starts_with("1 of 2 validation questions are trained on, among them `own`"),
-                "{text}"
-            );
-            assert!(text.contains(" (in training `q00`)\n   = help: leave them out"), "{text}");
-        }
-        // No file is there: it can only be the same one.
-        assert_eq!(refused(&here, sample(2)), Ok(()));
-        assert!(refused(&there, sample(2)).unwrap_err().contains("among them `q02`\n"));
     }
 }

@@ -141,7 +141,7 @@ impl<'a> Watch<'a> {
     }
 
     fn rewards(&mut self, seen: &Seen<'_>) -> Option<Warning> {
-        let flat = seen.number("frac_reward_zero_std")?;
+        let flat = seen.number("frac_groups_zero_std")?;
         let patience = self.settings.patience;
         // A mean that is absent is of no reward at all, a spread that is absent of one at most: nothing to compare with.
         let given = (seen.number("reward"), seen.number("reward_std"));
@@ -155,7 +155,7 @@ impl<'a> Watch<'a> {
             );
             let missing = |name: &&str| name.starts_with("rewards/") && name.ends_with("/missing");
             let names: Vec<&str> = seen.line.keys().map(String::as_str).filter(missing).collect();
-            let names = [&["reward", "frac_reward_zero_std"][..], &names].concat();
+            let names = [&["reward", "frac_groups_zero_std"][..], &names].concat();
             return Some(seen.warning("dead_rewards", message, &names));
         }
         if tells_dead {
@@ -173,7 +173,7 @@ impl<'a> Watch<'a> {
                 "for {patience} steps all completions of each question earned the same, so nothing is learnt: raise `train.grpo.temperature` or `train.grpo.group_size`, set `train.grpo.max_resamples`, or take {} questions",
                 if seen.number("rewards/accuracy/mean").is_some_and(|accuracy| accuracy > 0.5) { "harder" } else { "easier" }
             );
-            seen.warning("no_reward_variance", message, &["frac_reward_zero_std", "reward", "reward_std", "entropy"])
+            seen.warning("no_reward_variance", message, &["frac_groups_zero_std", "reward", "reward_std", "entropy"])
         })
     }
 
@@ -263,7 +263,7 @@ impl<'a> Watch<'a> {
 
     fn loss(&mut self, seen: &Seen<'_>) -> Option<Warning> {
         // A policy's loss is about zero by construction: its size says nothing, nor where no completion was given a reward.
-        if seen.number("reward").is_some() || seen.number("frac_reward_zero_std").is_some() {
+        if seen.number("reward").is_some() || seen.number("frac_groups_zero_std").is_some() {
             return None;
         }
         let loss = seen.number("loss")?;
@@ -386,7 +386,7 @@ mod tests {
 
     #[test]
     fn a_standing_trouble_is_told_once_and_again_after_it_was_away_for_a_window() {
-        let dead = [("reward_std", 0.0), ("frac_reward_zero_std", 1.0)];
+        let dead = [("reward_std", 0.0), ("frac_groups_zero_std", 1.0)];
         let rewards = |values: &[f64]| warned(&settings(), &course("reward", values, &dead));
         assert_eq!(rewards(&[0.0; 3]), []);
         assert_eq!(rewards(&[0.0; 12]), [(4, "dead_rewards")]);
@@ -404,7 +404,7 @@ mod tests {
     fn groups_without_variance_are_told_apart_from_dead_rewards() {
         let others = |accuracy| [("reward", 1.0), ("reward_std", 0.2), ("rewards/accuracy/mean", accuracy)];
         for (accuracy, advice) in [(0.9, "harder"), (0.1, "easier")] {
-            let lines = course("frac_reward_zero_std", &[1.0; 9], &others(accuracy));
+            let lines = course("frac_groups_zero_std", &[1.0; 9], &others(accuracy));
             assert_eq!(warned(&settings(), &lines), [(4, "no_reward_variance")]);
             let settings = settings();
             let mut watch = Watch::new(&settings, &[]);
@@ -412,13 +412,13 @@ mod tests {
                 (1..5).flat_map(|i| watch.see(line(i, &lines[i]).as_object().unwrap())).collect();
             assert!(said[0].message.contains(advice), "{said:?}");
         }
-        let mixed = course("frac_reward_zero_std", &[1.0, 1.0, 1.0, 0.9, 1.0, 1.0, 1.0, 0.5], &others(0.5));
+        let mixed = course("frac_groups_zero_std", &[1.0, 1.0, 1.0, 0.9, 1.0, 1.0, 1.0, 0.5], &others(0.5));
         assert_eq!(warned(&settings(), &mixed), []);
     }
 
     #[test]
     fn rewards_that_nobody_gave_are_dead_and_their_name_is_told() {
-        let missing = |share: f64| [("rewards/kind/missing", share), ("frac_reward_zero_std", 0.0)];
+        let missing = |share: f64| [("rewards/kind/missing", share), ("frac_groups_zero_std", 0.0)];
         let course: Vec<Vec<(&str, f64)>> = vec![missing(1.0).to_vec(); 9];
         assert_eq!(warned(&settings(), &course), [(4, "dead_rewards")]);
         // One completion that was given a reward has nothing to be compared with.
@@ -499,7 +499,7 @@ mod tests {
 
     #[test]
     fn further_updates_of_one_step_count_as_one_step() {
-        let dead = [("reward", 0.0), ("reward_std", 0.0), ("frac_reward_zero_std", 1.0)];
+        let dead = [("reward", 0.0), ("reward_std", 0.0), ("frac_groups_zero_std", 1.0)];
         let settings = settings();
         let mut watch = Watch::new(&settings, &[]);
         let lines = (2..12).map(|i| line(i / 2, &dead));

@@ -3,13 +3,15 @@
 //! Rules, in order:
 //! 1. Reasoning in `<think>...</think>` is not read. What `<answer>...</answer>` pairs remain (tags in any case, the
 //!    innermost of nested ones) are all read: they must agree. An unclosed tag is no tag.
-//! 2. Inside a pair: a letter form alone (`B`, `b`, `(B)`, `B)`, `B.`), a letter form before other text
-//!    (`B. cyst`, `(B) cyst`), or a letter after `answer`, `option`, `choice` (`The answer is B`).
+//! 2. Inside a pair: a letter form alone (`B`, `b`, `(B)`, `B)`, `B.`), a letter before that option's own text, whatever marks
+//!    stand between and around them (`B) cyst`, `b. cyst`, `**B**: cyst`, `B - cyst`), a letter form before other text
+//!    (`B. round`, `(B) round`), or a letter after `answer`, `option`, `choice` (`The answer is B`).
 //! 3. Without a pair: the whole text must be a letter form alone.
 //!
 //! A completion that lists several letters (`A or B`, `A) x b) y`, `A. x vs B`, `A. x - B`, `A. x, possibly b`) chooses none,
 //! and a letter that the question does not have is no answer. Letters are those of the options and always those up to H, so that a
-//! letter the question lacks is seen beside another; only ASCII letters are letters, whatever else looks like one.
+//! letter the question lacks is seen beside another; only ASCII letters are letters, whatever else looks like one. An option's own
+//! text may hold letters (`A) Hepatitis B/C`); behind it no further one may stand alone.
 //! Deviation: Med-R1 and AdvMed-R1 take the first tag; an ambiguous one is none here.
 
 /// What a completion chooses.
@@ -23,13 +25,33 @@ pub struct Parsed {
     pub bare: bool,
 }
 
-/// The option that `completion` chooses among `num_options`, or `None` when it cannot be read.
-pub fn parse_answer(completion: &str, num_options: usize) -> Option<usize> {
-    parse(completion, num_options).map(|parsed| parsed.option)
+/// The options of a question: how many there are, and their texts where they are known.
+#[derive(Debug, Clone, Copy)]
+pub struct Options<'a> {
+    count: usize,
+    texts: &'a [String],
+}
+
+impl From<usize> for Options<'_> {
+    fn from(count: usize) -> Self {
+        Self { count, texts: &[] }
+    }
+}
+
+impl<'a> From<&'a [String]> for Options<'a> {
+    fn from(texts: &'a [String]) -> Self {
+        Self { count: texts.len(), texts }
+    }
+}
+
+/// The option of `options` that `completion` chooses, or `None` when it cannot be read.
+pub fn parse_answer<'a>(completion: &str, options: impl Into<Options<'a>>) -> Option<usize> {
+    parse(completion, options).map(|parsed| parsed.option)
 }
 
 /// As [`parse_answer`], with how it was written.
-pub fn parse(completion: &str, num_options: usize) -> Option<Parsed> {
+pub fn parse<'a>(completion: &str, options: impl Into<Options<'a>>) -> Option<Parsed> {
+    let Options { count: num_options, texts } = options.into();
     let letters = Letters::of(num_options);
     let visible = without_reasoning(completion);
     let contents = tag_contents(&visible);
@@ -39,7 +61,7 @@ pub fn parse(completion: &str, num_options: usize) -> Option<Parsed> {
     } else {
         let mut found: Option<Parsed> = None;
         for content in contents {
-            let (option, bare) = letters.read_content(content.trim())?;
+            let (option, bare) = letters.read_content(content.trim(), texts)?;
             match &mut found {
                 None => found = Some(Parsed { option, tagged: true, bare }),
                 Some(first) if first.option == option => first.bare &= bare,
@@ -112,13 +134,16 @@ impl Letters {
     }
 
     /// The letter that the inside of a tag chooses, and whether it stands alone.
-    fn read_content(self, content: &str) -> Option<(usize, bool)> {
+    fn read_content(self, content: &str, texts: &[String]) -> Option<(usize, bool)> {
         if let Some(option) = self.alone(content) {
             return Some((option, true));
         }
         let content = after_lead_in(content);
         if let Some(option) = self.alone(content) {
             return Some((option, false));
+        }
+        if let Some((option, rest)) = self.own_text(content, texts) {
+            return (!self.has_lone_letter(rest, option)).then_some((option, false));
         }
         let (option, rest) = self.label(content)?;
         (!self.has_other_label(rest, option)).then_some((option, false))
@@ -128,9 +153,11 @@ impl Letters {
     fn alone(self, text: &str) -> Option<usize> {
         let core = text
             .trim_matches(|c: char| c.is_whitespace() || matches!(c, '*' | '"' | '\'' | '`'))
-            .trim_start_matches(['(', '['])
-            .trim_end_matches([')', ']', '.', ':', ','])
+            .trim_start_matches(['(', '[', '\u{ff08}'])
+            .trim_end_matches([')', ']', '.', ':', ',', '\u{ff09}', '\u{3002}'])
             .trim_matches(|c: char| c.is_whitespace() || c == '*');
+        // LaTeX, as many language models end a reasoning.
+        let core = core.strip_prefix("\\boxed{").and_then(|inner| inner.strip_suffix('}')).unwrap_or(core);
         let mut letters = core.chars();
         match (letters.next(), letters.next()) {
             (Some(letter), None) => self.index_of(letter.to_ascii_uppercase()),
@@ -154,6 +181,41 @@ impl Letters {
         // `B.5` or `E.coli` is a name, not a label, but `B)cyst` is how Med-R1 writes options.
         let spaced = matches!(mark, ')' | ']') || rest.starts_with(char::is_whitespace) || rest.is_empty();
         (closes && spaced).then_some((option, rest))
+    }
+
+    /// A letter in either case before its own option's text, whatever marks stand between and around them, and what follows the
+    /// text: `b) cyst`, `**C**: cyst`, `C - cyst`. A blank alone parts them only behind a capital, for `a` is a word too.
+    fn own_text<'t>(self, content: &'t str, texts: &[String]) -> Option<(usize, &'t str)> {
+        let start =
+            content.trim_start_matches(|c: char| c.is_whitespace() || is_wrapping(c) || "([".contains(c));
+        let letter = start.chars().next()?;
+        let option = self.index_of(letter.to_ascii_uppercase())?;
+        let rest = &start[1..];
+        let marks = &rest[..rest.find(char::is_alphanumeric)?];
+        let parts = marks.contains(|c: char| !c.is_whitespace()) || marks.contains('\n');
+        if !parts && (marks.is_empty() || letter.is_ascii_lowercase()) {
+            return None;
+        }
+        after_text(rest, texts.get(option)?).map(|rest| (option, rest))
+    }
+
+    /// Whether another letter than `chosen` stands in `text`, which follows the chosen option's own: alone, or as a label.
+    fn has_lone_letter(self, text: &str, chosen: usize) -> bool {
+        let mut from = 0;
+        while let Some((start, word)) = next_word(text, from) {
+            from = start + word.len();
+            let single = word.chars().next().filter(|_| word.len() == 1);
+            let option = single.and_then(|letter| self.index_of(letter.to_ascii_uppercase()));
+            let is_small = word.starts_with(|c: char| c.is_ascii_lowercase());
+            let after = &text[from..];
+            // `e.g.`, `e. coli`
+            let is_abbreviation =
+                is_small && after.strip_prefix('.').is_some_and(|rest| !rest.trim().is_empty());
+            if option.is_some_and(|option| option != chosen) && !goes_on(after) && !is_abbreviation {
+                return true;
+            }
+        }
+        self.has_other_label(text, chosen)
     }
 
     /// Whether another option than `chosen` is offered in `text`: as a label with text after it, in brackets, as the
@@ -192,6 +254,33 @@ impl Letters {
         }
         false
     }
+}
+
+/// Emphasis and quotes around a text.
+fn is_wrapping(c: char) -> bool {
+    matches!(c, '*' | '_' | '"' | '\'' | '`' | '\u{201c}' | '\u{201d}' | '\u{2018}' | '\u{2019}')
+}
+
+/// What follows `wanted` in `text`, which must begin with it: in either case, behind marks, with any white space between its
+/// words, and with a full stop at its end or without.
+fn after_text<'t>(text: &'t str, wanted: &str) -> Option<&'t str> {
+    let wanted = wanted.trim().trim_end_matches('.');
+    let first = wanted.chars().next()?;
+    // An option may begin with a mark itself.
+    let is_mark = |c: char| c.is_whitespace() || (!c.is_alphanumeric() && !same_in_any_case(c, first));
+    let mut rest = text.trim_start_matches(is_mark);
+    for word in wanted.split_whitespace() {
+        rest = rest.trim_start();
+        for expected in word.chars() {
+            let found = rest.chars().next().filter(|&found| same_in_any_case(found, expected))?;
+            rest = &rest[found.len_utf8()..];
+        }
+    }
+    (!rest.starts_with(char::is_alphanumeric)).then_some(rest)
+}
+
+fn same_in_any_case(a: char, b: char) -> bool {
+    a == b || a.to_lowercase().eq(b.to_lowercase())
 }
 
 fn is_one_of(word: &str, others: &[&str]) -> bool {
@@ -536,6 +625,98 @@ mod tests {
             ("<answer>A. neither cyst nor mass</answer>", Some('A')),
             ("<answer>The answer is A: vitamin c.</answer>", Some('A')),
         ]);
+    }
+
+    #[test]
+    fn a_letter_before_its_own_text_is_read_whatever_the_text_holds() {
+        let texts = |own: &str| ["round", own, "hepatitis B", "normal"].map(str::to_owned);
+        for own in [
+            "Hematoxylin & eosin (H&E) stained histological image",
+            "B-cells",
+            "B lymphocytes",
+            "E. coli",
+            "H. pylori",
+            "C. albicans",
+            "D-dimer",
+            "C-arm fluoroscopy",
+            "A-scan",
+            "Hepatitis B/C",
+            "Type A, B",
+            "A",
+            "Grade C",
+            "(C) mass.",
+            "\u{3b2}-blocker",
+            "A or C",
+        ] {
+            let options = texts(own);
+            let small = own.to_lowercase();
+            for text in [
+                format!("B) {own}"),
+                format!("B. {own}."),
+                format!("(B) {small}"),
+                format!("B: {own}"),
+                format!("b) {own}"),
+                format!("b. {own}"),
+                format!("(b) {own}"),
+                format!("**B. {own}**"),
+                format!("**B**: {own}"),
+                format!("\"B. {own}\""),
+                format!("B - {own}"),
+                format!("B, {own}"),
+                format!("B\n{own}"),
+                format!("The answer is B) {own}"),
+                format!("B) {own}, for it is dense; a round one"),
+            ] {
+                let said = format!("<answer>{text}</answer>");
+                assert_eq!(parse_answer(&said, &options[..]), Some(1), "{said}");
+            }
+            for more in [
+                " C",
+                " A C D",
+                ", A",
+                " or C",
+                "; C",
+                " **C**",
+                " \"C\"",
+                " / c",
+                ", c",
+                " = C",
+                ". Not C",
+                "? C",
+                " \u{2192} C",
+                " (C)",
+                " (c)",
+                " or c",
+                "\nC. hepatitis B",
+                " C) hepatitis B",
+                " and A) round",
+            ] {
+                let said = format!("<answer>B. {own}{more}</answer>");
+                assert_eq!(parse_answer(&said, &options[..]), None, "{said}");
+            }
+        }
+        // Another option's text is no label's own, and a text must end where the option's does.
+        let options = texts("cyst");
+        for (said, expected) in [
+            ("b. round", None),
+            ("C - cyst", None),
+            ("a cyst", None),
+            ("B cyst", Some(1)),
+            ("b cyst", None),
+            ("B, cystic", None),
+            ("b) cysts", None),
+            ("B. round", Some(1)),
+            ("A round", Some(0)),
+            ("\\boxed{B}", Some(1)),
+            ("\\boxed{B} or C", None),
+            ("B\u{3002}", Some(1)),
+            ("\u{ff08}B\u{ff09}", Some(1)),
+        ] {
+            assert_eq!(parse_answer(&format!("<answer>{said}</answer>"), &options[..]), expected, "{said}");
+        }
+        // Without an option's text there is nothing to compare.
+        let empty = [String::new(), String::new()];
+        assert_eq!(parse_answer("<answer>b, cyst</answer>", &empty[..]), None);
     }
 
     #[test]

@@ -30,6 +30,9 @@ const WAITING: usize = 256;
 /// Lines of standard error that an error repeats, and how long each may be, in characters.
 const LAST_WORDS: (usize, usize) = (10, 300);
 
+/// How often a wait for an answer looks whether it is still wanted.
+const LOOK: Duration = Duration::from_millis(100);
+
 /// Time in which a surplus line that was written together with an answer is there.
 const SURPLUS: Duration = Duration::from_millis(50);
 
@@ -91,6 +94,22 @@ struct Pipes {
 
 /// Rewards of one answer by name; none where the program gave none.
 type Answer = Vec<(String, Option<f64>)>;
+
+/// The next answer, if it comes within `timeout` and before `is_stopped` says so.
+fn within<T>(
+    answers: &Receiver<T>,
+    timeout: Duration,
+    is_stopped: &dyn Fn() -> bool,
+) -> std::result::Result<T, RecvTimeoutError> {
+    let started = Instant::now();
+    loop {
+        let left = timeout.saturating_sub(started.elapsed());
+        match answers.recv_timeout(left.min(LOOK)) {
+            Err(RecvTimeoutError::Timeout) if !left.is_zero() && !is_stopped() => {}
+            found => return found,
+        }
+    }
+}
 
 /// What is wrong with what the program did.
 #[derive(Debug)]
@@ -158,9 +177,9 @@ impl RewardCommand {
     ///
     /// # Errors
     /// A data error when the program ends, is late, or answers anything but what it should; a non-finite error when it
-    /// answers NaN. The program has ended then.
-    pub fn ask(&mut self, lines: &[Line<'_>]) -> Result<Vec<Vec<f64>>> {
-        let answers = self.answers(lines)?;
+    /// answers NaN; [`Error::Stopped`] when `is_stopped` says so while it is waited for. The program has ended then.
+    pub fn ask(&mut self, lines: &[Line<'_>], is_stopped: &dyn Fn() -> bool) -> Result<Vec<Vec<f64>>> {
+        let answers = self.answers(lines, is_stopped)?;
         let mut rewards = Vec::with_capacity(lines.len());
         for (answer, line) in answers.into_iter().zip(lines) {
             let mut row = vec![f64::NAN; self.names.len()];
@@ -181,7 +200,7 @@ impl RewardCommand {
     }
 
     fn try_out(&mut self, trial: &Line<'_>) -> Result<()> {
-        let answer = self.answers(std::slice::from_ref(trial))?.pop().unwrap_or_default();
+        let answer = self.answers(std::slice::from_ref(trial), &|| false)?.pop().unwrap_or_default();
         thread::sleep(SURPLUS);
         if let Err(fault) = self.is_silent() {
             return Err(self.blame(&fault, trial));
@@ -198,7 +217,7 @@ impl RewardCommand {
 
     /// One answer to each line: lines are written by a thread of their own, so that neither side ever waits for the
     /// other to read.
-    fn answers(&mut self, lines: &[Line<'_>]) -> Result<Vec<Answer>> {
+    fn answers(&mut self, lines: &[Line<'_>], is_stopped: &dyn Fn() -> bool) -> Result<Vec<Answer>> {
         let mut text = Vec::new();
         for line in lines {
             serde_json::to_writer(&mut text, line).map_err(anyhow::Error::from)?;
@@ -215,7 +234,11 @@ impl RewardCommand {
             // What it does not read it cannot answer either: that is the error to tell.
             let writer = scope.spawn(|| input.write_all(&text).and_then(|()| input.flush()).is_ok());
             for line in lines {
-                let answer = match answers.recv_timeout(self.timeout) {
+                let answer = match within(&answers, self.timeout, is_stopped) {
+                    Err(RecvTimeoutError::Timeout) if is_stopped() => {
+                        self.kill();
+                        return Err(Error::Stopped);
+                    }
                     Ok(Ok(text)) => read_answer(&text),
                     Ok(Err(error)) => Err(Fault::Wrong(error.to_string(), "write one short line for each")),
                     Err(RecvTimeoutError::Timeout) => Err(Fault::Late),

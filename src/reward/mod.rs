@@ -65,17 +65,17 @@ impl RewardConfig {
         problems
     }
 
-    /// Scores `completion` for a question whose right option is `answer_idx` of `num_options`.
+    /// Scores `completion` for a question whose right option is `answer_idx` of `options`.
     ///
     /// `format` is the form asked for; `true` stands for reasoning then answer, `false` for the answer alone.
-    pub fn score(
+    pub fn score<'a>(
         &self,
         completion: &str,
         answer_idx: usize,
-        num_options: usize,
+        options: impl Into<answer::Options<'a>>,
         format: impl Into<Format>,
     ) -> Rewards {
-        let accuracy = match answer::parse(completion, num_options) {
+        let accuracy = match answer::parse(completion, options) {
             Some(parsed) if parsed.option == answer_idx => match (self.graded, parsed.tagged, parsed.bare) {
                 (false, _, _) | (true, true, true) => 1.0,
                 (true, true, false) => 0.5,

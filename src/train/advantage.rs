@@ -82,9 +82,12 @@ pub struct Advantages {
     pub reward: RewardSummary,
     /// Mean and spread of each reward function over the batch.
     pub per_function: Vec<RewardSummary>,
+    /// As TRL logs it: the share of completions whose advantage is divided by no spread. The share of groups where that is the
+    /// group's, else 1 or 0 by that of the batch.
+    pub frac_reward_zero_std: f64,
     /// Share of groups without any spread, which teach nothing. As in TRL a group that was given fewer than two rewards is not
     /// counted: its spread is no number.
-    pub frac_reward_zero_std: f64,
+    pub frac_groups_zero_std: f64,
 }
 
 /// Advantages of a batch whose groups lie one after another.
@@ -100,9 +103,12 @@ pub fn group_relative(rewards: &[Vec<f64>], config: &AdvantageConfig) -> Result<
     let weights = checked_weights(rewards, config)?;
     let sums = weighted_sums(rewards, &weights, config.group_size)?;
     let column = |k: usize| rewards.iter().map(|row| row[k]).collect::<Vec<f64>>();
+    // The one spread of the whole batch, where the groups' own are not what is divided by.
+    let divided_by;
     let mut advantages = match config.aggregation {
         RewardAggregation::SumThenNormalize => {
             let batch_std = summary(&sums).std;
+            divided_by = (config.scale_rewards == ScaleRewards::Batch).then_some(batch_std);
             normalize_groups(&sums, config.group_size, |group_std| match config.scale_rewards {
                 ScaleRewards::Group => group_std + STD_EPSILON,
                 ScaleRewards::Batch => batch_std + STD_EPSILON,
@@ -113,10 +119,15 @@ pub fn group_relative(rewards: &[Vec<f64>], config: &AdvantageConfig) -> Result<
             let columns: Vec<Vec<f64>> = (0..weights.len())
                 .map(|k| normalize_groups(&column(k), config.group_size, |std| std + STD_EPSILON))
                 .collect::<Result<_>>()?;
-            let scores: Vec<f64> = (0..rewards.len())
-                .map(|i| weighted_sum(&columns.iter().map(|c| c[i]).collect::<Vec<f64>>(), &weights))
-                .collect();
+            // A reward alone in its group is neither above nor below it; only a completion without any has no part in the batch.
+            let score_of = |i: usize| {
+                let of_row: Vec<f64> = columns.iter().map(|column| column[i]).collect();
+                let score = weighted_sum(&of_row, &weights);
+                if score.is_nan() && !sums[i].is_nan() { 0.0 } else { score }
+            };
+            let scores: Vec<f64> = (0..rewards.len()).map(score_of).collect();
             let RewardSummary { mean, std } = summary(&scores);
+            divided_by = Some(std);
             scores.iter().map(|score| (score - mean) / (std + STD_EPSILON)).collect()
         }
     };
@@ -129,11 +140,16 @@ pub fn group_relative(rewards: &[Vec<f64>], config: &AdvantageConfig) -> Result<
     }
     let groups = sums.chunks(config.group_size);
     let flat = groups.clone().filter(|group| summary(group).std <= ZERO_STD).count();
+    let frac_groups_zero_std = flat as f64 / groups.len().max(1) as f64;
     Ok(Advantages {
         advantages,
         reward,
         per_function: (0..weights.len()).map(|k| summary(&column(k))).collect(),
-        frac_reward_zero_std: flat as f64 / groups.len().max(1) as f64,
+        frac_reward_zero_std: match divided_by {
+            Some(std) => f64::from(u8::from(std <= ZERO_STD)),
+            None => frac_groups_zero_std,
+        },
+        frac_groups_zero_std,
         rewards: sums,
     })
 }
@@ -281,7 +297,7 @@ mod tests {
             let result = group_relative(&rewards, &with(scale, 6)).unwrap();
             assert_eq!(result.advantages[..6], [0.0; 6]);
             assert!(result.advantages[7] > 0.0);
-            assert_eq!(result.frac_reward_zero_std, 0.5);
+            assert_eq!(result.frac_groups_zero_std, 0.5);
         }
     }
 
@@ -405,7 +421,8 @@ mod tests {
             let metrics = [
                 ("reward", got.reward.mean),
                 ("reward_std", got.reward.std),
-                ("frac_reward_zero_std", got.frac_reward_zero_std),
+                // The golden metrics are those of groups scaled by themselves.
+                ("frac_reward_zero_std", got.frac_groups_zero_std),
                 ("rewards/f0/mean", got.per_function[0].mean),
                 ("rewards/f0/std", got.per_function[0].std),
                 ("rewards/f1/mean", got.per_function[1].mean),
@@ -415,5 +432,41 @@ mod tests {
                 assert_close(&[value], &[golden["metrics"][key].as_f64().unwrap()], 1e-9, key);
             }
         }
+    }
+
+    #[test]
+    fn a_reward_alone_in_its_group_scores_zero_and_counts_in_the_batch() {
+        let nan = f64::NAN;
+        let config = AdvantageConfig {
+            group_size: 2,
+            aggregation: RewardAggregation::NormalizeThenSum,
+            ..AdvantageConfig::default()
+        };
+        // Only the first function has two rewards in the first group; nobody scored the last completion.
+        let rewards = [vec![1.0, nan], vec![0.0, nan], vec![nan, 3.0], vec![nan, nan]];
+        let found = group_relative(&rewards, &config).unwrap();
+        let z = 0.5 / (0.5f64.sqrt() + 1e-4);
+        // Of z, -z and 0 the mean is 0 and the sample standard deviation z.
+        let wanted = [z / (z + 1e-4), -z / (z + 1e-4), 0.0, 0.0];
+        assert_close(&found.advantages, &wanted, 1e-12, "alone");
+        // With two of the four the spread would be that of z and -z alone.
+        assert!((found.advantages[0] - z / (z * 2f64.sqrt() + 1e-4)).abs() > 0.2);
+    }
+
+    #[test]
+    fn a_spread_of_the_batch_is_there_or_not_for_all_while_groups_are_counted_too() {
+        let rewards = one_function(&[1.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.5, 0.5]);
+        for (scale, fraction) in
+            [(ScaleRewards::Group, 0.75), (ScaleRewards::None, 0.75), (ScaleRewards::Batch, 0.0)]
+        {
+            let found = group_relative(&rewards, &with(scale, 2)).unwrap();
+            assert_eq!(
+                (found.frac_reward_zero_std, found.frac_groups_zero_std),
+                (fraction, 0.75),
+                "{scale:?}"
+            );
+        }
+        let found = group_relative(&one_function(&[2.0; 4]), &with(ScaleRewards::Batch, 2)).unwrap();
+        assert_eq!((found.frac_reward_zero_std, found.frac_groups_zero_std), (1.0, 1.0));
     }
 }

@@ -122,7 +122,7 @@ fn lines_of_strangers_are_refused_with_their_place() {
             [good("a"), good("b"), good("c")[..40].to_owned()].join("\n").into(),
             "q.jsonl:3: record 3: not JSON: EOF",
         ),
-        ([good("a").as_bytes(), b"\n\"\xff\xfe\""].concat(), "q.jsonl:2: not UTF-8"),
+        ([good("a").as_bytes(), b"\n\"\xff\xfe\""].concat(), "q.jsonl:2: record 2: not UTF-8"),
         (
             [good("a"), line("b", "a.png", &huge), "{".repeat(10 << 20)].join("\n").into(),
             "q.jsonl:3: record 3: not JSON",

@@ -23,7 +23,7 @@ words! {
     pub enum AdversaryObjective = Completion {
         /// Negative log-likelihood of the whole right completion, reasoning included.
         Completion = "completion",
-        /// Negative log-likelihood of the answer letter alone.
+        /// Negative log-likelihood of the answer letter alone, behind the data's reasoning.
         Answer = "answer",
         /// Negative log-likelihood of the right reasoning: the tokens that carry what is seen.
         Finding = "finding",
@@ -72,7 +72,12 @@ section! {
         /// Whether it begins at a random point of the ball, which costs no pass. The recipe `trades` always begins beside the
         /// image, as its paper does.
         random_start: bool = true,
-        /// What is maximised; the recipe `trades` has an objective of its own. `answer` and `finding` cost what `completion` does.
+        /// What is maximised; the recipe `trades` has an objective of its own. `completion`: the negative log-likelihood of the
+        /// whole right completion; `finding`: that of its reasoning alone, the tokens that carry what is seen; `answer`: that of
+        /// the letter alone, behind the data's reasoning (`safemed attack` puts it behind the model's own); `margin`: the best
+        /// wrong option minus the right one; `cross_entropy`: the negative log of the right option's share among all; `dlr`: the
+        /// margin divided by best minus third option; `targeted`: a wrong option, drawn anew each time, minus the right one;
+        /// `expected_reward`: the negative expected reward of the policy. `answer` and `finding` cost what `completion` does.
         /// `margin`, `cross_entropy`, `dlr` and `targeted` score one completion for each option, behind one image and prompt: so
         /// many times the rows that `completion` has behind them. `expected_reward` (recipe `at_grpo`) samples
         /// `expected_reward_samples` completions of every attacked question at every gradient step, and for the loss before and

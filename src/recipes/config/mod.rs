@@ -302,7 +302,11 @@ section! {
         momentum: f64 = 0.0 => Range::closed(0.0, 1.0),
         /// Whether each start begins at a random point of the ball.
         random_start: bool = true,
-        /// What is maximised.
+        /// What is maximised. `completion`: the negative log-likelihood of the whole right completion; `finding`: that of its
+        /// reasoning alone, the tokens that carry what is seen; `answer`: that of the letter alone, behind the reasoning that the
+        /// model itself gives of the clean image; `margin`: the best wrong option minus the right one; `cross_entropy`: the
+        /// negative log of the right option's share among all; `dlr`: the margin divided by best minus third option; `targeted`:
+        /// each wrong option in turn, minus the right one; `all`: the first four, one after another, on survivors.
         objective: ObjectiveName = ObjectiveName::Completion,
         /// Which pixels may change.
         space: Space = Space::Original,

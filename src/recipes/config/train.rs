@@ -138,7 +138,8 @@ section! {
         /// forward and `num_steps` backward passes of the attacked questions. `trades` costs that attack, a forward pass of the
         /// attacked questions on clean images before it, and an update through which they go twice, clean and attacked.
         recipe: RecipeName = RecipeName::Sft,
-        /// Optimiser steps.
+        /// Steps: batches of questions. Each is one optimiser step, with `grpo.num_updates` so many at one learning rate: the
+        /// schedule goes by steps. (TRL's `max_steps` and schedule count the updates.)
         num_steps: usize = 1000 => Range::at_least(1.0),
         /// Questions of one optimiser step (groups, for GRPO).
         batch_size: usize = 16 => Range::closed(1.0, 1e6),

@@ -17,13 +17,12 @@ pub mod workload;
 use super::adapter::Chosen;
 use super::config::{Dtype, RecipeName, RunConfig};
 use super::inputs;
-use super::items;
 use super::job::{Job, Outcome};
 use super::progress::Progress;
+use super::questions::Questions;
 use super::run::Stop;
-use super::validation;
 use crate::backend::Backend;
-use crate::data::{Dataset, ImageCheck};
+use crate::data::Dataset;
 use crate::error::{Error, Result};
 use crate::model::loader::Precision;
 use crate::model::truncate::{Depths, KINDS, Truncation, count_parameters};
@@ -35,7 +34,7 @@ use rayon::prelude::*;
 use serde::Serialize;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::path::PathBuf;
 use std::time::Instant;
 use subject::Subject;
@@ -118,10 +117,18 @@ fn rehearse(job: &Job<'_>, options: &Options) -> Result<Outcome> {
     let config = &job.config;
     let template = inputs::check_job(job)?;
     inputs::require_greedy(config, "training samples as `train.grpo` says")?;
-    let dataset = config.data.dataset().load(ImageCheck::Exist)?;
-    items::require_some(&dataset, "train on")?;
-    let questions = validation::questions(config, &dataset, job.progress)?;
     Chosen::of(config)?;
+    let assumed = options.completion_tokens.unwrap_or(config.max_new_tokens);
+    if assumed > config.max_new_tokens {
+        return Err(Error::usage(format!(
+            "--completion-tokens {assumed} exceeds `max_new_tokens` {}: no completion is that long\n   = help: lower it, or raise --max-new-tokens",
+            config.max_new_tokens
+        )));
+    }
+    let looked = Instant::now();
+    let Questions { trained: dataset, examined, damaged } =
+        Questions::sound(config, &job.stop, job.progress)?;
+    let seconds_to_look = looked.elapsed().as_secs_f64();
     let model = config.model.as_deref().unwrap_or_default();
     let subject = Subject::open(
         model,
@@ -131,21 +138,8 @@ fn rehearse(job: &Job<'_>, options: &Options) -> Result<Outcome> {
         job.progress,
     )?
     .within(config)?;
-    let assumed = options.completion_tokens.unwrap_or(config.max_new_tokens);
-    if assumed > config.max_new_tokens {
-        return Err(Error::usage(format!(
-            "--completion-tokens {assumed} exceeds `max_new_tokens` {}: no completion is that long\n   = help: lower it, or raise --max-new-tokens",
-            config.max_new_tokens
-        )));
-    }
     let work = Workload::count(config, &subject, &dataset, Some(assumed))?;
-    let exam = match &questions {
-        Some(questions) => {
-            items::require_some(questions, "validate on")?;
-            Some(ExamWork::count(config, &subject, questions)?)
-        }
-        None => None,
-    };
+    let exam = examined.as_ref().map(|questions| ExamWork::count(config, &subject, questions)).transpose()?;
     let seconds_per_image = if work.decoded > 0 { seconds_per_image(&subject, &dataset)? } else { 0.0 };
     let rehearsal = Rehearsal {
         config,
@@ -153,7 +147,8 @@ fn rehearse(job: &Job<'_>, options: &Options) -> Result<Outcome> {
         options,
         exam: exam.as_ref(),
         seconds_per_image,
-        seconds_to_check: seconds_to_check(config, &dataset, questions.as_ref(), seconds_per_image),
+        seconds_to_check: seconds_to_look + seconds_to_hash_images(&dataset),
+        damaged: &damaged,
         stop: &job.stop,
     };
     let measured = rehearsal.measure(&work, true, job.progress)?;
@@ -193,8 +188,10 @@ struct Rehearsal<'a> {
     /// The questions of validation, where there is one.
     exam: Option<&'a ExamWork>,
     seconds_per_image: f64,
-    /// Seconds in which a run looks at its images before it begins.
+    /// Seconds in which a run looks at its questions and images before it begins.
     seconds_to_check: f64,
+    /// Image files that cannot be read.
+    damaged: &'a BTreeSet<PathBuf>,
     stop: &'a Stop,
 }
 
@@ -233,6 +230,7 @@ impl Rehearsal<'_> {
                 seconds_per_image: self.seconds_per_image,
                 repeats: work.repeats,
                 exam,
+                damaged: self.damaged.clone(),
             }));
             probe.run(self.stop)
         };
@@ -442,24 +440,12 @@ fn seconds_to_hash(bytes: usize) -> f64 {
     started.elapsed().as_secs_f64() / block.len() as f64 * bytes as f64
 }
 
-/// Seconds in which a run looks at its images before it begins: each is decoded to see whether it can be, and the files of those
-/// trained on are hashed. Examinations hash theirs.
-fn seconds_to_check(
-    config: &RunConfig,
-    dataset: &Dataset,
-    questions: Option<&Dataset>,
-    seconds_per_image: f64,
-) -> f64 {
-    fn images(dataset: &Dataset) -> HashSet<&PathBuf> {
-        dataset.samples.iter().map(|sample| &sample.image).collect()
-    }
-    let trained = images(dataset);
-    let shown = if config.train.captions { 0 } else { trained.len() };
-    let decoded = shown + questions.map_or(0, |questions| images(questions).len());
+/// Seconds in which the files of the images that are trained on are hashed. Examinations hash theirs.
+fn seconds_to_hash_images(dataset: &Dataset) -> f64 {
+    let images: HashSet<&PathBuf> = dataset.samples.iter().map(|sample| &sample.image).collect();
     let size = |image: &&PathBuf| std::fs::metadata(dataset.root.join(image)).map_or(0, |about| about.len());
-    let bytes: u64 = trained.par_iter().map(size).sum();
-    let threads = rayon::current_num_threads() as f64;
-    decoded as f64 * seconds_per_image + seconds_to_hash(bytes as usize) / threads
+    let bytes: u64 = images.par_iter().map(size).sum();
+    seconds_to_hash(bytes as usize) / rayon::current_num_threads() as f64
 }
 
 /// Examinations of a run: before the first step, after every so many, and after the last.
@@ -638,22 +624,14 @@ mod tests {
     }
 
     #[test]
-    fn the_start_of_a_run_holds_a_look_at_every_image() {
+    fn the_files_of_images_are_hashed_once_each() {
         let dir = tempfile::tempdir().unwrap();
-        let mut samples = questions(5);
-        // Two questions about one image.
-        samples[4].image = samples[3].image.clone();
-        let (trained, asked) = (samples[..3].to_vec(), samples[3..].to_vec());
-        let (trained, asked) = (Dataset::new(dir.path(), trained), Dataset::new(dir.path(), asked));
-        let mut config = RunConfig::default();
-        let seconds = |config: &RunConfig, asked| seconds_to_check(config, &trained, asked, 10.0);
-        // No file is there to be hashed.
-        assert_eq!(seconds(&config, None), 30.0);
-        assert_eq!(seconds(&config, Some(&asked)), 40.0);
-        config.train.captions = true;
-        assert_eq!(seconds(&config, None), 0.0);
-        std::fs::write(dir.path().join("0.png"), vec![0u8; 1 << 20]).unwrap();
-        assert!(seconds(&config, None) > 0.0);
+        let mut samples = questions(2);
+        samples[1].image = samples[0].image.clone();
+        let dataset = Dataset::new(dir.path(), samples);
+        assert_eq!(seconds_to_hash_images(&dataset), 0.0);
+        std::fs::write(dataset.image_path(&dataset.samples[0]), vec![0u8; 1 << 20]).unwrap();
+        assert!(seconds_to_hash_images(&dataset) > 0.0);
     }
 
     #[test]

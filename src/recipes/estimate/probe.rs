@@ -15,8 +15,9 @@ use crate::recipes::run::Stop;
 use crate::recipes::train::{self, Course, Extent, Step};
 use crate::recipes::validation::Exam;
 use serde::{Deserialize, Serialize};
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::io::{self, Read, Write};
+use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::thread::{self, ScopedJoinHandle};
 use std::time::{Duration, Instant};
@@ -64,6 +65,8 @@ pub struct TrainingProbe {
     pub repeats: bool,
     /// A batch of an examination, where there are any.
     pub exam: Option<ExamProbe>,
+    /// Image files that cannot be read.
+    pub damaged: BTreeSet<PathBuf>,
 }
 
 impl Probe {
@@ -201,7 +204,8 @@ impl TrainingProbe {
         let started = Instant::now();
         let mut figures = Figures::new();
         let is_cpu = self.config.backend().device()?.is_cpu();
-        let material = train::material(&self.config, Extent::Steps(self.depths), &Stop::default(), &Silent)?;
+        let extent = Extent::Steps(self.depths, &self.damaged);
+        let material = train::material(&self.config, extent, &Stop::default(), &Silent)?;
         figures.insert("seconds_load".to_owned(), started.elapsed().as_secs_f64());
         note_peak(&mut figures, "load_peak_bytes", 0, is_cpu);
         let mut rehearsal = Rehearsal { probe: self, figures, is_cpu };

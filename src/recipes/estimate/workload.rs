@@ -11,7 +11,7 @@ use crate::pixels::decode;
 use crate::recipes::config::{RecipeName, RunConfig, TargetName};
 use crate::recipes::failure::Evidence;
 use crate::recipes::items::{CACHE_BYTES, Images};
-use crate::recipes::lesson::Lesson;
+use crate::recipes::lesson::{Exit, Lesson};
 use rayon::prelude::*;
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
@@ -139,6 +139,7 @@ impl Workload {
             seed: config.seed,
             features: None,
             evidence: Evidence::default(),
+            exit: Exit::default(),
         };
         let loads = if train.recipe == RecipeName::Denoiser {
             vec![1.0; items.len()]
@@ -310,6 +311,7 @@ pub(in crate::recipes) mod tests {
                 seed: config.seed,
                 features: None,
                 evidence: Evidence::default(),
+                exit: Exit::default(),
             };
             let mut items = vec![plain; 5001];
             items[lesson.picked(step)[0]].prompt = 400;

@@ -120,6 +120,7 @@ pub(super) fn roll_out(
     let mut completions = Vec::with_capacity(round.places.len());
     let mut seeds = Vec::with_capacity(round.places.len());
     for part in round.places.chunks(lesson.micro_batch_size()) {
+        lesson.exit.check()?;
         let of_part: Vec<Vec<u64>> = part.iter().map(|&q| round.seeds(lesson, q)).collect();
         let prompts: Vec<Prompt> = part.iter().map(|&q| questions.prompts[q].clone()).collect();
         let features = features.select(&image_rows(&questions.prompts, part))?;

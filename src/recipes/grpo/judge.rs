@@ -163,7 +163,7 @@ impl Judge {
 
     /// The rewards of each completion, in the order of their columns.
     fn rewards(&self, lesson: &Lesson<'_>, steps: u64, all: &[Said<'_>]) -> Result<Vec<Vec<f64>>> {
-        let asked = self.ask(steps, all)?;
+        let asked = self.ask(steps, all, &|| lesson.exit.is_wanted())?;
         let rows = all.iter().zip(asked).map(|(said, asked)| {
             let mut row = self.own_rewards(lesson, said);
             row.extend(asked);
@@ -176,7 +176,7 @@ impl Judge {
     fn own_rewards(&self, lesson: &Lesson<'_>, said: &Said<'_>) -> Vec<f64> {
         let Said { sample, text, num_tokens, is_finished } = *said;
         let rewards = lesson.config.grpo.rewards();
-        let score = rewards.score(text, sample.answer, sample.options.len(), lesson.format());
+        let score = rewards.score(text, sample.answer, sample.options.as_slice(), lesson.format());
         // A completion that never ended is not well-formed, whatever its text.
         let format = if is_finished { score.format } else { 0.0 };
         let mut row = vec![score.accuracy, format];
@@ -186,7 +186,7 @@ impl Judge {
     }
 
     /// What the command says, one row for each completion; empty rows without one.
-    fn ask(&self, steps: u64, all: &[Said<'_>]) -> Result<Vec<Vec<f64>>> {
+    fn ask(&self, steps: u64, all: &[Said<'_>], is_stopped: &dyn Fn() -> bool) -> Result<Vec<Vec<f64>>> {
         let Some(command) = &self.command else { return Ok(vec![Vec::new(); all.len()]) };
         let images: Vec<_> = all.iter().map(|said| said.sample.image.to_string_lossy()).collect();
         let lines: Vec<Line<'_>> = all
@@ -202,7 +202,7 @@ impl Judge {
                 ..line_about(said.sample, image, steps)
             })
             .collect();
-        command.borrow_mut().ask(&lines)
+        command.borrow_mut().ask(&lines, is_stopped)
     }
 
     fn group(

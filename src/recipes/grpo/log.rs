@@ -34,6 +34,7 @@ pub(super) fn describe(
     put("grad_norm", outcome.grad_norm);
     put_rewards(&mut put, judge, groups, advantages.reward);
     put("frac_reward_zero_std", advantages.frac_reward_zero_std);
+    put("frac_groups_zero_std", advantages.frac_groups_zero_std);
     put("groups_updated", outcome.num_groups_updated as f64);
     put("entropy", entropy(groups, &lesson.config.grpo));
     if let Some(mean) = outcome.sampling_gap.mean() {

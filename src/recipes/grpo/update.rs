@@ -277,6 +277,7 @@ pub(super) fn update(
             if passes.is_empty() { Gradients::zero(&fit.wanted())? } else { Gradients::default() };
         let (mut loss, mut stats) = (0.0, vec![GrpoStats::of_idle(idle)]);
         for pass in &mut passes {
+            lesson.exit.check()?;
             let (own, own_gradients) = pass.run(lesson, fit, &accumulation)?;
             gradients.add(own_gradients)?;
             loss += own.loss;
@@ -290,6 +291,7 @@ pub(super) fn update(
         let stats = GrpoStats::joined(&stats);
         outcome.loss = loss;
         outcome.stats = stats;
+        lesson.exit.close();
         outcome.grad_norm = fit.update(&gradients, lesson.config)?.grad_norm;
         outcome.each.push((loss, outcome.grad_norm, stats));
     }

@@ -101,7 +101,7 @@ const PLOTS: [Plot; 16] = [
         "Groups without a lesson",
         "share of groups",
         "All rewards of the group are equal, so no completion is better than the others.",
-        &[("frac_reward_zero_std", "")],
+        &[("frac_groups_zero_std", "")],
     ),
     share(
         CLIPPED,

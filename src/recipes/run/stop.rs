@@ -7,6 +7,10 @@ use crate::error::{Error, Result};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+/// A write beyond the size that `ulimit -f` allows a file; of Linux and macOS.
+#[cfg(unix)]
+const SIGXFSZ: i32 = 25;
+
 /// A flag that anyone may raise, and that recipes look at between items and steps.
 #[derive(Debug, Clone, Default)]
 pub struct Stop(Arc<AtomicBool>);
@@ -25,7 +29,12 @@ impl Stop {
                 signal_hook::flag::register(signal, Arc::clone(&stop.0))?;
             }
             #[cfg(unix)]
-            signal_hook::flag::register(signal_hook::consts::SIGUSR1, Arc::clone(&stop.0))?;
+            {
+                signal_hook::flag::register(signal_hook::consts::SIGUSR1, Arc::clone(&stop.0))?;
+                // A file as large as the limit allows is an error of its write, to be told: unheeded, the signal would end the
+                // process without a word.
+                signal_hook::flag::register(SIGXFSZ, Arc::default())?;
+            }
             Ok(())
         };
         install().map_err(|error| anyhow::anyhow!("cannot listen to signals: {error}"))?;

@@ -59,14 +59,14 @@ fn every_line_gets_its_answer_whoever_waits_for_whom() {
     for script in [by_line, as_a_whole, &at_length] {
         let mut command = shell(script, LONG).unwrap();
         assert_eq!(command.names(), [NAME]);
-        let rewards = command.ask(&lines).unwrap();
+        let rewards = command.ask(&lines, &|| false).unwrap();
         assert_eq!(rewards.concat(), lengths, "{script}");
     }
     // A batch after another, and an empty one.
     let mut command = shell(by_line, LONG).unwrap();
-    assert_eq!(command.ask(&lines[..3]).unwrap().concat(), lengths[..3]);
-    assert!(command.ask(&[]).unwrap().is_empty());
-    assert_eq!(command.ask(&lines[3..9]).unwrap().concat(), lengths[3..9]);
+    assert_eq!(command.ask(&lines[..3], &|| false).unwrap().concat(), lengths[..3]);
+    assert!(command.ask(&[], &|| false).unwrap().is_empty());
+    assert_eq!(command.ask(&lines[3..9], &|| false).unwrap().concat(), lengths[3..9]);
 }
 
 #[test]
@@ -76,10 +76,10 @@ fn rewards_have_names_and_may_be_missing() {
         read -r l; echo '{\"rewards\": {\"c\": 1}}'; read -r l";
     let mut command = shell(script, LONG).unwrap();
     assert_eq!(command.names(), ["b", "a"]);
-    let rewards = command.ask(&[line(1, 0, 2, "x"), line(1, 1, 2, "y")]).unwrap();
+    let rewards = command.ask(&[line(1, 0, 2, "x"), line(1, 1, 2, "y")], &|| false).unwrap();
     assert!(rewards[0][0].is_nan());
     assert_eq!((rewards[0][1], &rewards[1]), (2.5, &vec![0.1, -1.0]));
-    let error = command.ask(&[line(2, 0, 1, "z")]).unwrap_err();
+    let error = command.ask(&[line(2, 0, 1, "z")], &|| false).unwrap_err();
     assert!(error.to_string().contains("gave a reward `c`, its first answer gave `b`, `a`"), "{error}");
 }
 
@@ -151,7 +151,7 @@ fn a_fault_later_names_step_question_and_line() {
             "answered no JSON",
         ),
     ] {
-        let error = shell(&script, LONG).unwrap().ask(&lines).unwrap_err();
+        let error = shell(&script, LONG).unwrap().ask(&lines, &|| false).unwrap_err();
         assert_eq!(error.status(), status, "{error}");
         let text = error.to_string();
         assert!(text.contains(words), "{text}");
@@ -169,19 +169,19 @@ fn a_fault_later_names_step_question_and_line() {
         file.display()
     );
     let mut command = shell(&script, LONG).unwrap();
-    command.ask(&lines[..1]).unwrap();
+    command.ask(&lines[..1], &|| false).unwrap();
     std::fs::write(&go, "").unwrap();
     written(&file);
     thread::sleep(4 * SURPLUS);
-    let error = command.ask(&lines[..1]).unwrap_err();
+    let error = command.ask(&lines[..1], &|| false).unwrap_err();
     assert!(error.to_string().contains("more lines"), "{error}");
     // And after the last question, when nothing else would notice.
     let twice = "while read -r l; do printf '{\"reward\": 1}\\n{\"reward\": 2}\\n'; done";
     let mut command = shell(&format!("{answer} {twice}"), LONG).unwrap();
-    let error = command.ask(&lines).and_then(|_| command.finish()).unwrap_err();
+    let error = command.ask(&lines, &|| false).and_then(|_| command.finish()).unwrap_err();
     assert!(error.to_string().contains("more lines"), "{error}");
     let mut command = shell(&format!("{answer} {answer} read -r l"), LONG).unwrap();
-    command.ask(&lines[..1]).and_then(|_| command.finish()).unwrap();
+    command.ask(&lines[..1], &|| false).and_then(|_| command.finish()).unwrap();
     // Of many words the last are kept, each cut.
     let words = "i=0; while [ $i -lt 40 ]; do echo \"word $i\" >&2; i=$((i+1)); done; exit 1";
     let text = shell(words, LONG).unwrap_err().to_string();
@@ -225,10 +225,10 @@ fn a_command_that_hangs_is_killed_with_what_it_started() {
         format!("read -r l; echo '{{\"reward\": 1}}'; sleep 600 & echo $! > {}; wait", file.display());
     let mut command = shell(&script, short).unwrap();
     let text = "x".repeat(1 << 20);
-    let error = command.ask(&[line(1, 0, 2, &text), line(1, 1, 2, &text)]).unwrap_err();
+    let error = command.ask(&[line(1, 0, 2, &text), line(1, 1, 2, &text)], &|| false).unwrap_err();
     assert!(error.to_string().contains("line 1 of 2"), "{error}");
     assert!(ends(&written(&file)));
-    let error = command.ask(&[line(1, 0, 1, "x")]).unwrap_err();
+    let error = command.ask(&[line(1, 0, 1, "x")], &|| false).unwrap_err();
     assert!(error.to_string().contains("has ended"), "{error}");
 }
 
